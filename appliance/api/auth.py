@@ -1,0 +1,178 @@
+"""Who is calling, and what may they do.
+
+The socket verifies a client certificate when one is sent; who may do what is decided here, on every request, so that a
+key revoked, a principal removed or a certificate expired takes effect at once, on live connections too.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from appliance.api.keys import DEFAULT_PRINCIPAL, KeyStore
+from appliance.core.config import Config, Principal
+from appliance.core.errors import CertificateError, CredentialsMissing, KeyInvalid, NotPermitted, RateLimited
+from appliance.core.types import Call, ModelKey
+from appliance.pki.inspect import ClientIdentity, client_identity
+
+_SCHEMES = ("key", "bearer")
+_identity_of = lru_cache(maxsize=4096)(client_identity)
+"""A certificate is parsed once, not on every request of its connection."""
+
+
+class Meter:
+    """Rate and concurrency of one principal. Source of the rate: token bucket, Turner 1986."""
+
+    def __init__(self, principal: Principal, clock: Callable[[], float]) -> None:
+        self.principal = principal
+        self._clock = clock
+        self._size = principal.burst or max(1.0, principal.requests_per_second)
+        self._tokens = self._size
+        self._filled_at = clock()
+        self.in_flight = 0
+
+    def check(self) -> None:
+        """Raises: RateLimited: this request would be over the principal's rate or concurrency."""
+        name, rate = self.principal.name, self.principal.requests_per_second
+        if self.principal.concurrency and self.in_flight >= self.principal.concurrency:
+            raise RateLimited(
+                f"Principal {name!r} exceeded its limit of {self.principal.concurrency} requests at once."
+            )
+        if rate:
+            now = self._clock()
+            self._tokens = min(self._size, self._tokens + (now - self._filled_at) * rate)
+            self._filled_at = now
+            if self._tokens < 1:
+                raise RateLimited(f"Principal {name!r} exceeded its limit of {rate:g} requests per second.")
+
+    def take(self) -> None:
+        """Count one request that `check` let pass."""
+        if self.principal.requests_per_second:
+            self._tokens -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a caller was found to be: one principal, or two whose rights intersect (`require = "both"`)."""
+
+    meters: tuple[Meter, ...]
+    key_id: str = ""
+
+    @property
+    def name(self) -> str:
+        """For logs and fair queues."""
+        return "+".join(meter.principal.name for meter in self.meters)
+
+    def user_id(self, default: str) -> str:
+        """Who the caller is for GetUser("me")."""
+        return next((meter.principal.user_id for meter in self.meters if meter.principal.user_id), default)
+
+    def allows(self, model: ModelKey) -> bool:
+        """Whether every principal of the grant may use that model."""
+        return all(
+            _matches(model.user_id, meter.principal.users)
+            and _matches(model.app_id, meter.principal.apps)
+            and _matches(model.model_id, meter.principal.models)
+            for meter in self.meters
+        )
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count one request against rate and concurrency. Raises: RateLimited."""
+        for meter in self.meters:
+            meter.check()
+        for meter in self.meters:
+            meter.take()
+            meter.in_flight += 1
+        try:
+            yield
+        finally:
+            for meter in self.meters:
+                meter.in_flight -= 1
+
+
+class Authenticator:
+    """Turns a call's credentials into a grant, by `[auth] require`."""
+
+    def __init__(self, config: Config, keys: KeyStore, clock: Callable[[], float] = time.monotonic) -> None:
+        self.keys = keys
+        self._clock = clock
+        self._meters: dict[str, Meter] = {}
+        self._by_identity: dict[str, str] = {}
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Take over new principals; those that did not change keep their counters."""
+        self._require = config.auth.require
+        principals = {principal.name: principal for principal in config.principal}
+        principals.setdefault(DEFAULT_PRINCIPAL, Principal(name=DEFAULT_PRINCIPAL))
+        self._meters = {
+            name: self._meters[name]
+            if name in self._meters and self._meters[name].principal == principal
+            else Meter(principal, self._clock)
+            for name, principal in principals.items()
+        }
+        self._by_identity = {
+            identity: principal.name for principal in config.principal for identity in principal.identities
+        }
+
+    def grant(self, call: Call) -> Grant:
+        """Who is calling.
+
+        Raises: CredentialsMissing: no key or certificate where one is required. KeyInvalid: unknown or revoked.
+            NotPermitted: a certificate or key that belongs to no principal.
+        """
+        if self._require == "none":
+            return Grant((self._meters[DEFAULT_PRINCIPAL],))
+        by_certificate = self._require in ("certificate", "both") or (
+            self._require == "either" and call.certificate is not None
+        )
+        certified = self._certificate(call) if by_certificate else None
+        if certified is not None and self._require != "both":
+            return certified
+        keyed = self._key(call)
+        return keyed if certified is None else Grant((*certified.meters, *keyed.meters), keyed.key_id)
+
+    def _key(self, call: Call) -> Grant:
+        scheme, _, key = call.metadata.get("authorization", "").strip().partition(" ")
+        key = key.strip()
+        if scheme.lower() not in _SCHEMES or not key:
+            raise CredentialsMissing('The call brings no key; send the header "authorization: Key <PAT>".')
+        entry = self.keys.find(key)
+        if entry is None:
+            raise KeyInvalid("The key is not known to this appliance, or was revoked; ask its operator for one.")
+        meter = self._meters.get(entry.principal)
+        if meter is None:
+            raise NotPermitted(f"Key {entry.id} belongs to principal {entry.principal!r}, which is not configured.")
+        return Grant((meter,), entry.id)
+
+    def _certificate(self, call: Call) -> Grant:
+        if call.certificate is None:
+            raise CredentialsMissing(
+                "The call brings no client certificate; connect to the port that asks for one (server.mtls_listen)."
+            )
+        try:
+            identity = _identity_of(call.certificate)
+        except CertificateError as error:
+            raise NotPermitted("The client certificate cannot be read.", detail=str(error)) from error
+        self._check_usable(identity)
+        for name in identity.names:
+            if name in self._by_identity:
+                return Grant((self._meters[self._by_identity[name]],))
+        shown = ", ".join(identity.names) or "no name"
+        raise NotPermitted(f"The client certificate ({shown}) belongs to no principal of this appliance.")
+
+    @staticmethod
+    def _check_usable(identity: ClientIdentity) -> None:
+        now = datetime.now(UTC)
+        if not identity.not_before <= now <= identity.not_after:
+            raise NotPermitted(f"The client certificate is valid from {identity.not_before} to {identity.not_after}.")
+        if not identity.client_auth:
+            raise NotPermitted("The client certificate lacks the extended key usage clientAuth.")
+
+
+def _matches(text: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(text, pattern) for pattern in patterns)

@@ -1,0 +1,105 @@
+"""grpc.health.v1 and reflection, as handlers like all others: any transport can serve them.
+
+Service names: "" and `clarifai.api.V2` for the appliance as a whole, `user/app/model` for one model.
+Source: grpc/grpc doc/health-checking.md; Watch ends never, and sends each change once.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from appliance.core.errors import UnknownModel
+from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+_OVERALL = ("", "clarifai.api.V2")
+
+
+class Health:
+    """What is healthy now; `publish` is called after every change."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, bool] = {}
+        self._ready = False
+        self._changed = asyncio.Event()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the appliance as a whole serves."""
+        return self._ready
+
+    def publish(self, ready: bool, models: dict[str, bool]) -> None:
+        """Take over the state: the whole appliance, and each model by `user/app/model`."""
+        self._ready, self._models = ready, models
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def endpoints(self) -> dict[str, Endpoint]:
+        """Health and reflection by full method name."""
+        info = Endpoint(stream=_reflect)
+        return {
+            "/grpc.health.v1.Health/Check": Endpoint(unary=self._check),
+            "/grpc.health.v1.Health/List": Endpoint(unary=self._list),
+            "/grpc.health.v1.Health/Watch": Endpoint(stream=self._watch),
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": info,
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": info,
+        }
+
+    def _status(self, service: str) -> int:
+        if service in _OVERALL:
+            return _SERVING if self._ready else _NOT_SERVING
+        if service not in self._models:
+            return _UNKNOWN
+        return _SERVING if self._ready and self._models[service] else _NOT_SERVING
+
+    async def _check(self, call: Call, body: bytes) -> bytes:
+        service = _request(body).service
+        found = self._status(service)
+        if found == _UNKNOWN:
+            raise UnknownModel(f"There is no service or model {service!r}.")
+        return bytes(health_pb2.HealthCheckResponse(status=found).SerializeToString())
+
+    async def _list(self, call: Call, body: bytes) -> bytes:
+        reply = health_pb2.HealthListResponse()
+        for service in (*_OVERALL, *self._models):
+            reply.statuses[service].status = self._status(service)
+        return bytes(reply.SerializeToString())
+
+    async def _watch(self, call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for body in requests:
+            service = _request(body).service
+            sent = None
+            while True:
+                changed = self._changed
+                found = self._status(service)
+                if found != sent:
+                    yield bytes(health_pb2.HealthCheckResponse(status=found).SerializeToString())
+                    sent = found
+                await changed.wait()
+
+
+def _request(body: bytes) -> health_pb2.HealthCheckRequest:
+    try:
+        return health_pb2.HealthCheckRequest.FromString(body)
+    except DecodeError as error:
+        raise RpcAbort(RpcStatus.INTERNAL, "The health request cannot be read.") from error
+
+
+_SERVICES = ("clarifai.api.V2", "grpc.health.v1.Health", reflection.SERVICE_NAME)
+_REFLECTION = reflection.ReflectionServicer(service_names=_SERVICES)
+
+
+async def _reflect(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Answer each question by itself: the library's servicer keeps nothing between them."""
+    async for body in requests:
+        try:
+            question = reflection_pb2.ServerReflectionRequest.FromString(body)
+        except DecodeError as error:
+            raise RpcAbort(RpcStatus.INTERNAL, "The reflection request cannot be read.") from error
+        for answer in _REFLECTION.ServerReflectionInfo(iter([question]), None):
+            yield answer.SerializeToString()

@@ -1,0 +1,114 @@
+"""THE error table: what each error is called on the wire. No other module knows a status number of an error.
+
+Application errors travel as gRPC OK with `response.status.code`, as every Clarifai client expects (PROTOCOL 0.3); only
+what a transport must act on (retry elsewhere, give up) has a gRPC status of its own. The HTTP status says the same.
+Where Clarifai documents no code the choice is ours (DESIGN "Limits").
+"""
+
+from dataclasses import dataclass
+
+from clarifai_grpc.grpc.api.status import status_code_pb2, status_pb2
+
+from appliance.core import errors
+from appliance.core.errors import ApplianceError
+from appliance.core.types import RpcStatus
+
+Code = status_code_pb2.StatusCode
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One error on the wire.
+
+    Attributes:
+        code: Clarifai's number.
+        description: Clarifai's short text; the error's own sentence goes into `details`.
+        http: HTTP status of the REST twin.
+        rpc: gRPC status the call ends with; OK when the reply message carries the code.
+        reason: label of `rejected_total`, "" when the error is no rejection.
+    """
+
+    code: int
+    description: str
+    http: int
+    rpc: RpcStatus = RpcStatus.OK
+    reason: str = ""
+
+
+INTERNAL = Row(Code.INTERNAL_SERVER_ISSUE, "Internal error", 500)
+"""Whatever was not foreseen; the log has the traceback, the caller gets a stock sentence."""
+
+TABLE: dict[type[ApplianceError], Row] = {
+    errors.InvalidRequest: Row(Code.CONN_BAD_REQUEST_FORMAT, "Malformed request", 400, reason="malformed"),
+    errors.NoInputs: Row(Code.INPUT_INVALID_REQUEST, "Invalid request: no inputs", 400, reason="batch_limit"),
+    errors.TooManyInputs: Row(Code.INPUT_OVER_LIMIT, "Too many inputs", 400, reason="batch_limit"),
+    errors.InvalidArgument: Row(Code.MODEL_INVALID_ARGUMENT, "Invalid model argument", 400, reason="argument"),
+    errors.UnknownMethod: Row(Code.MODEL_INVALID_ARGUMENT, "Invalid model argument", 400, reason="argument"),
+    errors.UnknownModel: Row(Code.MODEL_DOES_NOT_EXIST, "Model does not exist", 404, reason="unknown_model"),
+    errors.UnknownType: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
+    errors.UnknownStatusCode: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
+    errors.UnknownUser: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
+    errors.PlacementUnknown: Row(Code.DEPLOYMENT_DOES_NOT_EXIST, "Deployment does not exist", 404),
+    errors.InvalidInput: Row(Code.INPUT_INVALID_ARGUMENT, "Invalid input", 400),
+    errors.UnsupportedFormat: Row(Code.INPUT_UNSUPPORTED_FORMAT, "Input format not supported", 400),
+    errors.InputTooLarge: Row(Code.INPUT_OVER_LIMIT, "Input is too large", 413),
+    errors.UrlRefused: Row(Code.INPUT_INVALID_URL, "Invalid input URL", 400),
+    errors.DownloadFailed: Row(Code.INPUT_DOWNLOAD_FAILED, "Input download failed", 400),
+    errors.CredentialsMissing: Row(Code.CONN_INVALID_REQUEST, "Credentials missing", 401, reason="auth"),
+    errors.KeyInvalid: Row(Code.CONN_KEY_INVALID, "API key is not valid", 401, reason="auth"),
+    errors.NotPermitted: Row(Code.CONN_INSUFFICIENT_SCOPES, "Insufficient scopes", 403, reason="auth"),
+    errors.RateLimited: Row(Code.CONN_THROTTLED, "Request limit exceeded", 429, reason="rate_limit"),
+    errors.Overloaded: Row(Code.MODEL_BUSY_PLEASE_RETRY, "Model is busy, please retry", 503, reason="queue_full"),
+    errors.NotReady: Row(Code.MODEL_DEPLOYING, "Model is deploying", 503, reason="loading"),
+    errors.NotDeployed: Row(Code.MODEL_DEPLOYMENT_FAILED, "Model deployment failed", 500, reason="not_deployed"),
+    errors.Draining: Row(Code.TRY_AGAIN, "Try again", 503, RpcStatus.UNAVAILABLE, reason="draining"),
+    errors.DeadlineExceeded: Row(
+        Code.INTERNAL_UNEXPECTED_TIMEOUT, "Deadline exceeded", 504, RpcStatus.DEADLINE_EXCEEDED, reason="deadline"
+    ),
+    errors.Cancelled: Row(Code.INTERNAL_CONTEXT_CANCELED, "Cancelled", 499, RpcStatus.CANCELLED),
+    errors.BundleInvalid: Row(Code.MODEL_DEPLOYMENT_FAILED, "Model deployment failed", 500),
+    errors.InferenceFailed: Row(Code.MODEL_PREDICTION_FAILED, "Model prediction failed", 500),
+}
+
+SUCCESS = Row(Code.SUCCESS, "Ok", 200)
+MIXED = Row(Code.MIXED_STATUS, "Mixed Success", 207)
+FAILURE = Row(Code.FAILURE, "Failure", 400)
+READY_VERSION = Row(Code.MODEL_TRAINED, "Model is trained and ready", 200)
+
+_PLACEMENTS = {
+    "deployment": TABLE[errors.PlacementUnknown],
+    "nodepool": Row(Code.NODEPOOL_DOES_NOT_EXIST, "Nodepool does not exist", 404),
+    "runner": Row(Code.RUNNER_DOES_NOT_EXIST, "Runner does not exist", 404),
+}
+
+
+def row_of(error: Exception) -> Row:
+    """The table's row for an error; a subclass without one uses its parent's."""
+    if isinstance(error, errors.PlacementUnknown):
+        return _PLACEMENTS[error.kind]
+    return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), INTERNAL)
+
+
+def success(req_id: str = "") -> status_pb2.Status:
+    """10000."""
+    return of_row(SUCCESS, "", req_id)
+
+
+def of_row(row: Row, details: str, req_id: str = "") -> status_pb2.Status:
+    """A status message."""
+    return status_pb2.Status(code=row.code, description=row.description, details=details, req_id=req_id)
+
+
+def of_error(error: Exception, req_id: str = "") -> status_pb2.Status:
+    """What a caller may read of an error; of one that was not foreseen, only where to look."""
+    if isinstance(error, ApplianceError):
+        return of_row(row_of(error), str(error), req_id)
+    return of_row(INTERNAL, "Something went wrong in the appliance; its log tells more under this req_id.", req_id)
+
+
+def name_of(code: int) -> str:
+    """Clarifai's name of a number, for logs."""
+    try:
+        return str(status_code_pb2.StatusCode.Name(code))
+    except ValueError:
+        return str(code)

@@ -1,0 +1,429 @@
+"""The bundle format: what lies on disk, read strictly, before anything of it is loaded.
+
+    <bundle>/config.yaml             Clarifai's own keys, and an `onnx:` section that says how to feed the graph
+    <bundle>/<version>/model.onnx    one folder a version (external data inside it), labels, tokenizer.json, …
+
+A folder without `config.yaml` (Triton's layout), a bare `model.onnx` in a folder and a bare `.onnx` file are bundles
+too: `importer.py` then says what they are. Nothing outside the bundle is ever read.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from appliance.core.config import Name
+from appliance.core.errors import BundleInvalid
+from appliance.core.types import NAME_PATTERN, Concept, ModelKey
+
+CONFIG_FILE = "config.yaml"
+CHECKSUM_FILE = "SHA256SUMS"
+LABEL_FILES = ("labels.txt", "classes.txt", "class_names.txt", "synset.txt", "coco.names")
+FORBIDDEN_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".joblib", ".npy", ".npz", ".so"})
+"""Files whose loading may run code; the appliance never opens them, and says so when a config names one."""
+
+CLARIFAI_KEYS = frozenset(
+    {
+        "model",
+        "concepts",
+        "inference_compute_info",
+        "compute",
+        "build_info",
+        "checkpoints",
+        "num_threads",
+        "secrets",
+        "toolkit",
+        "streaming_video_consumer",
+    }
+)
+"""Top-level keys of Clarifai's own config.yaml (PROTOCOL 4.6); we read the first three and let the others be."""
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+def _inside(value: str) -> str:
+    path = Path(value)
+    if path.is_absolute() or ".." in path.parts or not value:
+        raise ValueError(f"{value!r} must be a path inside the version's folder")
+    if path.suffix in FORBIDDEN_SUFFIXES:
+        raise ValueError(f"{value!r} is a kind of file that may run code; only ONNX, JSON and text files are read")
+    return value
+
+
+InsidePath = Annotated[str, AfterValidator(_inside)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ImageInput(_Part):
+    """How the graph wants its picture; see models/README.md for the words."""
+
+    input: str
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    color: Literal["rgb", "bgr", "grey"] = "rgb"
+    size: tuple[Positive, Positive]
+    resize: Literal["stretch", "crop"] = "stretch"
+    resize_shorter: Positive | None = None
+    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bilinear"
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, else 3."""
+        return 1 if self.color == "grey" else 3
+
+    @model_validator(mode="after")
+    def _check(self) -> "ImageInput":
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(f"{name} has {len(values)} values; color {self.color} needs 1 or {self.channels}")
+        if any(value == 0 for value in self.std):
+            raise ValueError("std must not be 0")
+        if self.resize_shorter is not None and self.resize_shorter < max(self.size) and self.resize == "crop":
+            raise ValueError(f"resize_shorter {self.resize_shorter} is smaller than size {list(self.size)}")
+        if max(self.size) > 8192:
+            raise ValueError(f"size {list(self.size)} is over 8192")
+        return self
+
+
+class TextInputs(_Part):
+    """Graph input names for token ids, mask and type ids."""
+
+    ids: str = "input_ids"
+    mask: str | None = "attention_mask"
+    types: str | None = None
+
+
+class TextInput(_Part):
+    """How the graph wants its text."""
+
+    tokenizer: InsidePath = "tokenizer.json"
+    max_tokens: Annotated[int, Field(gt=0, le=8192)] = 512
+    inputs: TextInputs = TextInputs()
+
+
+class ScoresOutput(_Part):
+    """Which output holds the concepts' scores, and what turns it into probabilities."""
+
+    output: str
+    activation: Literal["softmax", "sigmoid", "none"]
+
+
+class EmbeddingOutput(_Part):
+    """Which output holds the embedding."""
+
+    output: str
+    pooling: Literal["none", "mean", "cls"] = "none"
+    normalize: bool = False
+
+
+class Batching(_Part):
+    """Overrides of what would be measured at load."""
+
+    max_rows: Annotated[int, Field(ge=1, le=1024)] | None = None
+
+
+class OnnxSection(_Part):
+    """The `onnx:` section of config.yaml."""
+
+    file: InsidePath = "model.onnx"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|gpu|gpu:\d+)$")] | None = None
+    plan: Literal["wrapped", "raw"] = "wrapped"
+    image: ImageInput | None = None
+    text: TextInput | None = None
+    scores: ScoresOutput | None = None
+    embedding: EmbeddingOutput | None = None
+    batching: Batching = Batching()
+
+    @model_validator(mode="after")
+    def _check(self) -> "OnnxSection":
+        if self.image and self.text:
+            raise ValueError("image and text cannot both be given")
+        if self.scores and self.embedding:
+            raise ValueError("scores and embedding cannot both be given")
+        if (self.scores or self.embedding) and not (self.image or self.text):
+            raise ValueError("scores or embedding need an image or text input beside them")
+        if self.embedding and self.embedding.pooling != "none" and not self.text:
+            raise ValueError("pooling is for text models")
+        if self.embedding and self.embedding.pooling != "none" and self.plan == "raw":
+            raise ValueError('pooling is done in the graph: plan must be "wrapped"')
+        return self
+
+
+class ModelSection(BaseModel):
+    """The `model:` section; Clarifai's key names. Keys we do not use are let be."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: Name
+    user_id: Name | None = None
+    app_id: Name | None = None
+    model_type_id: str | None = None
+    name: str = ""
+    description: str = ""
+
+
+class _ConceptEntry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
+
+    id: str
+    name: str = ""
+
+
+class _BundleFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model: ModelSection
+    concepts: tuple[_ConceptEntry, ...] = ()
+    inference_compute_info: dict[str, Any] = {}
+    onnx: OnnxSection | None = None
+
+
+TASK_OF_TYPE = {
+    "visual-classifier": ("image", "scores"),
+    "visual-embedder": ("image", "embedding"),
+    "text-classifier": ("text", "scores"),
+    "text-embedder": ("text", "embedding"),
+}
+"""Model types with a task of their own → the `onnx:` keys they need; every other type is served as raw tensors."""
+
+RAW_TYPE = "tensor-to-tensor"
+"""Our model type for graphs that are served as they are: arrays in, arrays out."""
+
+
+@dataclass(frozen=True, slots=True)
+class BundleConfig:
+    """What a bundle says of itself, complete and checked.
+
+    Attributes:
+        sentence: how the importer understood a bundle without an `onnx:` section, else "".
+    """
+
+    key: ModelKey
+    model_type_id: str
+    name: str
+    description: str
+    concepts: tuple[Concept, ...]
+    compute: dict[str, Any]
+    onnx: OnnxSection
+    sentence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionFolder:
+    """One version on disk.
+
+    Attributes:
+        id: the folder's name; "1" for a bare file.
+        path: the folder that files of this version lie in.
+        model_file: the ONNX file.
+        bare: whether that file is all there is: a lone `.onnx` among others.
+    """
+
+    id: str
+    path: Path
+    model_file: Path
+    bare: bool = False
+
+
+def read_config(
+    bundle: Path, user_id: str, app_id: str
+) -> tuple[BundleConfig | None, ModelSection | None, tuple[Concept, ...]]:
+    """Read `config.yaml` of a bundle.
+
+    Args:    user_id, app_id: owner when the file names none.
+    Returns: the complete config; or None, the model section and concepts, when the importer must look at the graph.
+    Raises:  BundleInvalid: every problem of the file at once.
+    """
+    path = bundle / CONFIG_FILE
+    if not path.is_file():
+        return None, None, ()
+    raw = _read_yaml(path)
+    unknown = sorted(str(key) for key in raw if key not in CLARIFAI_KEYS and key != "onnx")
+    problems = [f"{key}: is not a key we know" for key in unknown]
+    try:
+        file = _BundleFile.model_validate(raw)
+    except ValidationError as error:
+        problems += [
+            f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg'].removeprefix('Value error, ')}"
+            for entry in error.errors()
+        ]
+        raise BundleInvalid(f"{path} has problems: {'; '.join(problems)}.") from error
+    concepts = tuple(Concept(entry.id, entry.name or entry.id) for entry in file.concepts)
+    problems += _duplicates(concepts)
+    if file.onnx is not None:
+        problems += _type_problems(file.model.model_type_id, file.onnx)
+    if problems:
+        raise BundleInvalid(f"{path} has problems: {'; '.join(problems)}.")
+    if file.onnx is None:
+        return None, file.model, concepts
+    model = file.model
+    config = BundleConfig(
+        key=ModelKey(model.user_id or user_id, model.app_id or app_id, model.id),
+        model_type_id=model.model_type_id if model.model_type_id in TASK_OF_TYPE else RAW_TYPE,
+        name=model.name or model.id,
+        description=model.description,
+        concepts=concepts,
+        compute=file.inference_compute_info,
+        onnx=file.onnx,
+    )
+    return config, model, concepts
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BundleInvalid(f"{path} is not YAML: {' '.join(str(error).split())}. Mend that line.") from error
+    except OSError as error:
+        raise BundleInvalid(f"{path} cannot be read: {error.strerror}.") from error
+    if not isinstance(raw, dict):
+        raise BundleInvalid(f"{path} must be a mapping with a `model:` section; see models/README.md.")
+    return raw
+
+
+def _type_problems(model_type_id: str | None, onnx: OnnxSection) -> list[str]:
+    needed = TASK_OF_TYPE.get(model_type_id or "")
+    if needed is None:
+        if onnx.scores or onnx.embedding or onnx.image or onnx.text:
+            known = ", ".join(TASK_OF_TYPE)
+            return [
+                f"model.model_type_id: is {model_type_id!r}; an onnx section with image or text needs one of {known}"
+            ]
+        return []
+    return [f"onnx.{key}: is needed by model type {model_type_id}" for key in needed if getattr(onnx, key) is None]
+
+
+def _duplicates(concepts: tuple[Concept, ...]) -> list[str]:
+    ids = [concept.id for concept in concepts]
+    return [f"concepts: id {name!r} is listed twice" for name in sorted({i for i in ids if ids.count(i) > 1})]
+
+
+def concepts_of(config: BundleConfig, version: VersionFolder) -> tuple[Concept, ...]:
+    """The model's concepts in output order: from the config, else from a labels file, else none."""
+    if config.concepts:
+        return config.concepts
+    for folder in () if version.bare else (version.path, version.path.parent):
+        for name in LABEL_FILES:
+            if (folder / name).is_file():
+                labels = (folder / name).read_text(encoding="utf-8").splitlines()
+                return tuple(Concept(label, label) for label in (line.strip() for line in labels) if label)
+    return ()
+
+
+def find_versions(bundle: Path, file: str = "model.onnx") -> list[VersionFolder]:
+    """The versions that lie in a bundle, in no particular order.
+
+    Raises: BundleInvalid: there is none.
+    """
+    if bundle.is_file():
+        return [VersionFolder("1", bundle.parent, bundle, bare=True)]
+    found = []
+    for folder in sorted(bundle.iterdir()):
+        if not folder.is_dir() or not NAME_PATTERN.fullmatch(folder.name):
+            continue
+        for candidate in (file, f"checkpoints/{file}"):
+            if (folder / candidate).is_file():
+                found.append(VersionFolder(folder.name, folder, folder / candidate))
+                break
+    if not found and (bundle / file).is_file():
+        found = [VersionFolder("1", bundle, bundle / file)]
+    if not found:
+        raise BundleInvalid(f"{bundle} holds no <version>/{file}; see models/README.md for the layout.")
+    return found
+
+
+def check_inside(bundle: Path, path: Path) -> Path:
+    """`path` with links resolved. Raises: BundleInvalid: it leads out of the bundle, or there is no such file."""
+    root = (bundle if bundle.is_dir() else bundle.parent).resolve()
+    real = path.resolve()
+    if not real.is_relative_to(root):
+        raise BundleInvalid(f"{path} leads out of the bundle {bundle}; everything a bundle needs must lie inside it.")
+    if not real.is_file():
+        raise BundleInvalid(f"{path} is missing; put it there or mend the config.")
+    return real
+
+
+def signature(path: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What a file tree looks like from outside: (relative path, size, mtime in ns, inode) of every file.
+
+    Two equal signatures some seconds apart mean that nobody is writing there.
+    """
+    if path.is_file():
+        stat = path.stat()
+        return ((path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino),)
+    entries = []
+    for folder, _, files in os.walk(path):
+        for name in files:
+            file = Path(folder, name)
+            try:
+                stat = file.stat()
+            except OSError:
+                continue  # a link to nowhere, or removed meanwhile: the next look tells
+            entries.append((str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    return tuple(sorted(entries))
+
+
+def checksums(version: VersionFolder) -> dict[str, str]:
+    """SHA-256 of every file of a version by relative path; the checksum file itself is left out."""
+    if version.bare:
+        return {version.model_file.name: _sha256(version.model_file)}
+    files = sorted(path for path in version.path.rglob("*") if path.is_file() and path.name != CHECKSUM_FILE)
+    return {str(path.relative_to(version.path)): _sha256(path) for path in files}
+
+
+def verify_checksums(version: VersionFolder) -> dict[str, str]:
+    """Compute the checksums, and hold them against the version's SHA256SUMS when there is one.
+
+    Raises: BundleInvalid: a file differs or is missing; names it.
+    """
+    actual = checksums(version)
+    listing = version.path / CHECKSUM_FILE
+    if version.bare or not listing.is_file():
+        return actual
+    for line in listing.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if name and actual.get(name) != digest:
+            state = "differs from" if name in actual else "is missing, but listed in"
+            raise BundleInvalid(f"{version.path / name} {state} {listing}; put the original back or add it again.")
+    return actual
+
+
+def write_checksums(version: VersionFolder) -> None:
+    """Write the version's SHA256SUMS, in the format of `sha256sum`."""
+    lines = [f"{digest}  {name}\n" for name, digest in checksums(version).items()]
+    (version.path / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def as_yaml(config: BundleConfig) -> str:
+    """The explicit `config.yaml` for this config, which an operator can freeze into the bundle."""
+    content: dict[str, Any] = {
+        "model": {
+            "id": config.key.model_id,
+            "user_id": config.key.user_id,
+            "app_id": config.key.app_id,
+            "model_type_id": config.model_type_id,
+            "name": config.name,
+        },
+        "concepts": [{"id": concept.id, "name": concept.name} for concept in config.concepts],
+        "onnx": config.onnx.model_dump(mode="json", exclude_none=True),
+    }
+    if config.description:
+        content["model"]["description"] = config.description
+    if not config.concepts:
+        del content["concepts"]
+    header = f"# {config.sentence}\n" if config.sentence else ""
+    return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)

@@ -1,0 +1,517 @@
+"""The repository: what lies under the root becomes what is served, and stays in step with it.
+
+A look at the root every `scan_interval_s`; a bundle is read once its files have settled. A new or changed version is
+loaded and warmed aside, switched to in one step, and the one it replaces is drained. A bundle that cannot be read or
+loaded has its reason shown and hurts nobody; what it served before goes on.
+"""
+
+import asyncio
+import contextlib
+import enum
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+from appliance.catalog import bundle as bundles
+from appliance.catalog import importer
+from appliance.catalog.bundle import BundleConfig, VersionFolder
+from appliance.catalog.state import Memory, read_held
+from appliance.core.config import Catalog
+from appliance.core.errors import (
+    BundleInvalid,
+    ConfigError,
+    ModelError,
+    NotDeployed,
+    NotReady,
+    UnknownModel,
+)
+from appliance.core.types import ModelKey
+
+_log = logging.getLogger(__name__)
+
+Signature: TypeAlias = tuple[object, ...]
+
+
+class Loaded(Protocol):
+    """What the repository holds for a ready version."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot answer any more, or None."""
+
+    async def drain(self) -> None:
+        """Return when everything accepted has ended."""
+
+    def close(self) -> None:
+        """Let it go."""
+
+
+S = TypeVar("S", bound=Loaded)
+
+
+class State(enum.Enum):
+    """What a version is; the words of `/readyz` and of the metrics."""
+
+    SETTLING = "settling"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    HELD = "held"
+
+
+@dataclass(eq=False)
+class _Running(Generic[S]):
+    """A servable and how many requests hold it."""
+
+    servable: S
+    users: int = 0
+    free: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[S]:
+        self.users += 1
+        self.free.clear()
+        try:
+            yield self.servable
+        finally:
+            self.users -= 1
+            if not self.users:
+                self.free.set()
+
+
+@dataclass(eq=False)
+class Version(Generic[S]):
+    """One version of one bundle, as the catalog sees it.
+
+    Attributes:
+        problem: why it is not (or no longer newly) loaded; set beside a running servable when the files on disk
+            became bad and the last good load goes on.
+        first_seen, loaded_at: Unix time.
+    """
+
+    id: str
+    config: BundleConfig
+    folder: VersionFolder
+    signature: Signature
+    first_seen: float
+    state: State = State.LOADING
+    problem: str = ""
+    running: _Running[S] | None = None
+    loaded_at: float = 0.0
+    load_seconds: float = 0.0
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    task: "asyncio.Task[None] | None" = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answers."""
+        return self.running is not None and self.running.servable.problem is None
+
+    @property
+    def servable(self) -> S | None:
+        """What answers, or None."""
+        return self.running.servable if self.running else None
+
+
+@dataclass(eq=False)
+class Bundle(Generic[S]):
+    """One bundle under the root. `problem` says why it could not be read, "" when it could."""
+
+    name: str
+    path: Path
+    key: ModelKey | None = None
+    problem: str = ""
+    settling: bool = True
+    seen: Signature = ()
+    seen_since: float = 0.0
+    done: Signature | None = None
+    versions: dict[str, Version[S]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What the disk says of one bundle: its config and versions, each with the signature of all it depends on."""
+
+    configs: Mapping[str, BundleConfig]
+    folders: Mapping[str, VersionFolder]
+    signatures: Mapping[str, Signature]
+
+
+Load: TypeAlias = Callable[[Path, BundleConfig, VersionFolder], Awaitable[S]]
+
+
+class Repository(Generic[S]):
+    """All bundles, their versions and what answers for them. Used from the event loop's thread."""
+
+    def __init__(
+        self,
+        settings: Catalog,
+        load: Load[S],
+        changed: Callable[[], None] = lambda: None,
+        swapped: Callable[[str], None] = lambda model: None,
+        remember: bool = True,
+    ) -> None:
+        """Read what was remembered.
+
+        Args:    load: makes a servable of a version. changed: called after every change of what is ready.
+                 swapped: called with the model id when one servable replaced another.
+                 remember: whether to write down what is seen; not when somebody only looks.
+        Raises:  ConfigError: the root or the state is unusable.
+        """
+        self.settings = settings
+        self._load = load
+        self._changed = changed
+        self._swapped = swapped
+        self._remember = remember
+        self._bundles: dict[str, Bundle[S]] = {}
+        self._loads = asyncio.Semaphore(1)
+        self._drains: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self._looked = asyncio.Event()
+        if not settings.root.is_dir():
+            raise ConfigError(f"catalog.root {settings.root} is not a folder; make it, or name another one.")
+        if not settings.state_dir.is_dir():
+            raise ConfigError(f"catalog.state_dir {settings.state_dir} is not a folder; make it, or name another one.")
+        self._memory = Memory(settings.state_dir)
+
+    # ---- asking ----
+
+    @property
+    def bundles(self) -> list[Bundle[S]]:
+        """All bundles, by name."""
+        return [self._bundles[name] for name in sorted(self._bundles)]
+
+    def versions(self, bundle: Bundle[S]) -> list[Version[S]]:
+        """A bundle's versions, newest first: by number when all are numbers, else by when they were first seen."""
+        versions = list(bundle.versions.values())
+        if all(version.id.isdigit() for version in versions):
+            return sorted(versions, key=lambda version: int(version.id), reverse=True)
+        return sorted(versions, key=lambda version: (version.first_seen, version.id), reverse=True)
+
+    def find(self, user_id: str, app_id: str, model_id: str) -> Bundle[S]:
+        """The bundle of a model; an empty user or app id matches any.
+
+        Raises: UnknownModel: there is none, or several.
+        """
+        found = [
+            bundle
+            for bundle in self._bundles.values()
+            if bundle.key is not None
+            and bundle.key.model_id == model_id
+            and user_id in ("", bundle.key.user_id)
+            and app_id in ("", bundle.key.app_id)
+        ]
+        asked = "/".join(part or "*" for part in (user_id, app_id, model_id))
+        if len(found) > 1:
+            raise UnknownModel(f"Several models match {asked}; name the user id and app id too.")
+        if not found:
+            raise UnknownModel(f"There is no model {asked} on this appliance; ListModels names those there are.")
+        return found[0]
+
+    def version(self, bundle: Bundle[S], version_id: str) -> Version[S]:
+        """A version that is known; "" for the newest ready one, else the newest there is.
+
+        Raises: UnknownModel: no such version.
+        """
+        if version_id:
+            found = bundle.versions.get(version_id)
+            if found is None or found.state is State.HELD:
+                ready = ", ".join(v.id for v in self.versions(bundle) if v.ready) or "none"
+                raise UnknownModel(f"Model {bundle.key} has no version {version_id!r}; ready versions: {ready}.")
+            return found
+        newest = [v for v in self.versions(bundle) if v.state is not State.HELD]
+        if not newest:
+            raise UnknownModel(f"Model {bundle.key} has no versions.")
+        return next((version for version in newest if version.ready), newest[0])
+
+    @contextlib.contextmanager
+    def use(self, user_id: str, app_id: str, model_id: str, version_id: str) -> Iterator[S]:
+        """Hold the servable that answers for these ids; it is not drained away meanwhile.
+
+        Raises: UnknownModel. NotReady: it is still loading. NotDeployed: it could not be loaded.
+        """
+        bundle = self.find(user_id, app_id, model_id)
+        version = self.version(bundle, version_id)
+        if version.ready and version.running is not None:
+            with version.running.held() as servable:
+                yield servable
+        elif version.state in (State.LOADING, State.SETTLING):
+            raise NotReady(f"Model {bundle.key} version {version.id} is still loading; try again.")
+        else:
+            why = version.servable.problem if version.servable else version.problem
+            raise NotDeployed(
+                f"Model {bundle.key} version {version.id} could not be loaded; the operator sees why with "
+                "`appliance models list`.",
+                detail=why or "",
+            )
+
+    def not_ready(self) -> dict[str, str]:
+        """Bundles and versions that do not answer, and why; empty when all is well."""
+        problems = {}
+        for bundle in self.bundles:
+            if bundle.problem:
+                problems[bundle.name] = bundle.problem
+            elif bundle.settling and not bundle.versions:
+                problems[bundle.name] = "its files are still changing"
+            for version in bundle.versions.values():
+                name = f"{bundle.name}:{version.id}"
+                if version.servable is not None and version.servable.problem:
+                    problems[name] = version.servable.problem
+                elif version.state is State.LOADING:
+                    problems[name] = "loading"
+                elif version.problem:
+                    problems[name] = version.problem
+        return problems
+
+    # ---- keeping in step ----
+
+    async def run(self) -> None:
+        """Look at the root again and again, until cancelled."""
+        while True:
+            self._wake.clear()
+            try:
+                await self.look()
+            except Exception:
+                # One bad look (a disk error, say) must not end the watch; the next one may be better.
+                _log.exception("looking at the catalog failed")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self.settings.scan_interval_s)
+
+    def wake(self) -> None:
+        """Look now rather than at the next interval."""
+        self._wake.set()
+
+    async def wait_settled(self) -> None:
+        """Return when every wanted version is ready or failed."""
+        await self._looked.wait()
+        while True:
+            loading = [v.task for b in self._bundles.values() for v in b.versions.values() if v.task]
+            if loading:
+                await asyncio.wait(loading)
+            elif any(bundle.settling for bundle in self._bundles.values()):
+                await asyncio.sleep(self.settings.scan_interval_s / 4)
+            else:
+                return
+
+    async def look(self) -> None:
+        """Compare the root with what is served, and start what is needed to make them equal."""
+        held = await asyncio.to_thread(read_held, self.settings.state_dir)
+        paths = await asyncio.to_thread(_bundle_paths, self.settings.root)
+        for name in sorted(set(self._bundles) - set(paths)):
+            self._forget_bundle(name)
+        for name, path in sorted(paths.items()):
+            bundle = self._bundles.setdefault(name, Bundle(name, path))
+            signature, changed_at = await asyncio.to_thread(_look_at, path)
+            signature = (*signature, held.get(name, frozenset()))
+            now = time.monotonic()
+            if signature != bundle.seen:
+                bundle.seen, bundle.seen_since = signature, now
+            quiet = max(now - bundle.seen_since, time.time() - changed_at)
+            bundle.settling = signature != bundle.done and quiet < self.settings.settle_s
+            if signature != bundle.done and not bundle.settling:
+                await self._read_bundle(bundle, held.get(name, frozenset()))
+                bundle.done = signature
+        self._looked.set()
+
+    async def close(self) -> None:
+        """Stop loading, and let every servable go."""
+        tasks = [v.task for b in self._bundles.values() for v in b.versions.values() if v.task]
+        for task in [*tasks, *self._drains]:
+            task.cancel()
+        await asyncio.gather(*tasks, *self._drains, return_exceptions=True)
+        for bundle in self._bundles.values():
+            for version in bundle.versions.values():
+                if version.running is not None:
+                    version.running.servable.close()
+
+    async def _read_bundle(self, bundle: Bundle[S], held: frozenset[str]) -> None:
+        """Take in what the disk says now; a bundle that cannot be read keeps what it serves."""
+        try:
+            read = await asyncio.to_thread(_read, bundle.path, self.settings)
+            self._check_owner(bundle, read)
+        except (ModelError, OSError) as error:
+            bundle.problem = str(error)
+            _log.error("bundle cannot be read: %s", error, extra={"bundle": bundle.name})
+            self._changed()
+            return
+        bundle.problem = ""
+        bundle.key = next(iter(read.configs.values())).key
+        for version_id in [v for v in bundle.versions if v not in read.folders]:
+            self._forget_version(bundle, version_id)
+        for version_id in read.folders:
+            self._want(bundle, version_id, read, version_id in held)
+        self._save_memory()
+        self._changed()
+
+    def _check_owner(self, bundle: Bundle[S], read: _Read) -> None:
+        keys = {config.key for config in read.configs.values()}
+        for other in self._bundles.values():
+            if other is not bundle and other.key in keys:
+                raise BundleInvalid(
+                    f"{bundle.path} says it is model {other.key}, which bundle {other.name!r} is already; change "
+                    "model.id in one of them, or remove it."
+                )
+
+    def _want(self, bundle: Bundle[S], version_id: str, read: _Read, held: bool) -> None:
+        """Make one version be loaded, or held back, unless it is so already."""
+        version = bundle.versions.get(version_id)
+        signature = read.signatures[version_id]
+        if version is not None and version.signature == signature and held == (version.state is State.HELD):
+            return
+        if version is None:
+            seen = self._memory.first_seen(bundle.name, version_id, time.time())
+            version = Version(version_id, read.configs[version_id], read.folders[version_id], signature, seen)
+            bundle.versions[version_id] = version
+        version.config, version.folder = read.configs[version_id], read.folders[version_id]
+        version.signature = signature
+        if version.task:
+            version.task.cancel()
+        if held:
+            version.state, version.problem = State.HELD, ""
+            self._retire(version)
+            return
+        version.state = State.LOADING
+        version.task = asyncio.create_task(self._load_version(bundle, version))
+
+    async def _load_version(self, bundle: Bundle[S], version: Version[S]) -> None:
+        """Load aside, then switch. One load at a time, so that a heavy model does not slow down every other one."""
+        async with self._loads:
+            begun = time.monotonic()
+            fields = {"model": str(bundle.key), "version": version.id}
+            _log.info("loading", extra=fields)
+            try:
+                checksums = await asyncio.to_thread(bundles.verify_checksums, version.folder)
+                servable = await self._load(bundle.path, version.config, version.folder)
+            except (ModelError, ConfigError, OSError) as error:
+                self._failed(version, str(error), fields)
+            except Exception as error:
+                # A bundle is a stranger's file: whatever it makes a library raise is that bundle's failure only.
+                _log.exception("loading failed unexpectedly", extra=fields)
+                self._failed(version, f"{type(error).__name__}: {error}", fields)
+            else:
+                replaced = version.running is not None
+                self._retire(version)
+                version.running = _Running(servable)
+                version.running.free.set()
+                version.state, version.problem = State.READY, ""
+                version.checksums = checksums
+                version.loaded_at, version.load_seconds = time.time(), time.monotonic() - begun
+                self._memory.remember(bundle.name, version.id, checksums)
+                _log.info("ready after %.2f s", version.load_seconds, extra=fields)
+                if replaced and bundle.key:
+                    self._swapped(bundle.key.model_id)
+            finally:
+                if version.task is asyncio.current_task():
+                    version.task = None
+            self._save_memory()
+            self._changed()
+
+    def _failed(self, version: Version[S], problem: str, fields: Mapping[str, str]) -> None:
+        version.problem = problem
+        version.state = State.READY if version.running else State.FAILED
+        kept = "; the version loaded before goes on" if version.running else ""
+        _log.error("cannot be loaded: %s%s", problem, kept, extra=dict(fields))
+
+    def _retire(self, version: Version[S]) -> None:
+        """Take a servable out of service: new requests do not find it, the ones it has are finished."""
+        if version.running is None:
+            return
+        task = asyncio.create_task(_drain(version.running))
+        self._drains.add(task)
+        task.add_done_callback(self._drains.discard)
+        version.running = None
+
+    def _forget_version(self, bundle: Bundle[S], version_id: str) -> None:
+        version = bundle.versions.pop(version_id)
+        if version.task:
+            version.task.cancel()
+        self._retire(version)
+        _log.info("removed", extra={"model": str(bundle.key), "version": version_id})
+
+    def _forget_bundle(self, name: str) -> None:
+        bundle = self._bundles.pop(name)
+        for version_id in list(bundle.versions):
+            self._forget_version(bundle, version_id)
+        self._save_memory()
+        self._changed()
+
+    def _save_memory(self) -> None:
+        if not self._remember:
+            return
+        self._memory.keep_only({name: set(bundle.versions) for name, bundle in self._bundles.items()})
+        try:
+            self._memory.save()
+        except OSError as error:
+            # Serving goes on with a full disk; only first-seen times and checksums are not kept.
+            _log.warning("the catalog's state cannot be saved: %s", error)
+
+
+async def _drain(running: _Running[S]) -> None:
+    await running.free.wait()
+    await running.servable.drain()
+    running.servable.close()
+
+
+def _bundle_paths(root: Path) -> dict[str, Path]:
+    """Folders and `.onnx` files under the root; hidden names are work in progress. Raises: OSError."""
+    return {
+        path.stem if path.is_file() else path.name: path
+        for path in sorted(root.iterdir())
+        if not path.name.startswith(".") and (path.is_dir() or path.suffix == ".onnx")
+    }
+
+
+def _look_at(path: Path) -> tuple[Signature, float]:
+    """The bundle's signature, and the Unix time of the last change that any of its files saw."""
+    files = [path] if path.is_file() else [path, *path.rglob("*")]
+    changed_at = 0.0
+    for file in files:
+        with contextlib.suppress(OSError):
+            changed_at = max(changed_at, file.stat().st_ctime)
+    return bundles.signature(path), changed_at
+
+
+def _read(path: Path, settings: Catalog) -> _Read:
+    """Raises: BundleInvalid: with everything that is wrong. OSError."""
+    config, model, concepts = bundles.read_config(path, settings.user_id, settings.app_id)
+    folders = {v.id: v for v in bundles.find_versions(path, config.onnx.file if config else "model.onnx")}
+    configs = {
+        version_id: config or importer.infer_config(path, folder, model, concepts, settings.user_id, settings.app_id)
+        for version_id, folder in folders.items()
+    }
+    shared = tuple(entry for entry in bundles.signature(path) if Path(entry[0]).parts[0] not in folders)
+    signatures: dict[str, Signature] = {
+        version_id: (shared, () if folder.path == path or folder.bare else bundles.signature(folder.path))
+        for version_id, folder in folders.items()
+    }
+    return _Read(configs, folders, signatures)
+
+
+def describe(repository: Repository[S], describe_servable: Callable[[S], dict[str, object]]) -> list[dict[str, object]]:
+    """The whole catalog as plain data, for `appliance models list` and the admin socket."""
+    rows: list[dict[str, object]] = []
+    for bundle in repository.bundles:
+        versions = [
+            {
+                "version": version.id,
+                "state": (State.READY if version.ready else version.state).value,
+                "problem": version.problem or (version.servable.problem if version.servable else "") or "",
+                "loaded_at": version.loaded_at,
+                "load_seconds": round(version.load_seconds, 3),
+                "sha256": dict(version.checksums),
+                **(describe_servable(version.servable) if version.servable else {}),
+            }
+            for version in repository.versions(bundle)
+        ]
+        rows.append(
+            {
+                "bundle": bundle.name,
+                "model": str(bundle.key) if bundle.key else "",
+                "problem": bundle.problem or ("its files are still changing" if bundle.settling else ""),
+                "versions": versions,
+            }
+        )
+    return rows

@@ -1,0 +1,80 @@
+"""What the catalog remembers over a restart, in two small files with one writer each.
+
+`catalog.json` is the daemon's: when each version was first seen, and its checksums. `wanted.json` is the operator's,
+written by `appliance models rollback`: versions that are held back. Both are replaced atomically.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from appliance.core.errors import ConfigError
+from appliance.core.files import write_atomically
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Raises: ConfigError: the file is there and is not ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); mend its permissions, or move it away.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a state file of ours; move it away.")
+    return content
+
+
+class Memory:
+    """The daemon's `catalog.json`: first-seen times and checksums by bundle and version."""
+
+    def __init__(self, state_dir: Path) -> None:
+        """Raises: ConfigError: the file is there and is not ours."""
+        self._path = state_dir / "catalog.json"
+        self._content = _read(self._path)
+
+    def first_seen(self, bundle: str, version: str, now: float) -> float:
+        """Unix time at which this version was first seen, `now` if that is now."""
+        entry = self._entry(bundle, version)
+        if "first_seen" not in entry:
+            entry["first_seen"] = now
+        return float(entry["first_seen"])
+
+    def checksums(self, bundle: str, version: str) -> Mapping[str, str]:
+        """SHA-256 by file name, as of the last load."""
+        found: Mapping[str, str] = self._entry(bundle, version).get("sha256", {})
+        return found
+
+    def remember(self, bundle: str, version: str, checksums: Mapping[str, str]) -> None:
+        """Keep the checksums of what was loaded."""
+        self._entry(bundle, version)["sha256"] = dict(checksums)
+
+    def keep_only(self, bundles: Mapping[str, set[str]]) -> None:
+        """Forget versions that are no longer on disk."""
+        self._content = {
+            bundle: {version: entry for version, entry in versions.items() if version in bundles[bundle]}
+            for bundle, versions in self._content.items()
+            if bundle in bundles
+        }
+
+    def save(self) -> None:
+        """Write it down. Raises: OSError."""
+        text = json.dumps(self._content, indent=1, sort_keys=True)
+        write_atomically(self._path, text)
+
+    def _entry(self, bundle: str, version: str) -> dict[str, Any]:
+        entry: dict[str, Any] = self._content.setdefault(bundle, {}).setdefault(version, {})
+        return entry
+
+
+def read_held(state_dir: Path) -> dict[str, frozenset[str]]:
+    """Versions held back, by bundle. Raises: ConfigError."""
+    content = _read(state_dir / "wanted.json")
+    return {bundle: frozenset(map(str, entry.get("held", []))) for bundle, entry in content.items()}
+
+
+def write_held(state_dir: Path, held: Mapping[str, frozenset[str]]) -> None:
+    """Replace the versions held back. Raises: OSError."""
+    content = {bundle: {"held": sorted(versions)} for bundle, versions in sorted(held.items()) if versions}
+    write_atomically(state_dir / "wanted.json", json.dumps(content, indent=1))

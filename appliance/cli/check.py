@@ -1,0 +1,124 @@
+"""`appliance check`: everything that can be wrong, looked at without serving."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from appliance.api.keys import KeyStore
+from appliance.catalog.bundle import BundleConfig, VersionFolder
+from appliance.catalog.repository import Repository
+from appliance.core import config as configuration
+from appliance.core.config import Config
+from appliance.core.errors import ApplianceError
+from appliance.core.metrics import Metrics
+from appliance.daemon.certificates import CertificateFiles, base_url_warning
+from appliance.engine.worker import LocalEngine
+from appliance.tasks import servable
+from appliance.tasks.servable import DecodePool, Servable
+
+T = TypeVar("T")
+
+
+@click.command()
+@click.option("--skip-models", is_flag=True, help="Do not load the bundles.")
+@click.pass_context
+def check(ctx: click.Context, skip_models: bool) -> None:
+    """Check configuration, certificates, keys, device and bundles without serving.
+
+    Exits with 1 when something would keep the appliance or a model from serving.
+    """
+    report = _Report()
+    config = configuration.load(ctx.obj).config  # all its problems are one error by themselves
+    report.ok("configuration", "valid")
+    files = report.attempt("certificates", lambda: CertificateFiles(config))
+    if files is not None:
+        warning = base_url_warning(config, files.tls().chain)
+        report.line("warn" if warning else "ok", "certificates", warning or str(config.tls.certificate))
+    keys = report.attempt("keys", lambda: KeyStore(config.auth.keys_file))
+    if keys is not None:
+        needed = config.auth.require in ("key", "either", "both") and not len(keys)
+        report.line("warn" if needed else "ok", "keys", f"{len(keys)} in {config.auth.keys_file}")
+    engine = report.attempt("device", lambda: _engine(config))
+    if engine is not None:
+        report.ok("device", f"{engine.device}: {engine.device.reason}")
+    if engine is not None and not skip_models:
+        asyncio.run(_check_models(config, engine, report))
+    ctx.exit(1 if report.failed else 0)
+
+
+class _Report:
+    """Lines of `ok | warn | fail`, and whether any failed."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def line(self, state: str, what: str, text: str) -> None:
+        """Print one line."""
+        click.echo(f"{state:<5} {what:<14} {text}")
+
+    def ok(self, what: str, text: str) -> None:
+        """Something is as it should be."""
+        self.line("ok", what, text)
+
+    def fail(self, what: str, text: str) -> None:
+        """Something keeps the appliance or a model from serving."""
+        self.failed = True
+        self.line("fail", what, text)
+
+    def attempt(self, what: str, make: Callable[[], T]) -> T | None:
+        """The result, or None and a line that says why not."""
+        try:
+            return make()
+        except ApplianceError as error:
+            self.fail(what, str(error))
+            return None
+
+
+def _engine(config: Config) -> LocalEngine:
+    return LocalEngine(
+        config.engine.device,
+        threads=config.engine.threads,
+        queue_rows=config.engine.queue_rows,
+        gpu_memory=config.engine.gpu_memory,
+        metrics=Metrics(),
+    )
+
+
+async def _check_models(config: Config, engine: LocalEngine, report: _Report) -> None:
+    """Load every wanted version once, as the daemon would; nothing is written."""
+    pool = DecodePool(config.engine.decode_threads)
+    metrics = Metrics()
+
+    async def load(path: Path, bundle: BundleConfig, version: VersionFolder) -> Servable:
+        return await servable.load(path, bundle, version, engine, pool, metrics, config.limits)
+
+    try:
+        settings = config.catalog.model_copy(update={"settle_s": 0.0})
+        repository: Repository[Servable] = Repository(settings, load, remember=False)
+    except ApplianceError as error:
+        report.fail("catalog", str(error))
+        return
+    await repository.look()
+    await repository.wait_settled()
+    problems = repository.not_ready()
+    for bundle in repository.bundles:
+        if bundle.problem:
+            report.fail("bundle", f"{bundle.name}: {bundle.problem}")
+        for version in repository.versions(bundle):
+            name = f"{bundle.name}:{version.id}"
+            if name in problems:
+                report.fail("bundle", f"{name}: {problems[name]}")
+            elif version.servable is not None:
+                model = version.servable.model
+                sentence = f" {version.config.sentence}" if version.config.sentence else ""
+                batching = f"batching {model.batching.mode} ({model.batching.reason})"
+                report.ok("bundle", f"{name}: {version.config.model_type_id} on {model.device}, {batching}.{sentence}")
+            else:
+                report.ok("bundle", f"{name}: {version.state.value}")
+    if not repository.bundles:
+        report.line("warn", "bundle", f"there is none in {config.catalog.root}")
+    await repository.close()
+    pool.close()

@@ -1,0 +1,172 @@
+"""`appliance models list | add | remove | rollback | inspect`."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from appliance.catalog import bundle as bundles
+from appliance.catalog import changes, importer
+from appliance.catalog.state import read_held
+from appliance.cli import admin
+from appliance.core import config as configuration
+from appliance.core.config import Config
+from appliance.core.errors import BundleInvalid, ConfigError
+
+_WAIT = click.option("--wait", type=float, default=0.0, help="Seconds to wait until the daemon serves the change.")
+
+
+@click.group()
+def models() -> None:
+    """See and change what is served."""
+
+
+@models.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def list_models(config_file: Path | None, as_json: bool) -> None:
+    """List bundles and versions, their state, and why one is not ready."""
+    config = configuration.load(config_file).config
+    rows = _catalog(config)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    table = Table("bundle", "model", "version", "state", "why not")
+    for row in rows:
+        for entry in row["versions"]:
+            table.add_row(row["bundle"], row["model"], entry["version"], entry["state"], entry["problem"])
+        if row["problem"]:
+            table.add_row(row["bundle"], row["model"], "", "", row["problem"])
+    Console().print(table)
+
+
+@models.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--name", default="", help="Name of the bundle's folder; default: the source's.")
+@click.option("--replace", is_flag=True, help="Replace versions and the config that are there already.")
+@_WAIT
+@click.pass_obj
+def add(config_file: Path | None, source: Path, name: str, replace: bool, wait: float) -> None:
+    """Add a bundle, new versions of one, or a bare .onnx file."""
+    config = configuration.load(config_file).config
+    name, versions, sentence = changes.add(source, config.catalog, name=name, replace=replace)
+    click.echo(f"added {name}, version {', '.join(versions)}" + (f"\n{sentence}" if sentence else ""))
+    _settle(config, name, wait)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--version", default="", help="Only this version.")
+@click.pass_obj
+def remove(config_file: Path | None, name: str, version: str) -> None:
+    """Take a bundle (or one version) away; requests it has are finished."""
+    config = configuration.load(config_file).config
+    changes.remove(name, version, config.catalog)
+    click.echo(f"removed {name}" + (f" version {version}" if version else ""))
+    _settle(config, "", 0.0)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--to", default="", help="The version to go back (or forward) to; default: the one before the newest.")
+@_WAIT
+@click.pass_obj
+def rollback(config_file: Path | None, name: str, to: str, wait: float) -> None:
+    """Serve an older version: newer ones are held back until you roll forward with --to."""
+    config = configuration.load(config_file).config
+    newest, held = changes.rollback(name, to, config.catalog)
+    click.echo(f"{name}: newest is {newest}" + (f"; held back: {', '.join(held)}" if held else "; none held back"))
+    _settle(config, name, wait)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def inspect(config_file: Path | None, name: str, as_json: bool) -> None:
+    """Show one bundle: its explicit config, its versions, checksums, and how its rows are batched and why."""
+    config = configuration.load(config_file).config
+    path = changes.find(name, config.catalog)
+    explicit, model, concepts = bundles.read_config(path, config.catalog.user_id, config.catalog.app_id)
+    versions = bundles.find_versions(path, explicit.onnx.file if explicit else "model.onnx")
+    if explicit is None:
+        explicit = importer.infer_config(
+            path, versions[0], model, concepts, config.catalog.user_id, config.catalog.app_id
+        )
+    rows = (row for row in _catalog(config) if row["bundle"] == name)
+    served: dict[str, Any] = next(rows, {"versions": []})
+    if as_json:
+        content = {"config": bundles.as_yaml(explicit), "sentence": explicit.sentence, "served": served}
+        click.echo(json.dumps(content, indent=1))
+        return
+    click.echo(bundles.as_yaml(explicit).rstrip())
+    by_id = {entry["version"]: entry for entry in served["versions"]}
+    for version in versions:
+        entry = by_id.get(version.id, {})
+        click.echo(f"\nversion {version.id}: {entry.get('state', 'on disk')}")
+        for key in ("problem", "device", "batching", "load_seconds"):
+            if entry.get(key):
+                click.echo(f"  {key.replace('_', ' ')}: {entry[key]}")
+        for note in entry.get("notes", ()):
+            click.echo(f"  note: {note}")
+        for file, digest in (entry.get("sha256") or bundles.checksums(version)).items():
+            click.echo(f"  sha256 {digest}  {file}")
+
+
+def _catalog(config: Config) -> list[dict[str, Any]]:
+    """What the daemon serves; what lies on disk when it does not run."""
+    try:
+        rows: list[dict[str, Any]] = admin.ask(config.admin.socket, "/status")["catalog"]
+    except admin.NotRunning:
+        click.echo("The daemon does not run: this is what lies on disk.", err=True)
+        return _on_disk(config)
+    return rows
+
+
+def _on_disk(config: Config) -> list[dict[str, Any]]:
+    held = read_held(config.catalog.state_dir)
+    rows = []
+    for path in sorted(config.catalog.root.glob("[!.]*")):
+        name = path.stem if path.is_file() else path.name
+        row: dict[str, Any] = {"bundle": name, "model": "", "problem": "", "versions": []}
+        try:
+            explicit, _, _ = bundles.read_config(path, config.catalog.user_id, config.catalog.app_id)
+            row["model"] = str(explicit.key) if explicit else ""
+            row["versions"] = [
+                {"version": v.id, "state": "held" if v.id in held.get(name, ()) else "on disk", "problem": ""}
+                for v in bundles.find_versions(path, explicit.onnx.file if explicit else "model.onnx")
+            ]
+        except BundleInvalid as error:
+            row["problem"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def _settle(config: Config, name: str, wait_s: float) -> None:
+    """Tell a running daemon to look, and wait until the bundle is served, if asked to."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            rows = admin.ask(config.admin.socket, "/look", post=True)["catalog"]
+        except admin.NotRunning:
+            if wait_s:
+                raise
+            return
+        row = next((row for row in rows if row["bundle"] == name), None)
+        if not wait_s or row is None or _served(row):
+            return
+        problem = row["problem"] or next((v["problem"] for v in row["versions"] if v["state"] == "failed"), "")
+        if time.monotonic() >= deadline:
+            raise ConfigError(f"{name} is not served after {wait_s:g} s: {problem or 'still loading'}")
+        if any(v["state"] == "failed" for v in row["versions"]):
+            raise ConfigError(f"{name} cannot be served: {problem}")
+        time.sleep(0.2)
+
+
+def _served(row: dict[str, Any]) -> bool:
+    states = {entry["state"] for entry in row["versions"]}
+    return bool(states) and states <= {"ready", "held"} and not row["problem"]

@@ -1,0 +1,655 @@
+"""Configuration: frozen models of the sections, read from layers, every problem reported at once.
+
+Layers, later ones win: built-in defaults → vendor file → main file → `conf.d/*.toml` in name order → `APPLIANCE_*`
+environment (`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value is read as TOML, else as text). The
+`[[principal]]` tables of all files are put one behind the other, so that a drop-in file can add one.
+"""
+
+import difflib
+import ipaddress
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from appliance.core.errors import ConfigError
+from appliance.core.types import NAME_PATTERN
+
+VENDOR_FILE = Path("/usr/lib/inference-appliance/appliance.toml")
+MAIN_FILE = Path("/etc/inference-appliance/appliance.toml")
+MAIN_FILE_VARIABLE = "APPLIANCE_CONFIG"
+ENVIRONMENT_PREFIX = "APPLIANCE_"
+BUILT_IN = "built-in default"
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*")
+_UNIT = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNIT |= {"ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def parse_size(value: object) -> object:
+    """Turn "20 MiB" into bytes; numbers pass through. Raises ValueError with the forms that are understood."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    if not match:
+        raise ValueError('is not a size; write bytes or e.g. "20MiB", "1.5GB"')
+    return int(float(match[1]) * _UNIT[match[2] or ""])
+
+
+def parse_address(value: str) -> tuple[str, int]:
+    """Split `host:port` or `[v6]:port`. Raises ValueError: not that form."""
+    host, separator, port = value.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not separator or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
+        raise ValueError('is not an address; write "host:port", e.g. "[::]:8443" or "127.0.0.1:8443"')
+    return host, int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether nobody outside this machine can reach that listening address."""
+    host, _ = parse_address(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _address(value: str) -> str:
+    parse_address(value)
+    return value
+
+
+def _name(value: str) -> str:
+    if not NAME_PATTERN.fullmatch(value):
+        raise ValueError("may have letters, digits and . _ - inside, 64 characters at most")
+    return value
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Address = Annotated[str, BeforeValidator(_address)]
+Name = Annotated[str, BeforeValidator(_name)]
+FilePath = Annotated[Path, PlainSerializer(str, return_type=str)]
+
+
+class Section(BaseModel):
+    """What all sections have in common: immutable once read, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Server(Section):
+    """Where clients connect."""
+
+    base_url: str = Field(
+        "https://localhost:8443",
+        description="What clients are told: scheme, host and port, without a path. Its host should be in the "
+        "certificate's subject alternative names.",
+    )
+    listen: Address = Field(
+        "[::]:8443", description="TLS port for all clients (the stock SDKs).", json_schema_extra={"restart": True}
+    )
+    mtls_listen: Address | None = Field(
+        None,
+        description='Port that demands a client certificate signed by tls.client_ca, e.g. "[::]:8444". Unset: no '
+        "such port.",
+        json_schema_extra={"restart": True},
+    )
+    transport: Literal["grpcio"] = Field(
+        "grpcio", description="Which wire serves the ports.", json_schema_extra={"restart": True}
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _check_base_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        try:
+            _ = parts.port
+        except ValueError:
+            raise ValueError("has a port that is not a number between 0 and 65535") from None
+        if parts.scheme != "https" or not parts.hostname:
+            raise ValueError('must be "https://host" or "https://host:port"')
+        if parts.path or parts.query or parts.fragment or parts.username:
+            raise ValueError("must end after the port: the stock SDKs cannot use a path or a trailing slash")
+        return value
+
+
+class Tls(Section):
+    """The appliance's certificate, and whose client certificates it trusts."""
+
+    certificate: FilePath = Field(
+        Path("/etc/inference-appliance/tls/server.crt"),
+        description="PEM file: the server's certificate, then the intermediates.",
+    )
+    key: FilePath = Field(Path("/etc/inference-appliance/tls/server.key"), description="PEM file: its private key.")
+    key_passphrase: SecretStr | None = Field(None, description="Passphrase of the private key, if it has one.")
+    client_ca: FilePath = Field(
+        Path("/etc/inference-appliance/tls/ca.crt"),
+        description="PEM file: the authorities whose client certificates are trusted (used by server.mtls_listen).",
+    )
+
+
+class Auth(Section):
+    """Who may call."""
+
+    require: Literal["key", "certificate", "either", "both", "none"] = Field(
+        "key",
+        description="What a call must bring: a key (PAT), a client certificate that a [[principal]] names, either "
+        '(the certificate counts if one was sent), or both (rights intersect). "none" only on loopback addresses.',
+    )
+    keys_file: FilePath = Field(
+        Path("/etc/inference-appliance/keys.json"),
+        description="Hashed keys, written by `appliance keys`; read again whenever it changes.",
+    )
+
+
+class Principal(Section):
+    """One who calls, what they may reach, and how fast. Written as [[principal]]."""
+
+    name: Name = Field(description="Short name, used in logs and by `appliance keys create --principal`.")
+    identities: tuple[str, ...] = Field(
+        (),
+        description='Client certificates that are this principal: "uri:…", "dns:…", "email:…" or "cn:…".',
+    )
+    users: tuple[str, ...] = Field(("*",), description='User ids whose models it may use; "*" matches any text.')
+    apps: tuple[str, ...] = Field(("*",), description='App ids whose models it may use; "*" matches any text.')
+    models: tuple[str, ...] = Field(("*",), description='Model ids it may use; "*" matches any text.')
+    user_id: Name | None = Field(None, description='Who the caller is for GetUser("me"); unset: catalog.user_id.')
+    requests_per_second: float = Field(0, ge=0, description="Requests a second on average; 0: no limit.")
+    burst: int = Field(0, ge=0, description="Requests that may come at once; 0: one second's worth.")
+    concurrency: int = Field(0, ge=0, description="Requests in flight at once; 0: no limit.")
+
+    @field_validator("identities")
+    @classmethod
+    def _check_identities(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            kind, separator, rest = value.partition(":")
+            if not separator or not rest or kind not in ("uri", "dns", "email", "cn"):
+                raise ValueError(f'identity "{value}" must begin with uri:, dns:, email: or cn:')
+        return values
+
+
+class Catalog(Section):
+    """Where models are, and whose they are when a bundle does not say."""
+
+    root: FilePath = Field(
+        Path("/var/lib/inference-appliance/models"),
+        description="Folder of bundles; watched.",
+        json_schema_extra={"restart": True},
+    )
+    state_dir: FilePath = Field(
+        Path("/var/lib/inference-appliance"),
+        description="Folder for what the appliance remembers over a restart.",
+        json_schema_extra={"restart": True},
+    )
+    scan_interval_s: float = Field(1.0, gt=0, le=3600, description="Seconds between two looks at the root.")
+    settle_s: float = Field(
+        2.0, ge=0, le=3600, description="Seconds a bundle's files must stay unchanged before they are loaded."
+    )
+    start_wait_s: float = Field(
+        60.0, ge=0, description="Seconds that start waits for bundles to load before it says ready."
+    )
+    user_id: Name = Field("appliance", description="Owner of bundles whose config.yaml names no user_id.")
+    app_id: Name = Field("main", description="App of bundles whose config.yaml names no app_id.")
+
+
+class Engine(Section):
+    """How models run."""
+
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|gpu|gpu:\d+)$",
+        description='"cpu", "gpu", "gpu:N" or "auto" (GPU if one works, else CPU). "gpu" is a requirement: it never '
+        "falls back.",
+        json_schema_extra={"restart": True},
+    )
+    threads: int = Field(
+        0,
+        ge=0,
+        description="CPU threads a model may use for one run; 0: as many as the CPUs we may use.",
+        json_schema_extra={"restart": True},
+    )
+    decode_threads: int = Field(
+        0,
+        ge=0,
+        description="Threads that decode inputs; 0: as many as the CPUs we may use.",
+        json_schema_extra={"restart": True},
+    )
+    queue_rows: int = Field(
+        4096,
+        ge=1,
+        description="Inputs that may wait for one model; more are refused as overload.",
+        json_schema_extra={"restart": True},
+    )
+    gpu_memory: Size | None = Field(
+        None,
+        description="Bytes of GPU memory one session's arena may take; unset: no bound.",
+        json_schema_extra={"restart": True},
+    )
+
+
+class Limits(Section):
+    """What one request may ask; each may be lowered, the API's own maxima are never exceeded."""
+
+    inputs_per_request: int = Field(128, ge=1, le=128, description="Inputs in one request.")
+    concepts_default: int = Field(20, ge=1, le=200, description="Concepts returned when the caller does not say.")
+    concepts_max: int = Field(200, ge=1, le=200, description="Concepts that a caller may ask for.")
+    request_size: Size = Field(
+        128 * 2**20, le=2**30, description="Bytes of one request.", json_schema_extra={"restart": True}
+    )
+    image_size: Size = Field(20 * 2**20, le=128 * 2**20, description="Bytes of one image file.")
+    image_pixels: int = Field(
+        85_000_000, ge=1, le=85_000_000, description="Pixels of one image, checked before it is decoded."
+    )
+    text_size: Size = Field(20 * 2**20, le=128 * 2**20, description="Bytes of one text.")
+    memory_in_flight: Size | None = Field(
+        None,
+        description="Bytes that requests may hold at once (bodies, decoded inputs, replies); unset: a quarter of the "
+        "memory this service may use.",
+    )
+    request_timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="Seconds after which a request is answered that its time is over."
+    )
+
+    @model_validator(mode="after")
+    def _check_concepts(self) -> Self:
+        if self.concepts_default > self.concepts_max:
+            raise ValueError(f"concepts_default {self.concepts_default} is over concepts_max {self.concepts_max}")
+        return self
+
+
+class Urls(Section):
+    """Inputs given as URLs. Off until hosts are named here."""
+
+    hosts: tuple[str, ...] = Field(
+        (), description='Hosts that inputs may be fetched from, e.g. ["images.example.com", "*.cdn.example.com"].'
+    )
+    private_addresses: bool = Field(
+        False, description="Whether these hosts may resolve to private or loopback addresses."
+    )
+    timeout_s: float = Field(10.0, gt=0, le=300, description="Seconds one download may take.")
+
+
+class Admin(Section):
+    """Where operators and Prometheus look."""
+
+    listen: Address = Field(
+        "127.0.0.1:9464",
+        description="HTTP port for /livez, /readyz and /metrics; loopback only.",
+        json_schema_extra={"restart": True},
+    )
+    socket: FilePath = Field(
+        Path("/run/inference-appliance/admin.sock"),
+        description="Unix socket for the `appliance` command.",
+        json_schema_extra={"restart": True},
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _check_loopback(cls, value: str) -> str:
+        if not is_loopback(value):
+            raise ValueError("must be a loopback address: these pages are not protected")
+        return value
+
+
+class Log(Section):
+    """What is written about requests."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is written.")
+    sample: float = Field(
+        0.01, ge=0, le=1, description="Share of successful requests that are logged; errors always are."
+    )
+
+
+class Shutdown(Section):
+    """How the appliance stops."""
+
+    lame_duck_s: float = Field(
+        3.0, ge=0, le=600, description="Seconds between saying not ready and accepting no more, so balancers notice."
+    )
+    drain_s: float = Field(
+        25.0, ge=0, le=3600, description="Seconds in which accepted requests may finish; the rest are told to retry."
+    )
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    server: Server = Server()
+    tls: Tls = Tls()
+    auth: Auth = Auth()
+    principal: tuple[Principal, ...] = ()
+    catalog: Catalog = Catalog()
+    engine: Engine = Engine()
+    limits: Limits = Limits()
+    urls: Urls = Urls()
+    admin: Admin = Admin()
+    log: Log = Log()
+    shutdown: Shutdown = Shutdown()
+
+
+def cross_problems(config: Config) -> list["Problem"]:
+    """What is wrong between sections; every section by itself is already valid."""
+    problems = []
+    listens = [("server.listen", config.server.listen), ("server.mtls_listen", config.server.mtls_listen)]
+    if config.auth.require == "none":
+        problems += [
+            Problem(key, address, 'is not a loopback address, and auth.require is "none"', f"Bind {key} to 127.0.0.1.")
+            for key, address in listens
+            if address and not is_loopback(address)
+        ]
+    if config.auth.require in ("certificate", "both") and not config.server.mtls_listen:
+        problems.append(
+            Problem(
+                "auth.require",
+                config.auth.require,
+                "needs client certificates, and no port asks for them",
+                'Set server.mtls_listen, e.g. "[::]:8444", or auth.require = "key".',
+            )
+        )
+    if config.server.mtls_listen == config.server.listen and not config.server.listen.endswith(":0"):
+        problems.append(
+            Problem(
+                "server.mtls_listen",
+                config.server.mtls_listen,
+                "is the same as server.listen",
+                "Give the two ports different numbers.",
+            )
+        )
+    seen_names: set[str] = set()
+    owner: dict[str, str] = {}
+    for index, principal in enumerate(config.principal):
+        where = f"principal.{index}"
+        if principal.name in seen_names:
+            problems.append(
+                Problem(f"{where}.name", principal.name, "is used twice", "Give each [[principal]] its own name.")
+            )
+        seen_names.add(principal.name)
+        for identity in principal.identities:
+            if identity in owner:
+                problems.append(
+                    Problem(
+                        f"{where}.identities",
+                        identity,
+                        f"belongs to principal {owner[identity]!r} already",
+                        "Name each identity in one [[principal]] only.",
+                    )
+                )
+            owner[identity] = principal.name
+    return problems
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: which key, its value, why, and what to do."""
+
+    key: str
+    value: object
+    reason: str
+    remedy: str
+    origin: str = ""
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None else f" = {_shown(self.value)}"
+        origin = f" ({self.origin})" if self.origin else ""
+        return f"{self.key}{shown}{origin}: {self.reason}. {self.remedy}"
+
+
+class ConfigInvalid(ConfigError):
+    """The configuration has problems; all of them are in `problems`, one a line in the message."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+        super().__init__(f"The configuration has {count}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A valid configuration, and for each dotted key which layer it came from."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+    def rows(self) -> Iterator[tuple[str, object, str]]:
+        """Every key with its effective value and origin; secrets are redacted."""
+        for key, value in _flatten(self.config.model_dump(mode="json")):
+            secret = key.endswith("passphrase") and value is not None
+            yield key, "********" if secret else value, self.origins.get(_unindexed(key), BUILT_IN)
+
+
+def load(main_file: Path | None = None, environ: Mapping[str, str] | None = None) -> LoadedConfig:
+    """Read all layers and check them.
+
+    Args:
+        main_file: instead of the default; must exist. Its `conf.d/` lies beside it.
+        environ: instead of `os.environ`.
+    Raises:
+        ConfigInvalid: with every problem of every layer.
+    """
+    environ = os.environ if environ is None else environ
+    named = main_file or (Path(environ[MAIN_FILE_VARIABLE]) if MAIN_FILE_VARIABLE in environ else None)
+    main = named or MAIN_FILE
+    problems: list[Problem] = []
+    if named and not main.is_file():
+        problems.append(Problem(str(main), None, "there is no such file", "Name an existing configuration file."))
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    drop_ins = sorted((main.parent / "conf.d").glob("*.toml"))
+    for path in [VENDOR_FILE, main, *drop_ins]:
+        _merge(merged, origins, _read_file(path, problems), str(path))
+    for variable, table in _environment_tables(environ, problems):
+        _merge(merged, origins, table, variable)
+    config = None
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        problems += [_problem(entry, merged, origins) for entry in error.errors()]
+    if config is not None:
+        problems += [
+            Problem(p.key, p.value, p.reason, p.remedy, origins.get(_unindexed(p.key), BUILT_IN))
+            for p in cross_problems(config)
+        ]
+    if problems or config is None:
+        raise ConfigInvalid(problems)
+    return LoadedConfig(config, origins)
+
+
+def restart_needed(old: Config, new: Config) -> list[str]:
+    """Keys that differ and take effect only after a restart."""
+    changed = []
+    for section_name in Config.model_fields:
+        before, after = getattr(old, section_name), getattr(new, section_name)
+        if not isinstance(before, Section):
+            continue
+        for name, info in type(before).model_fields.items():
+            extra = info.json_schema_extra
+            needs = isinstance(extra, dict) and bool(extra.get("restart"))
+            if needs and getattr(before, name) != getattr(after, name):
+                changed.append(f"{section_name}.{name}")
+    return changed
+
+
+def keeping(old: Config, new: Config, keys: list[str]) -> Config:
+    """`new`, with the given dotted keys as they are in `old`."""
+    changes: dict[str, Section] = {}
+    for key in keys:
+        section, _, name = key.partition(".")
+        current = changes.get(section, getattr(new, section))
+        changes[section] = current.model_copy(update={name: getattr(getattr(old, section), name)})
+    return new.model_copy(update=changes)
+
+
+def example() -> str:
+    """The configuration file we ship: every key with its documentation and default, commented out."""
+    lines = [
+        "# inference-appliance: configuration. Every key is shown with its default; remove the # to change it.",
+        "# Files in conf.d/ beside this one are read after it; APPLIANCE_SECTION__KEY variables after those.",
+        "# `appliance check` says what is wrong, `appliance config show` what is in force and where it came from.",
+    ]
+    for name, info in Config.model_fields.items():
+        section = Principal if name == "principal" else info.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, Section)
+        header = f"[[{name}]]" if name == "principal" else f"[{name}]"
+        lines += ["", f"# {(section.__doc__ or '').strip()}", f"#{header}" if name == "principal" else header]
+        for key, field in section.model_fields.items():
+            restart = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("restart")
+            lines += _comment((field.description or "") + (" Needs a restart." if restart else ""))
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            lines.append(f"#{key} = {_toml(default)}")
+    return "\n".join(lines) + "\n"
+
+
+def _comment(text: str, width: int = 116) -> list[str]:
+    lines, line = [], "#"
+    for word in text.split():
+        if len(line) + 1 + len(word) > width:
+            lines.append(line)
+            line = "#"
+        line += f" {word}"
+    return [*lines, line]
+
+
+def _toml(value: object) -> str:
+    if value is None:
+        return '""'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, bool | int | float):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def _shown(value: object) -> str:
+    text = repr(value) if not isinstance(value, str) else f'"{value}"'
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _read_file(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problems.append(Problem(str(path), None, f"is not TOML: {error}", "Mend that line."))
+    except OSError as error:
+        problems.append(Problem(str(path), None, f"cannot be read: {error.strerror}", "Mend its permissions."))
+    return {}
+
+
+def _environment_tables(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for variable in sorted(environ):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == MAIN_FILE_VARIABLE:
+            continue
+        section, separator, key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+        if not separator or not key:
+            problems.append(
+                Problem(
+                    variable,
+                    None,
+                    "is not a setting of ours",
+                    f"Write {ENVIRONMENT_PREFIX}SECTION__KEY, e.g. APPLIANCE_SERVER__BASE_URL, or unset it.",
+                )
+            )
+            continue
+        yield variable, {section: {key: _environment_value(environ[variable])}}
+
+
+def _environment_value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _merge(into: dict[str, Any], origins: dict[str, str], layer: dict[str, Any], origin: str) -> None:
+    for section, content in layer.items():
+        if section == "principal" and isinstance(content, list):
+            into[section] = [*into.get(section, []), *content]
+            origins[section] = origin
+        elif isinstance(content, dict) and isinstance(into.get(section, {}), dict):
+            into[section] = {**into.get(section, {}), **content}
+            origins.update({f"{section}.{key}": origin for key in content})
+        else:
+            into[section] = content
+            origins[section] = origin
+
+
+def _problem(entry: Any, merged: dict[str, Any], origins: Mapping[str, str]) -> Problem:
+    """One pydantic error as a sentence with the key, the value and what to do."""
+    location = [str(part) for part in entry["loc"]]
+    key = ".".join(location)
+    origin = origins.get(_unindexed(key)) or origins.get(location[0], "")
+    if entry["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        remedy = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(sorted(known))}."
+        return Problem(key, None, "is not a key we know", remedy, origin)
+    reason = entry["msg"].removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
+    field = _field(location)
+    description = field.description if field is not None and field.description else "See the example file."
+    value = None if "passphrase" in key or entry["type"] == "missing" else entry.get("input")
+    if isinstance(value, dict | BaseModel):
+        value = None
+    return Problem(key, value, reason.rstrip("."), description, origin)
+
+
+def _section_type(location: list[str]) -> type[Section] | None:
+    if not location:
+        return Config
+    if location[0] == "principal":
+        return Principal
+    info = Config.model_fields.get(location[0])
+    annotation = info.annotation if info else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    section = _section_type(location)
+    return list(section.model_fields) if section else []
+
+
+def _field(location: list[str]) -> Any:
+    section = _section_type(location[:1])
+    names = [part for part in location[1:] if not part.isdigit()]
+    return section.model_fields.get(names[0]) if section and names else None
+
+
+def _unindexed(key: str) -> str:
+    """Origins are kept by section and key: `principal.0.name` came from where `principal` came from."""
+    parts = key.split(".")
+    return parts[0] if parts[0] == "principal" else ".".join(parts[:2])
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif key == "principal" and isinstance(value, list):
+            for index, table in enumerate(value):
+                yield from _flatten(table, f"principal.{index}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,217 @@
+"""Everything that can go wrong, sorted by who can act.
+
+    ApplianceError
+      RequestError            the caller must change something
+        InvalidRequest          the message cannot be read, or misses something
+        NoInputs                no inputs in the request
+        TooManyInputs           more inputs than one request may carry
+        InvalidArgument         max_concepts, min_value, select_concepts, a method argument
+        UnknownMethod           no such method on this model
+        UnknownModel            no such model or version
+        UnknownType             no such model type
+        UnknownStatusCode       no such status code
+        UnknownUser             a user id that is not the caller's
+        PlacementUnknown        a deployment or nodepool that is not this appliance
+        InputError              one input of many is at fault
+          InvalidInput            it carries the wrong thing, or nothing
+          UnsupportedFormat       its bytes are not a format we read
+          InputTooLarge           over the bytes or pixels one input may have
+          UrlRefused              its URL may not be fetched
+          DownloadFailed          its URL was allowed, and could not be fetched
+        AccessError             who is calling
+          CredentialsMissing      no key (or certificate) where one is required
+          KeyInvalid              a key that is unknown or revoked
+          NotPermitted            known, but not allowed to do this
+          RateLimited             over this principal's rate or concurrency
+      CapacityError           the caller should try later
+        Overloaded              a queue or the memory budget is full
+        NotReady                the model is still loading
+        NotDeployed             the model could not be loaded
+        Draining                the appliance is stopping
+        DeadlineExceeded        the time for this call is over
+        Cancelled               the caller went away
+      ModelError              the bundle is at fault
+        BundleInvalid           it cannot be loaded
+        InferenceFailed         it was loaded, and this run of it failed
+      ConfigError             the operator: an exit code, never a reply
+        CertificateError        a certificate, key or trust bundle is unusable
+        DeviceError             the device asked for cannot be used
+
+An error holds values and builds its sentence. `str(error)` is what the caller may read: it names the limit, key or
+file and says what to do. What happened inside goes into `detail`, which is for the log only. This module imports
+nothing, so that everybody may import it.
+"""
+
+
+class ApplianceError(Exception):
+    """Root of all errors raised on purpose; `str()` of it is safe to show to the caller."""
+
+    def __init__(self, message: str, *, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail
+
+
+class RequestError(ApplianceError):
+    """The caller must change the request."""
+
+
+class InvalidRequest(RequestError):
+    """The message cannot be read, or misses something."""
+
+
+class NoInputs(RequestError):
+    """The request carries no inputs."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request has no inputs; send between 1 and {limit}.")
+
+
+class TooManyInputs(RequestError):
+    """The request carries more inputs than one request may."""
+
+    def __init__(self, count: int, limit: int) -> None:
+        super().__init__(f"The request has {count} inputs; the limit is {limit} per request. Send several requests.")
+
+
+class InvalidArgument(RequestError):
+    """A parameter of the prediction is out of its range."""
+
+
+class UnknownMethod(RequestError):
+    """The model has no method of that name."""
+
+    def __init__(self, method: str, known: tuple[str, ...]) -> None:
+        super().__init__(f"The model has no method {method!r}; it has {', '.join(known)}.")
+
+
+class UnknownModel(RequestError):
+    """No such model, or no such version of it."""
+
+
+class UnknownType(RequestError):
+    """No such model type."""
+
+
+class UnknownStatusCode(RequestError):
+    """No such status code."""
+
+
+class UnknownUser(RequestError):
+    """A user id that is not the caller's."""
+
+
+class PlacementUnknown(RequestError):
+    """A deployment or nodepool that is not this appliance.
+
+    Attributes: kind: "deployment" | "nodepool" | "runner".
+    """
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"There is no {kind} {name!r} on this appliance; leave the selector out to use its models.")
+        self.kind = kind
+
+
+class InputError(RequestError):
+    """One input of the request is at fault; its neighbours are answered."""
+
+
+class InvalidInput(InputError):
+    """The input carries the wrong kind of data, or none."""
+
+
+class UnsupportedFormat(InputError):
+    """The input's bytes are not a format the appliance reads."""
+
+
+class InputTooLarge(InputError):
+    """The input is over the bytes or pixels that one input may have."""
+
+
+class UrlRefused(InputError):
+    """The input's URL may not be fetched."""
+
+
+class DownloadFailed(InputError):
+    """The input's URL was allowed, and could not be fetched."""
+
+
+class AccessError(RequestError):
+    """Who is calling is not known, or not allowed."""
+
+
+class CredentialsMissing(AccessError):
+    """No key (or certificate) came where one is required."""
+
+
+class KeyInvalid(AccessError):
+    """The key is unknown or revoked."""
+
+
+class NotPermitted(AccessError):
+    """The caller is known, and not allowed to do this."""
+
+
+class RateLimited(AccessError):
+    """The principal is over its rate or its concurrency."""
+
+
+class CapacityError(ApplianceError):
+    """Nothing is wrong with the request; try later."""
+
+
+class Overloaded(CapacityError):
+    """A queue or the memory budget is full."""
+
+
+class NotReady(CapacityError):
+    """The model is still loading."""
+
+
+class NotDeployed(CapacityError):
+    """The model is in the catalog and could not be loaded; the operator sees why."""
+
+
+class Draining(CapacityError):
+    """The appliance is stopping."""
+
+    def __init__(self) -> None:
+        super().__init__("The appliance is shutting down; try again, or try another one.")
+
+
+class DeadlineExceeded(CapacityError):
+    """The time for this call is over."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        allowed = f" of {seconds:g} s" if seconds is not None else ""
+        super().__init__(f"The deadline{allowed} passed before the answer was ready.")
+
+
+class Cancelled(CapacityError):
+    """The caller went away; nobody reads this."""
+
+    def __init__(self) -> None:
+        super().__init__("The call was cancelled.")
+
+
+class ModelError(ApplianceError):
+    """The bundle is at fault."""
+
+
+class BundleInvalid(ModelError):
+    """The bundle cannot be loaded; says which file and what to do."""
+
+
+class InferenceFailed(ModelError):
+    """The model was loaded, and this run of it failed."""
+
+
+class ConfigError(ApplianceError):
+    """The operator must change the configuration, a file or the machine."""
+
+
+class CertificateError(ConfigError):
+    """A certificate, key or trust bundle is unusable."""
+
+
+class DeviceError(ConfigError):
+    """The device asked for cannot be used."""

@@ -1,0 +1,108 @@
+"""Logging: one line an event, `key=value` fields behind the sentence; to the journal with native fields under systemd.
+
+Errors and refusals are logged each, up to a rate; what was suppressed is counted and said. Keys never come here: code
+logs principals' names and key ids.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = "appliance"
+_PLAIN = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
+
+
+class FieldFormatter(logging.Formatter):
+    """`2026-11-21T10:00:00Z INFO sentence key=value …`; the journal stamps time and level itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = " ".join(f"{key}={_quoted(value)}" for key, value in extra_fields(record).items())
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        line = f"{stamp} {record.levelname:<7} {_one_line(record.getMessage())} {fields}".rstrip()
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def extra_fields(record: logging.LogRecord) -> dict[str, object]:
+    """What was given as `extra=`."""
+    return {key: value for key, value in record.__dict__.items() if key not in _PLAIN}
+
+
+def set_up(level: str) -> None:
+    """Send our log to the journal when systemd reads our stderr and its library is here, else to stderr as text."""
+    root = logging.getLogger(ROOT)
+    root.setLevel(level.upper())
+    root.propagate = False
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    root.addHandler(_journal_handler() or _stderr_handler())
+
+
+def set_level(level: str) -> None:
+    """Change the least level that is written."""
+    logging.getLogger(ROOT).setLevel(level.upper())
+
+
+def _journal_handler() -> logging.Handler | None:
+    if "JOURNAL_STREAM" not in os.environ:
+        return None
+    try:
+        from systemd.journal import JournalHandler  # optional dependency: the `systemd` extra
+    except ImportError:
+        return None
+
+    class FieldJournalHandler(JournalHandler):  # type: ignore[misc]  # the library has no types
+        """Journal fields are upper case; ours come as lower-case `extra=` keys."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            for key, value in extra_fields(record).items():
+                record.__dict__[key.upper()] = value
+            super().emit(record)
+
+    handler: logging.Handler = FieldJournalHandler(SYSLOG_IDENTIFIER="inference-appliance")
+    return handler
+
+
+def _stderr_handler() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(FieldFormatter())
+    return handler
+
+
+class RateLimitedLog:
+    """Writes up to `per_second` lines of one kind a second, then one line that says how many were left out."""
+
+    def __init__(
+        self, logger: logging.Logger, per_second: int = 10, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._logger = logger
+        self._per_second = per_second
+        self._clock = clock
+        self._windows: dict[str, tuple[int, int]] = {}
+
+    def write(self, kind: str, level: int, message: str, **fields: Any) -> None:
+        """Log `message` with `fields`, unless this kind has had its share of the running second."""
+        second = int(self._clock())
+        start, count = self._windows.get(kind, (second, 0))
+        if second != start:
+            if count > self._per_second:
+                suppressed = count - self._per_second
+                self._logger.log(level, "%d more lines of this kind were left out", suppressed, extra={"kind": kind})
+            start, count = second, 0
+        self._windows[kind] = (start, count + 1)
+        if count < self._per_second:
+            self._logger.log(level, "%s", message, extra=fields)
+
+
+def _one_line(text: str) -> str:
+    """Whatever a caller sent may not start a line of its own in the log."""
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _quoted(value: object) -> str:
+    text = _one_line(str(value))
+    return text if text and " " not in text and '"' not in text else '"' + text.replace('"', '\\"') + '"'

@@ -1,0 +1,53 @@
+"""What this machine lets us use: CPUs and memory, as the kernel's control groups bound them."""
+
+import math
+import os
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cpus() -> int:
+    """CPUs that affinity and the cgroup's quota leave us; at least 1."""
+    cpus = len(os.sched_getaffinity(0))
+    quota = _cpu_quota()
+    return max(1, min(cpus, math.ceil(quota)) if quota else cpus)
+
+
+def usable_memory() -> int:
+    """Bytes of memory that the cgroup leaves us, or that the machine has."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [_number(folder / "memory.max") for folder in _own_cgroups()]
+    limits.append(_number(_CGROUP / "memory" / "memory.limit_in_bytes"))
+    return min([physical, *(limit for limit in limits if limit)])
+
+
+def _cpu_quota() -> float | None:
+    """CPUs' worth of time that the tightest enclosing cgroup grants, None when unbounded (cgroup v2 `cpu.max`)."""
+    quotas = []
+    for folder in _own_cgroups():
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        if quota.isdigit() and period.strip().isdigit():
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _own_cgroups() -> list[Path]:
+    """Our cgroup v2 folder and all above it: each may bound us."""
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        if line.startswith("0::"):
+            folder = _CGROUP / line.removeprefix("0::").strip().lstrip("/")
+            return [folder, *(parent for parent in folder.parents if parent.is_relative_to(_CGROUP))]
+    return []
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:
+        return ""

@@ -1,0 +1,362 @@
+"""The daemon's life: start → ready → drain → stop, and reload in between.
+
+`Daemon.run` is the table of contents. What is opened is closed in the reverse order; ready is announced after it is
+true, draining before it is.
+"""
+
+import asyncio
+import contextlib
+import enum
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import Coroutine, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from appliance import __version__
+from appliance.api.auth import Authenticator
+from appliance.api.keys import KeyStore
+from appliance.api.service import Api
+from appliance.catalog.bundle import BundleConfig, VersionFolder
+from appliance.catalog.repository import Repository, State, describe
+from appliance.core import config as configuration
+from appliance.core import logs
+from appliance.core.config import LoadedConfig
+from appliance.core.errors import ApplianceError, ConfigError
+from appliance.core.machine import usable_memory
+from appliance.core.memory import MemoryBudget
+from appliance.core.metrics import Metrics
+from appliance.daemon.admin import AdminServer
+from appliance.daemon.certificates import CertificateFiles, base_url_warning
+from appliance.daemon.systemd import Notifier
+from appliance.engine import session
+from appliance.engine.worker import LocalEngine
+from appliance.tasks import servable
+from appliance.tasks.servable import DecodePool, Servable
+from appliance.wire.grpcio import GrpcioServer
+
+_log = logging.getLogger(__name__)
+
+
+class Phase(enum.IntEnum):
+    """Where the daemon is in its life; only moves forward."""
+
+    STARTING = 0
+    READY = 1
+    DRAINING = 2
+    STOPPED = 3
+
+
+class Daemon:
+    """One appliance, from start to stop."""
+
+    def __init__(self, loaded: LoadedConfig, main_file: Path | None) -> None:
+        """Args: main_file: where a reload reads the configuration again; None for the default place."""
+        self._config = loaded.config
+        self._main_file = main_file
+        self._phase = Phase.STARTING
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._reloading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self.ports: Mapping[str, int] = {}
+
+    async def run(self) -> None:
+        """Serve until told to stop. Raises: ConfigError: what the operator must change before it can start."""
+        async with contextlib.AsyncExitStack() as stack:
+            self._open(stack)
+            await self._listen(stack)
+            self._watch_signals()
+            await self._load_models(stack)
+            self._say_ready()
+            await self._stop.wait()
+            await self._drain()
+        self._phase = Phase.STOPPED
+        _log.info("stopped")
+
+    # ---- start ----
+
+    def _open(self, stack: contextlib.AsyncExitStack) -> None:
+        """Everything that can be wrong is found here, before a port is bound."""
+        config = self._config
+        self._notifier = Notifier()
+        stack.enter_context(_lock(config.catalog.state_dir))
+        self._certificates = CertificateFiles(config)
+        self._keys = KeyStore(config.auth.keys_file)
+        self._metrics = Metrics()
+        self._metrics.build.info({"version": __version__, "onnxruntime": session.version()})
+        self._engine = LocalEngine(
+            config.engine.device,
+            threads=config.engine.threads,
+            queue_rows=config.engine.queue_rows,
+            gpu_memory=config.engine.gpu_memory,
+            metrics=self._metrics,
+        )
+        _log.info("device %s: %s", self._engine.device, self._engine.device.reason)
+        self._pool = DecodePool(config.engine.decode_threads)
+        stack.callback(self._pool.close)
+        self._repository: Repository[Servable] = Repository(
+            config.catalog,
+            self._load_servable,
+            self._publish,
+            lambda model: self._metrics.swaps.labels(model).inc(),
+        )
+        stack.push_async_callback(self._repository.close)
+        budget = MemoryBudget(config.limits.memory_in_flight or usable_memory() // 4)
+        self._api = Api(config, self._repository, Authenticator(config, self._keys), budget, self._metrics)
+        self._metrics.watch(self._metrics.keys, lambda: len(self._keys))
+        self._warn()
+
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
+        """Bind every port, then answer: what still loads says so, and nobody is refused."""
+        config = self._config
+        self._admin = AdminServer(config.admin, self, self._metrics.registry)
+        self._admin.start()
+        stack.push_async_callback(self._admin.stop)
+        self._server = GrpcioServer(self._api.endpoints(), config.limits.request_size)
+        stack.push_async_callback(self._server.stop, 0.0)
+        self._server.listen("server.listen", config.server.listen, self._certificates.tls)
+        if config.server.mtls_listen:
+            self._server.listen("server.mtls_listen", config.server.mtls_listen, self._certificates.mtls)
+        await self._server.start()
+        self.ports = {**self._server.ports, "admin.listen": self._admin.port}
+
+    async def _load_models(self, stack: contextlib.AsyncExitStack) -> None:
+        """Wait until every wanted bundle is ready or failed, but not for ever; a stop does not wait for it."""
+        self._spawn(self._repository.run(), stack)
+        self._spawn(self._tick(), stack)
+        wait_s = self._config.catalog.start_wait_s
+        self._notifier.extend_timeout(wait_s + 10)
+        settled = asyncio.ensure_future(self._repository.wait_settled())
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({settled, stopped}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        settled.cancel()
+        stopped.cancel()
+
+    def _say_ready(self) -> None:
+        if self._stop.is_set():
+            return
+        self._phase = Phase.READY
+        self._publish()
+        waiting = self._repository.not_ready()
+        for name, problem in waiting.items():
+            _log.warning("not ready: %s", problem, extra={"bundle": name})
+        ports = " ".join(f"{name}={port}" for name, port in self.ports.items())
+        _log.info("ready", extra={"base_url": self._config.server.base_url, **_flat(self.ports)})
+        self._notifier.ready(f"serving {self._config.server.base_url} ({ports})")
+
+    # ---- stop: the mirror of start ----
+
+    async def _drain(self) -> None:
+        """Not ready → balancers notice → accept no more → finish what was accepted → answer the rest."""
+        self._phase = Phase.DRAINING
+        settings = self._config.shutdown
+        self._notifier.stopping()
+        self._notifier.extend_timeout(settings.lame_duck_s + settings.drain_s + 10)
+        self._publish()
+        _log.info("draining", extra={"in_flight": self._api.in_flight})
+        await self._unless_now(self._stop_now.wait(), settings.lame_duck_s)
+        stopping = asyncio.create_task(self._server.stop(settings.drain_s + 5))
+        await self._unless_now(self._api.wait_idle(), settings.drain_s)
+        if self._api.in_flight:
+            _log.warning("calls were told to try again", extra={"count": self._api.in_flight})
+        self._api.end()
+        await asyncio.wait({stopping}, timeout=5)
+
+    async def _unless_now(self, wait: Coroutine[Any, Any, object], seconds: float) -> None:
+        """Wait for something, at most so long, and not beyond a second signal."""
+        tasks = {asyncio.ensure_future(wait), asyncio.ensure_future(self._stop_now.wait())}
+        _, pending = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+
+    # ---- signals and reload ----
+
+    def _watch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_stop_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
+
+    def _on_stop_signal(self) -> None:
+        """The first one drains, the second one means now."""
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()
+
+    def _on_reload_signal(self) -> None:
+        async def reload() -> None:
+            with contextlib.suppress(ApplianceError):  # logged where it happened
+                await self.reload()
+
+        self._spawn(reload())
+
+    async def reload(self) -> str:
+        """Build the new state aside and take it over as a whole; if any of it is bad, the old one goes on.
+
+        Returns: what was taken over, and what needs a restart. Raises: ApplianceError: nothing was taken over.
+        """
+        async with self._reloading:
+            self._notifier.reloading()
+            try:
+                message = await asyncio.to_thread(self._reloaded)
+            except ApplianceError as error:
+                self._metrics.reloads.labels("failed").inc()
+                _log.error("reload failed, the old state goes on: %s", error)
+                self._notifier.ready(f"reload failed: {str(error).splitlines()[0]}")
+                raise
+            self._api.configure(self._config)
+            self._repository.settings = self._config.catalog
+            self._repository.wake()
+            self._warn()
+            self._metrics.reloads.labels("ok").inc()
+            _log.info("reloaded: %s", message)
+            self._notifier.ready(f"serving {self._config.server.base_url}")
+            return message
+
+    def _reloaded(self) -> str:
+        """The part of a reload that reads files; nothing is kept unless all of it succeeds."""
+        fresh = configuration.load(self._main_file).config
+        needs_restart = configuration.restart_needed(self._config, fresh)
+        config = configuration.keeping(self._config, fresh, needs_restart)
+        keys = KeyStore(config.auth.keys_file)
+        self._certificates.reload(config)
+        self._keys.adopt(keys)
+        self._config = config
+        logs.set_level(config.log.level)
+        if needs_restart:
+            return f"configuration taken over, except what needs a restart: {', '.join(needs_restart)}"
+        return "configuration, certificates and keys taken over"
+
+    # ---- what others ask ----
+
+    def readiness(self) -> tuple[bool, dict[str, object]]:
+        """Whether we serve, and who is not ready and why."""
+        problems = self._repository.not_ready()
+        some = any(v.ready for b in self._repository.bundles for v in b.versions.values())
+        ready = self._phase is Phase.READY and (some or not self._repository.bundles)
+        return ready, {"ready": ready, "phase": self._phase.name.lower(), "not_ready": problems}
+
+    def describe(self) -> dict[str, object]:
+        """Version, device, catalog and calls in flight, as plain data."""
+        return {
+            "version": __version__,
+            "phase": self._phase.name.lower(),
+            "base_url": self._config.server.base_url,
+            "ports": dict(self.ports),
+            "device": str(self._engine.device),
+            "device_reason": self._engine.device.reason,
+            "onnxruntime": session.version(),
+            "in_flight": self._api.in_flight,
+            "catalog": self._described_catalog(),
+        }
+
+    async def look(self) -> None:
+        """Look at the catalog's root now."""
+        await self._repository.look()
+
+    def _described_catalog(self) -> list[dict[str, object]]:
+        return describe(self._repository, _described_servable)
+
+    # ---- helpers ----
+
+    async def _load_servable(self, path: Path, config: BundleConfig, version: VersionFolder) -> Servable:
+        return await servable.load(path, config, version, self._engine, self._pool, self._metrics, self._config.limits)
+
+    def _publish(self) -> None:
+        """Tell health checks and metrics what is ready."""
+        models = {
+            str(bundle.key): any(version.ready for version in bundle.versions.values())
+            for bundle in self._repository.bundles
+            if bundle.key is not None
+        }
+        self._api.health.publish(self.readiness()[0], models)
+        self._metrics.model_state.clear()
+        for bundle in self._repository.bundles:
+            for version in bundle.versions.values():
+                state = State.READY if version.ready else version.state
+                labels = (version.config.key.model_id, version.id)
+                self._metrics.model_state.labels(*labels, state.value).set(1)
+                self._metrics.model_load_seconds.labels(*labels).set(version.load_seconds)
+                if version.servable is not None:
+                    self._metrics.watch(
+                        self._metrics.queue_rows.labels(*labels),
+                        lambda model=version.servable.model: model.waiting_rows,  # type: ignore[misc]
+                    )
+
+    async def _tick(self) -> None:
+        """Once a second: certificates that changed, keys, a model that died, and a word to the watchdog."""
+        pause = min(1.0, self._notifier.watchdog_s / 2) if self._notifier.watchdog_s else 1.0
+        healthy = None
+        while True:
+            self._notifier.alive()
+            await asyncio.to_thread(self._certificates.refresh)
+            for role, expires in self._certificates.expiry.items():
+                self._metrics.certificate_expiry.labels(role).set(expires)
+            state = self._repository.not_ready()
+            if state != healthy:
+                healthy = state
+                self._publish()
+            await asyncio.sleep(pause)
+
+    def _warn(self) -> None:
+        """What the operator should know and need not change."""
+        warning = base_url_warning(self._config, self._certificates.tls().chain)
+        if warning:
+            _log.warning("%s", warning)
+        if self._config.auth.require in ("key", "both") and not len(self._keys):
+            _log.warning("there is no key yet, so nobody can call; make one with `appliance keys create`")
+
+    def _spawn(self, work: Coroutine[Any, Any, object], stack: contextlib.AsyncExitStack | None = None) -> None:
+        """Run something beside; on the stack, it is cancelled when the daemon stops."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if stack is not None:
+            stack.push_async_callback(_cancelled, task)
+
+
+def _described_servable(servable: Servable) -> dict[str, object]:
+    batching = servable.model.batching
+    return {
+        "device": str(servable.model.device),
+        "batching": f"{batching.mode}, up to {batching.max_rows} rows: {batching.reason}",
+        "notes": list(servable.notes),
+    }
+
+
+async def _cancelled(task: "asyncio.Task[object]") -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+@contextlib.contextmanager
+def _lock(state_dir: Path) -> Iterator[None]:
+    """Hold the state folder for this process. Raises: ConfigError: another daemon has it, or it cannot be written."""
+    path = state_dir / "lock"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise ConfigError(
+            f"catalog.state_dir {state_dir} cannot be used: {error.strerror}; make it, or mend its permissions."
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            raise ConfigError(
+                f"Another appliance (process {owner}) uses {state_dir} already; stop it, or set catalog.state_dir."
+            ) from None
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def _flat(ports: Mapping[str, int]) -> dict[str, int]:
+    return {name.replace(".", "_"): port for name, port in ports.items()}

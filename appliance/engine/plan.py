@@ -1,0 +1,306 @@
+"""The plan: a bundle's graph wrapped once, so that pre- and post-processing are part of it.
+
+In front, uint8 NHWC pixels are cast, normalised and transposed; behind, scores become probabilities and the best 200
+are picked. So the host moves a quarter of the bytes in and a few hundred out, and what a model means by its input and
+output is defined in one place. `plan: raw` leaves the graph alone: the task then does the same on the host.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from appliance.catalog.bundle import BundleConfig, ImageInput, OnnxSection, VersionFolder, check_inside
+from appliance.catalog.graph import axes, graph_inputs, read_graph
+from appliance.core.errors import BundleInvalid
+from appliance.engine.session import TensorSpec
+
+TOP_LIMIT = 200
+"""Concepts that one answer may have (the API's maximum), so the graph never returns more than that."""
+
+IMAGE = "appliance_image"
+SCORES = "appliance_scores"
+TOP_VALUES = "appliance_top_values"
+TOP_INDICES = "appliance_top_indices"
+EMBEDDING = "appliance_embedding"
+
+_OLDEST_TOP_K = 10
+"""The first operator set whose TopK takes K as an input (onnx/onnx docs/Changelog.md)."""
+
+_FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
+
+_MIXES_ROWS = {
+    "DynamicQuantizeLinear": "takes one scale over all rows of a batch",
+    "DynamicQuantizeMatMul": "takes one scale over all rows of a batch",
+    "DynamicQuantizeLSTM": "takes one scale over all rows of a batch",
+    "NonMaxSuppression": "returns rows that do not line up with its inputs",
+    "NonZero": "returns rows that do not line up with its inputs",
+    "Unique": "returns rows that do not line up with its inputs",
+    "RandomNormal": "is random",
+    "RandomNormalLike": "is random",
+    "RandomUniform": "is random",
+    "RandomUniformLike": "is random",
+    "Multinomial": "is random",
+    "Bernoulli": "is random",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A graph ready to be loaded.
+
+    Attributes:
+        model: the wrapped graph; None when the file is loaded as it is.
+        file: the bundle's ONNX file; tensors outside the graph lie beside it.
+        wrapped_input, wrapped_output: which halves the graph does; the task does the other on the host.
+        mixes_rows: why rows of a batch may influence each other, "" when no operator says so.
+        notes: sentences for `appliance models inspect`.
+        inputs, outputs: of the wrapped graph.
+    """
+
+    model: bytes | None
+    file: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    wrapped_input: bool
+    wrapped_output: bool
+    mixes_rows: str
+    notes: tuple[str, ...]
+
+
+def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int) -> Plan:
+    """Read the graph of a version and wrap it as its config says; `concepts` is how many it has, 0 if not known.
+
+    Raises: BundleInvalid: the file is not ONNX, needs what we refuse, or its tensors do not fit the config.
+    """
+    file = check_inside(bundle, version.model_file)
+    model = read_graph(bundle, file)
+    section = config.onnx
+    notes: list[str] = []
+    opset = _opset(model)
+    wrap_input = section.image is not None and section.plan == "wrapped"
+    wrap_output = section.plan == "wrapped" and (section.scores is not None or _pools(section))
+    if wrap_output and section.scores and opset < _OLDEST_TOP_K:
+        notes.append(f"operator set {opset} has no TopK with a variable K: the best concepts are picked on the host")
+        wrap_output = False
+    if section.plan == "raw" and (section.image or section.text):
+        notes.append("plan: raw, so pre- and post-processing run on the host")
+    if section.image:
+        _check_image(model, section.image, file)
+    if wrap_input and section.image:
+        _wrap_image(model, section.image)
+    if wrap_output and section.scores:
+        _wrap_scores(model, section, concepts, file)
+    elif wrap_output:
+        _wrap_pooling(model, section, file)
+    wrapped = wrap_input or wrap_output
+    return Plan(
+        model=model.SerializeToString() if wrapped else None,
+        file=file,
+        inputs=tuple(_spec(value) for value in graph_inputs(model)),
+        outputs=tuple(_spec(value) for value in model.graph.output),
+        wrapped_input=wrap_input,
+        wrapped_output=wrap_output,
+        mixes_rows=_mixes_rows(model),
+        notes=tuple(notes),
+    )
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    if not value.type.HasField("tensor_type") or value.type.tensor_type.elem_type == TensorProto.STRING:
+        return TensorSpec(value.name, None, ())
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+    return TensorSpec(value.name, dtype, tuple(axes(value)))
+
+
+def _opset(model: ModelProto) -> int:
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+
+
+def _pools(section: OnnxSection) -> bool:
+    return section.embedding is not None and section.embedding.pooling != "none"
+
+
+def _mixes_rows(model: ModelProto) -> str:
+    graphs = [model.graph.node, *(function.node for function in model.functions)]
+    for nodes in graphs:
+        for node in nodes:
+            if node.op_type in _MIXES_ROWS:
+                return f"the operator {node.op_type} {_MIXES_ROWS[node.op_type]}"
+    return ""
+
+
+# ---- in front --------------------------------------------------------------------------------------------------------
+
+
+def _image_value(model: ModelProto, image: ImageInput, file: Path) -> onnx.ValueInfoProto:
+    for value in graph_inputs(model):
+        if value.name == image.input:
+            return value
+    names = ", ".join(repr(value.name) for value in graph_inputs(model))
+    raise BundleInvalid(f"{file} has no input {image.input!r} (onnx.image.input); it has {names}.")
+
+
+def _check_image(model: ModelProto, image: ImageInput, file: Path) -> None:
+    value = _image_value(model, image, file)
+    others = [other.name for other in graph_inputs(model) if other.name != image.input]
+    if others:
+        raise BundleInvalid(f"{file} has more inputs than the image: {', '.join(others)}; serve it as raw tensors.")
+    height, width = image.size
+    sizes = [image.channels, height, width] if image.layout == "nchw" else [height, width, image.channels]
+    shape = axes(value)
+    fits = len(shape) == 4 and all(axis is None or axis == size for axis, size in zip(shape[1:], sizes, strict=False))
+    if not fits:
+        shown = ["?" if axis is None else axis for axis in shape]
+        raise BundleInvalid(
+            f"{file}: the input {image.input!r} has shape {shown}; onnx.image (layout {image.layout}, color "
+            f"{image.color}, size {list(image.size)}) makes ['?', {', '.join(map(str, sizes))}]."
+        )
+    kind = value.type.tensor_type.elem_type
+    if kind not in _FLOATS and kind != TensorProto.UINT8:
+        raise BundleInvalid(f"{file}: the input {image.input!r} is {TensorProto.DataType.Name(kind)}, not a picture.")
+
+
+def normalisation(image: ImageInput) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The factor and the offset per channel, float32 (channels,): value = pixel · factor + offset.
+
+    Source: (pixel · scale - mean) / std, multiplied out.
+    """
+    mean = np.broadcast_to(np.asarray(image.mean, np.float64), (image.channels,))
+    std = np.broadcast_to(np.asarray(image.std, np.float64), (image.channels,))
+    return (image.scale / std).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def _wrap_image(model: ModelProto, image: ImageInput) -> None:
+    """Replace the picture input by uint8 (batch, height, width, channels)."""
+    value = next(value for value in graph_inputs(model) if value.name == image.input)
+    kind = value.type.tensor_type.elem_type
+    batch = value.type.tensor_type.shape.dim[0]
+    nodes: list[NodeProto] = []
+    current = IMAGE
+    if image.layout == "nchw":
+        nodes.append(helper.make_node("Transpose", [current], ["appliance_transposed"], perm=[0, 3, 1, 2]))
+        current = "appliance_transposed"
+    if kind != TensorProto.UINT8:
+        factor, offset = normalisation(image)
+        shape = (-1, 1, 1) if image.layout == "nchw" else (-1,)
+        model.graph.initializer.append(numpy_helper.from_array(factor.reshape(shape), "appliance_factor"))
+        model.graph.initializer.append(numpy_helper.from_array(offset.reshape(shape), "appliance_offset"))
+        nodes += [
+            helper.make_node("Cast", [current], ["appliance_float"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["appliance_float", "appliance_factor"], ["appliance_scaled"]),
+            helper.make_node("Add", ["appliance_scaled", "appliance_offset"], ["appliance_normal"]),
+        ]
+        current = "appliance_normal"
+        if kind != TensorProto.FLOAT:
+            nodes.append(helper.make_node("Cast", [current], ["appliance_cast"], to=kind))
+            current = "appliance_cast"
+    nodes.append(helper.make_node("Identity", [current], [image.input]))
+    height, width = image.size
+    first = batch.dim_value if batch.HasField("dim_value") else (batch.dim_param or "batch")
+    picture = helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, [first, height, width, image.channels])
+    model.graph.input.remove(value)
+    model.graph.input.append(picture)
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])
+
+
+# ---- behind ----------------------------------------------------------------------------------------------------------
+
+
+def _output_value(model: ModelProto, name: str, key: str, file: Path) -> onnx.ValueInfoProto:
+    for value in model.graph.output:
+        if value.name == name:
+            return value
+    names = ", ".join(repr(value.name) for value in model.graph.output)
+    raise BundleInvalid(f"{file} has no output {name!r} ({key}); it has {names}.")
+
+
+def _as_float(model: ModelProto, value: onnx.ValueInfoProto) -> str:
+    """Name of the value as float32."""
+    if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+        return value.name
+    model.graph.node.append(helper.make_node("Cast", [value.name], ["appliance_output"], to=TensorProto.FLOAT))
+    return "appliance_output"
+
+
+def _reshape(model: ModelProto, source: str, shape: list[int], target: str) -> str:
+    constant = f"{target}_shape"
+    model.graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), constant))
+    model.graph.node.append(helper.make_node("Reshape", [source, constant], [target]))
+    return target
+
+
+def _wrap_scores(model: ModelProto, section: OnnxSection, concepts: int, file: Path) -> None:
+    """Replace the outputs by probabilities (batch, concepts) and the best 200 of them with their indices."""
+    assert section.scores is not None
+    value = _output_value(model, section.scores.output, "onnx.scores.output", file)
+    if value.type.tensor_type.elem_type not in _FLOATS:
+        raise BundleInvalid(f"{file}: the output {value.name!r} does not hold floating point scores.")
+    shape = axes(value)
+    fixed = [axis for axis in shape[1:] if axis is not None]
+    if len(shape) < 2 or (len(fixed) == len(shape) - 1 and concepts and int(np.prod(fixed)) != concepts):
+        raise BundleInvalid(
+            f"{file}: the output {value.name!r} has shape {['?' if axis is None else axis for axis in shape]}, but the "
+            f"bundle lists {concepts} concepts; list one concept for each score, in output order."
+        )
+    flat = _reshape(model, _as_float(model, value), [0, -1], "appliance_flat")
+    operator = {"softmax": "Softmax", "sigmoid": "Sigmoid", "none": "Identity"}[section.scores.activation]
+    node = helper.make_node(operator, [flat], [SCORES])
+    if operator == "Softmax":
+        node.attribute.append(helper.make_attribute("axis", 1))
+    model.graph.node.append(node)
+    width = concepts or (int(np.prod(fixed)) if len(fixed) == len(shape) - 1 else 0)
+    if not width:
+        raise BundleInvalid(f"{file}: how many scores there are is not fixed; list the concepts in config.yaml.")
+    top = min(TOP_LIMIT, width)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([top], np.int64), "appliance_top"))
+    model.graph.node.append(helper.make_node("TopK", [SCORES, "appliance_top"], [TOP_VALUES, TOP_INDICES], axis=1))
+    del model.graph.output[:]
+    model.graph.output.extend(
+        [
+            helper.make_tensor_value_info(SCORES, TensorProto.FLOAT, ["batch", width]),
+            helper.make_tensor_value_info(TOP_VALUES, TensorProto.FLOAT, ["batch", top]),
+            helper.make_tensor_value_info(TOP_INDICES, TensorProto.INT64, ["batch", top]),
+        ]
+    )
+
+
+def _wrap_pooling(model: ModelProto, section: OnnxSection, file: Path) -> None:
+    """Replace the outputs by one vector a row, pooled over the tokens: (batch, dimensions).
+
+    The mean is taken over unmasked tokens with two matrix products, which every operator set has in the same form.
+    Source: mean pooling as in Reimers and Gurevych 2019 (Sentence-BERT), section 3.
+    """
+    assert section.embedding is not None
+    assert section.text is not None
+    value = _output_value(model, section.embedding.output, "onnx.embedding.output", file)
+    if len(axes(value)) != 3:
+        raise BundleInvalid(f"{file}: the output {value.name!r} is not (batch, tokens, dimensions): nothing to pool.")
+    hidden = _as_float(model, value)
+    if section.embedding.pooling == "cls":
+        model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), "appliance_first"))
+        model.graph.node.append(helper.make_node("Gather", [hidden, "appliance_first"], [EMBEDDING], axis=1))
+    else:
+        if section.text.inputs.mask is None:
+            raise BundleInvalid("onnx.embedding.pooling: mean needs onnx.text.inputs.mask.")
+        model.graph.node.append(
+            helper.make_node("Cast", [section.text.inputs.mask], ["appliance_mask"], to=TensorProto.FLOAT)
+        )
+        row = _reshape(model, "appliance_mask", [0, 1, -1], "appliance_mask_row")
+        column = _reshape(model, "appliance_mask", [0, -1, 1], "appliance_mask_column")
+        model.graph.node.extend(
+            [
+                helper.make_node("MatMul", [row, hidden], ["appliance_sum"]),
+                helper.make_node("MatMul", [row, column], ["appliance_count"]),
+                helper.make_node("Div", ["appliance_sum", "appliance_count"], ["appliance_mean"]),
+            ]
+        )
+        _reshape(model, "appliance_mean", [0, -1], EMBEDDING)
+    width = axes(value)[2]
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info(EMBEDDING, TensorProto.FLOAT, ["batch", width or "d"]))

@@ -1,0 +1,97 @@
+"""Load-time probes: are a model's rows independent, and how many of them are worth running at once?
+
+Rows of different requests share a run only when it is shown that a neighbour cannot change an answer: otherwise
+batching would not only be wrong, it would leak one caller's data into another's reply.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from appliance.core.errors import InferenceFailed
+from appliance.core.types import Array
+from appliance.engine.batcher import Runs
+
+MAX_ROWS = 128
+"""Rows in one run unless the bundle says otherwise; as many as one request may have inputs."""
+
+_GOOD_ENOUGH = 0.97
+_LONGEST_RUN_S = 0.5
+_TIME_LIMIT_S = 3.0
+
+
+def row_dependence(model: Runs, outputs: Sequence[str], rows: Sequence[Mapping[str, Array]]) -> str:
+    """Why rows must not share a run, or "" when the probes show them independent.
+
+    Runs each row alone, then in batches of two and three with an outlier among them, and compares.
+
+    Args:
+        outputs: those with one entry a row, whose values may be compared (indices of equal scores may swap).
+        rows: four rows of one shape, each with a batch axis of length 1; the last one is an outlier.
+    """
+    try:
+        alone = [model.run(outputs, row) for row in rows]
+        for members in ((0, 1), (0, 1, 3), (2, 0, 1)):
+            together = model.run(outputs, join([rows[member] for member in members]))
+            for name, result, singles in zip(outputs, together, zip(*alone, strict=True), strict=True):
+                if not isinstance(result, np.ndarray) or len(result) != len(members):
+                    return f"the output {name!r} does not have one entry for each row of a batch"
+                for position, member in enumerate(members):
+                    if not _close(result[position], singles[member][0]):
+                        return f"the output {name!r} of a row changes with its neighbours in the batch"
+    except (InferenceFailed, ValueError, IndexError, TypeError) as error:
+        detail = error.detail if isinstance(error, InferenceFailed) else str(error)
+        return f"a batch of two or three rows failed: {detail.splitlines()[0][:200] if detail else error}"
+    return ""
+
+
+def best_rows(
+    model: Runs,
+    outputs: Sequence[str],
+    row: Mapping[str, Array],
+    limit: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """The least number of rows a run that comes within 3 % of the best items/s; also warms these sizes up.
+
+    Sizes are powers of two; it stops where a run takes over half a second, memory ends, or the time is spent.
+    """
+    rates: dict[int, float] = {}
+    begun = clock()
+    size = 1
+    while size <= limit:
+        feeds = join([row] * size)
+        try:
+            model.run(outputs, feeds)  # the first run of a shape allocates
+            started = clock()
+            repeats = 0
+            while repeats < 3 or (repeats < 50 and clock() - started < 0.01):
+                model.run(outputs, feeds)
+                repeats += 1
+                if clock() - started > _LONGEST_RUN_S:
+                    break
+        except InferenceFailed:
+            break
+        seconds = (clock() - started) / repeats
+        rates[size] = size / seconds
+        if seconds > _LONGEST_RUN_S or clock() - begun > _TIME_LIMIT_S:
+            break
+        size *= 2
+    best = max(rates.values(), default=0.0)
+    return min((size for size, rate in rates.items() if rate >= _GOOD_ENOUGH * best), default=1)
+
+
+def join(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Rows with a batch axis each → one batch."""
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def _close(one: Array, other: Array) -> bool:
+    if one.shape != other.shape:
+        return False
+    if one.dtype.kind != "f":
+        return bool(np.array_equal(one, other))
+    # Sums are ordered differently in larger batches; half precision keeps three digits.
+    tolerance = 2e-2 if one.dtype == np.float16 else 1e-3
+    return bool(np.allclose(one, other, rtol=tolerance, atol=tolerance / 10, equal_nan=True))

@@ -1,0 +1,84 @@
+"""The engine seam: submit rows, await arrays. Who implements it, and in which process, nobody above needs to know."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from appliance.core.types import Array
+from appliance.engine.batcher import Outcome
+from appliance.engine.plan import Plan
+from appliance.engine.session import Device, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What the engine needs to load a model.
+
+    Attributes:
+        name: model and version, for the log and metrics: ("digits", "1").
+        device: overrides the engine's own; None follows it.
+        compared: outputs whose values the independence probe may compare.
+        served: the outputs that most requests ask for; used to warm up.
+        max_rows: from the bundle; None measures it.
+        examples: for each shape bucket four rows with a batch axis of 1, the last one an outlier, shortest bucket
+            first; empty when the inputs have axes whose length only the caller knows.
+    """
+
+    name: tuple[str, str]
+    plan: Plan
+    device: str | None
+    compared: tuple[str, ...]
+    served: tuple[str, ...]
+    max_rows: int | None
+    examples: Sequence[Sequence[Mapping[str, Array]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How rows of this model are run, and why: "rows" (merged), "separate" (one a run), "whole" (no batch axis)."""
+
+    mode: str
+    max_rows: int
+    reason: str = ""
+
+
+class LoadedModel(Protocol):
+    """One graph on its device, warmed up."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    device: Device
+    providers: tuple[str, ...]
+    batching: Batching
+
+    @property
+    def death(self) -> str | None:
+        """Why this model cannot run any more, or None."""
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows in its queue now."""
+
+    def submit(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
+    ) -> "asyncio.Future[Outcome]":
+        """Queue rows; see `Batcher.submit`."""
+
+    async def drain(self) -> None:
+        """Return when everything accepted has ended."""
+
+    def close(self) -> None:
+        """Answer what waits, and let the graph go."""
+
+
+class Engine(Protocol):
+    """One device's worth of models."""
+
+    device: Device
+
+    async def load(self, request: LoadRequest) -> LoadedModel:
+        """Load, probe and warm up a graph.
+
+        Raises: BundleInvalid: it cannot be loaded, or fails its first run. DeviceError: it needs a device we lack.
+        """

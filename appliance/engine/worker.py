@@ -1,0 +1,147 @@
+"""The engine inside this process: sessions, and a batcher with its own thread for each."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from appliance.core.errors import BundleInvalid, InferenceFailed
+from appliance.core.machine import usable_cpus
+from appliance.core.metrics import Metrics
+from appliance.core.types import Array
+from appliance.engine import probes
+from appliance.engine.batcher import Batcher, Outcome, RunRecord
+from appliance.engine.session import Device, Session, TensorSpec, resolve_device
+from appliance.engine.transport import Batching, LoadRequest
+
+_log = logging.getLogger(__name__)
+
+
+class LocalModel:
+    """A session and its batcher; implements `LoadedModel`."""
+
+    def __init__(self, session: Session, batcher: Batcher, device: Device, batching: Batching) -> None:
+        self._batcher = batcher
+        self.inputs: tuple[TensorSpec, ...] = session.inputs
+        self.outputs: tuple[TensorSpec, ...] = session.outputs
+        self.providers = session.providers
+        self.device = device
+        self.batching = batching
+
+    @property
+    def death(self) -> str | None:
+        """Why the worker thread died, or None."""
+        return self._batcher.death
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows in the queue now."""
+        return self._batcher.waiting_rows
+
+    def submit(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
+    ) -> "asyncio.Future[Outcome]":
+        """Queue rows; see `Batcher.submit`."""
+        return self._batcher.submit(feeds, outputs, deadline, principal)
+
+    async def drain(self) -> None:
+        """Return when everything accepted has ended."""
+        await self._batcher.wait_idle()
+
+    def close(self) -> None:
+        """Answer what waits; the session goes when the worker lets go of it."""
+        self._batcher.close()
+
+
+class LocalEngine:
+    """Loads graphs into this process; implements `Engine`."""
+
+    def __init__(self, device: str, *, threads: int, queue_rows: int, gpu_memory: int | None, metrics: Metrics) -> None:
+        """Find the device.
+
+        Args:    device: "auto", "cpu", "gpu" or "gpu:N". threads: for one run; 0: all CPUs we may use.
+        Raises:  DeviceError: the device is required and cannot be used.
+        """
+        self.device = resolve_device(device)
+        self._threads = threads or usable_cpus()
+        self._queue_rows = queue_rows
+        self._gpu_memory = gpu_memory
+        self._metrics = metrics
+
+    async def load(self, request: LoadRequest) -> LocalModel:
+        """Load, probe and warm up a graph; see `Engine.load`."""
+        device = self.device if request.device in (None, "auto") else resolve_device(request.device or "auto")
+        session, batching = await asyncio.to_thread(self._prepare, request, device)
+        batcher = Batcher(
+            session,
+            max_rows=batching.max_rows,
+            queue_rows=self._queue_rows,
+            separate=batching.mode == "separate",
+            whole=batching.mode == "whole",
+            pad=device.kind == "gpu",
+            on_run=self._observer(request.name),
+            on_death=lambda reason: _log.critical("model is not ready any more", extra=_fields(request, reason)),
+        )
+        return LocalModel(session, batcher, device, batching)
+
+    def _prepare(self, request: LoadRequest, device: Device) -> tuple[Session, Batching]:
+        """The slow part, on a thread of its own: session, probes, warm-up of every bucket."""
+        plan = request.plan
+        session = Session(plan.model or plan.file, plan.file.parent, device, self._threads, self._gpu_memory)
+        buckets = request.examples
+        batching = _batching(session, request)
+        if batching.mode == "whole":
+            _first_run(session, request, buckets)
+            return session, batching
+        for rows in buckets:
+            _first_run(session, request, [rows])
+        if batching.mode == "separate":
+            return session, batching
+        limit = request.max_rows or probes.MAX_ROWS
+        # The longest bucket decides: shorter rows at that size are cheaper still. All sizes get warm on the way.
+        sizes = [probes.best_rows(session, request.served, rows[0], limit) for rows in buckets]
+        return session, Batching("rows", request.max_rows or sizes[-1], batching.reason)
+
+    def _observer(self, name: tuple[str, str]) -> Callable[[RunRecord], None]:
+        compute = self._metrics.compute_seconds.labels(*name)
+        rows = self._metrics.batch_rows.labels(*name)
+        queue = self._metrics.queue_seconds.labels(*name)
+
+        def observe(record: RunRecord) -> None:
+            compute.observe(record.seconds)
+            rows.observe(record.rows)
+            for wait in record.waits:
+                queue.observe(wait)
+
+        return observe
+
+
+def _batching(session: Session, request: LoadRequest) -> Batching:
+    """Whether rows may share a run, from the graph's axes, its operators and the probes."""
+    if not request.examples:
+        return Batching("whole", 1, "its inputs have axes of unknown length, so its rows could not be probed")
+    fixed = [spec for spec in session.inputs if not spec.dynamic_batch]
+    if any(not spec.shape or spec.shape[0] != 1 for spec in fixed):
+        return Batching("whole", 1, f"the input {fixed[0].name!r} has no dynamic batch axis")
+    if fixed:
+        return Batching("separate", 1, f"the batch axis of {fixed[0].name!r} is fixed at 1; export it as dynamic")
+    if request.plan.mixes_rows:
+        return Batching("separate", 1, request.plan.mixes_rows)
+    for rows in request.examples:
+        dependence = probes.row_dependence(session, request.compared, rows)
+        if dependence:
+            return Batching("separate", 1, dependence)
+    return Batching("rows", probes.MAX_ROWS, "the probes show rows independent")
+
+
+def _first_run(session: Session, request: LoadRequest, buckets: Sequence[Sequence[Mapping[str, Array]]]) -> None:
+    """Run one row of each bucket. Raises: BundleInvalid: the model fails on an ordinary input."""
+    for rows in buckets:
+        try:
+            session.run(request.served, rows[0])
+        except InferenceFailed as error:
+            first = error.detail.strip().splitlines()[0][:300] if error.detail.strip() else str(error)
+            raise BundleInvalid(f"The model fails on a trial input: {first}") from error
+
+
+def _fields(request: LoadRequest, reason: str) -> dict[str, str]:
+    return {"model": request.name[0], "version": request.name[1], "reason": reason}

@@ -1,0 +1,172 @@
+"""Images: bytes to pixels, the header always looked at first.
+
+What a picture will cost is known from its header, so a bomb is refused before a pixel is decoded. Every mode ends as
+8-bit RGB or grey the way the file's author saw it: EXIF rotation applied, transparency composited on white, CMYK and
+16 bit converted.
+"""
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImageOps
+
+from appliance.core.errors import InputTooLarge, InvalidInput, UnsupportedFormat
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_READS = "JPEG, PNG, WebP, BMP, TIFF or GIF"
+
+# Pillow's own limit warns; ours (pixels, from the header) is the one that counts and comes first.
+Image.MAX_IMAGE_PIXELS = None
+
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What a picture says of itself before it is decoded; width and height in pixels."""
+
+    format: str
+    width: int
+    height: int
+
+    @property
+    def pixels(self) -> int:
+        """Pixels once decoded."""
+        return self.width * self.height
+
+
+def read_header(data: bytes, max_bytes: int, max_pixels: int) -> ImageHeader:
+    """Look at the header of an encoded image; nothing is decoded.
+
+    Raises: InvalidInput: empty. InputTooLarge: over `max_bytes` or `max_pixels`. UnsupportedFormat: not an image of
+        the formats we read.
+    """
+    if not data:
+        raise InvalidInput(f"The image is empty; send the bytes of a {_READS} file.")
+    if len(data) > max_bytes:
+        raise InputTooLarge(f"The image has {len(data)} bytes; the limit is {max_bytes} (limits.image_size).")
+    image = _open(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise InputTooLarge(
+            f"The image has {width} × {height} = {width * height} pixels; the limit is {max_pixels} "
+            "(limits.image_pixels). Scale it down."
+        )
+    if width == 0 or height == 0:
+        raise UnsupportedFormat(f"The image is {width} × {height} pixels: there is nothing in it.")
+    return ImageHeader(image.format or "", width, height)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecipe:
+    """How a model wants its picture.
+
+    Attributes:
+        height, width: pixels of the result.
+        color: channel order of the result.
+        resize: "stretch" to the size, or "crop": shorter side to `shorter`, then the centre.
+        filter: one of Pillow's resampling filters, by name.
+    """
+
+    height: int
+    width: int
+    color: Literal["rgb", "bgr", "grey"]
+    resize: Literal["stretch", "crop"]
+    shorter: int
+    filter: str
+
+
+def decode_image(data: bytes, recipe: ImageRecipe) -> NDArray[np.uint8]:
+    """Decode in full (no scaled JPEG decoding: scores equal the training framework's) and fit to the recipe.
+
+    Returns: uint8 (height, width, channels), contiguous; 1 channel for grey, else 3.
+    Raises: UnsupportedFormat: the file is broken behind its header.
+    """
+    image: Image.Image = _open(data)
+    try:
+        with warnings.catch_warnings():
+            # A caller's odd file is no news to us: what cannot be read raises.
+            warnings.simplefilter("ignore")
+            image.load()
+            # `in_place` would lose nothing here, but a copy is only made when there is a rotation.
+            image = ImageOps.exif_transpose(image)
+            image = _eight_bit(image, "L" if recipe.color == "grey" else "RGB")
+            image = _fit(image, recipe)
+    except (OSError, ValueError, SyntaxError, struct.error, IndexError, TypeError, OverflowError) as error:
+        # Pillow's decoders raise any of these for broken data; the list grew from fuzzing.
+        raise UnsupportedFormat(f"The image is broken: {_reason(error)}. Send a whole {_READS} file.") from error
+    pixels = np.asarray(image, np.uint8)
+    if recipe.color == "grey":
+        pixels = pixels[:, :, None]
+    elif recipe.color == "bgr":
+        pixels = pixels[:, :, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except (OSError, ValueError, SyntaxError, struct.error, IndexError, TypeError, OverflowError) as error:
+        raise UnsupportedFormat(f"The bytes are not an image we can read; send a {_READS} file.") from error
+
+
+def _eight_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
+    """Any of Pillow's modes as 8-bit grey or RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        # 16-bit grey arrives as I;16 or I; Pillow's own conversion clips at 255 instead of scaling.
+        values = np.asarray(image, np.float64)
+        full = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max(initial=1.0)))
+        image = Image.fromarray(np.clip(values * (255.0 / full), 0, 255).round().astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, coloured).convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _fit(image: Image.Image, recipe: ImageRecipe) -> Image.Image:
+    resampling = FILTERS[recipe.filter]
+    if recipe.resize == "stretch":
+        size = (recipe.width, recipe.height)
+        return image if image.size == size else image.resize(size, resampling)
+    image = _without_far_ends(image, recipe)
+    scale = recipe.shorter / min(image.size)
+    # The longer side is cut to whole pixels, as torchvision's Resize(shorter) does, so that scores agree with it.
+    width, height = (recipe.shorter if side == min(image.size) else int(side * scale) for side in image.size)
+    width, height = max(width, recipe.width), max(height, recipe.height)
+    if (width, height) != image.size:
+        image = image.resize((width, height), resampling)
+    left, top = round((width - recipe.width) / 2), round((height - recipe.height) / 2)
+    return image.crop((left, top, left + recipe.width, top + recipe.height))
+
+
+def _without_far_ends(image: Image.Image, recipe: ImageRecipe) -> Image.Image:
+    """Cut what a very long picture has outside the middle: scaling a 1 × 85,000,000 strip up would eat the memory."""
+    width, height = image.size
+    kept = max(1, round(min(image.size) * 4 * max(recipe.height, recipe.width) / recipe.shorter))
+    if max(image.size) <= kept:
+        return image
+    left, top = max(0, (width - kept) // 2), max(0, (height - kept) // 2)
+    return image.crop((left, top, left + min(width, kept), top + min(height, kept)))
+
+
+def _reason(error: Exception) -> str:
+    """Pillow's sentence without what it says of our buffers."""
+    text = str(error).split("<", 1)[0].strip().rstrip(".")
+    return text[:120] or type(error).__name__

@@ -1,0 +1,50 @@
+"""Texts: bytes to str, str to token ids."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from appliance.core.errors import BundleInvalid, InvalidInput
+
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Token lengths that rows are padded to, so that rows of near length run as one batch."""
+
+
+class TextTokenizer:
+    """Turns a text into token ids and mask, cut to `max_tokens` and padded to a bucket. Safe from several threads."""
+
+    def __init__(self, path: Path, max_tokens: int) -> None:
+        """Raises: BundleInvalid: the file is not one that the `tokenizers` library wrote."""
+        try:
+            self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for any bad file
+            raise BundleInvalid(f"{path} is not a tokenizer.json: {error}") from error
+        padding = self._tokenizer.padding
+        self.pad_id = int(padding["pad_id"]) if padding else (self._tokenizer.token_to_id("[PAD]") or 0)
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_tokens)
+        self.max_tokens = max_tokens
+        self.buckets = (*(size for size in BUCKETS if size < max_tokens), max_tokens)
+
+    def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Token ids, mask (1 where a token is) and type ids, int64 (bucket,) each."""
+        encoding = self._tokenizer.encode(text)
+        size = next(bucket for bucket in self.buckets if bucket >= len(encoding.ids))
+        ids = np.full(size, self.pad_id, np.int64)
+        mask = np.zeros(size, np.int64)
+        types = np.zeros(size, np.int64)
+        length = len(encoding.ids)
+        ids[:length] = encoding.ids
+        mask[:length] = 1
+        types[:length] = encoding.type_ids
+        return ids, mask, types
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 bytes as text. Raises: InvalidInput."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"The text is not UTF-8 (byte {error.start}); send it as UTF-8.") from error

@@ -1,0 +1,287 @@
+"""A servable: one version of a model, loaded, that answers inputs."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from appliance.catalog.bundle import BundleConfig, VersionFolder, check_inside, concepts_of
+from appliance.core.config import Limits
+from appliance.core.errors import ApplianceError, BundleInvalid, InputError
+from appliance.core.machine import usable_cpus
+from appliance.core.memory import Reservation
+from appliance.core.metrics import Metrics
+from appliance.core.types import Concept, Payload, PredictOptions, Result, Tensors
+from appliance.engine import plan as plans
+from appliance.engine.plan import Plan
+from appliance.engine.transport import Engine, LoadedModel, LoadRequest
+from appliance.media.text import TextTokenizer
+from appliance.tasks.base import Decoded, ImageSide, InputSide, Task, TextSide
+from appliance.tasks.classifier import Classifier
+from appliance.tasks.embedder import Embedder
+from appliance.tasks.tensors import RawTensors
+
+_SMALL_WORK = 256 * 1024
+"""Bytes of decoded inputs below which a request is decoded on the loop: a hop to a thread costs more than the work."""
+
+Answer = Result | ApplianceError
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class Ticket:
+    """What a request brings along to the model.
+
+    Attributes:
+        principal: whose turn in the queue it uses.
+        deadline: `time.monotonic()` seconds.
+        memory: grows by what decoding needs.
+    """
+
+    principal: str
+    deadline: float | None
+    memory: Reservation
+
+
+class DecodePool:
+    """Threads that decode inputs; Pillow and the tokenizers release the interpreter lock."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads or usable_cpus()
+        self._executor: Executor = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+
+    async def map(self, function: Callable[[Payload], _T], payloads: Sequence[Payload], small: bool) -> list[_T]:
+        """`function` of each payload, in order; on the loop's own thread when the work is small."""
+        if small:
+            return [function(payload) for payload in payloads]
+        loop = asyncio.get_running_loop()
+        chunks = [payloads[start :: self.threads] for start in range(min(self.threads, len(payloads)))]
+        jobs = [loop.run_in_executor(self._executor, _each, function, chunk) for chunk in chunks]
+        results: list[_T | None] = [None] * len(payloads)
+        for start, answers in enumerate(await asyncio.gather(*jobs)):
+            results[start :: self.threads] = answers
+        return results  # type: ignore[return-value]  # every place has been filled
+
+    def close(self) -> None:
+        """Let the threads end; work that has not begun is dropped."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _each(function: Callable[[Payload], _T], payloads: Sequence[Payload]) -> list[_T]:
+    return [function(payload) for payload in payloads]
+
+
+class Servable:
+    """One version of a model: its task, its loaded graph and what clients are told about it."""
+
+    def __init__(
+        self,
+        config: BundleConfig,
+        version: VersionFolder,
+        concepts: tuple[Concept, ...],
+        task: Task,
+        model: LoadedModel,
+        pool: DecodePool,
+        metrics: Metrics,
+        notes: tuple[str, ...],
+    ) -> None:
+        self.config = config
+        self.key = config.key
+        self.version = version.id
+        self.concepts = concepts
+        self.task = task
+        self.model = model
+        self.notes = notes
+        self._pool = pool
+        self._decode_seconds = metrics.decode_seconds.labels(self.key.model_id, self.version)
+
+    @property
+    def problem(self) -> str | None:
+        """Why this servable cannot answer any more, or None."""
+        return self.model.death
+
+    async def predict(
+        self, payloads: Sequence[Payload | ApplianceError], options: PredictOptions, ticket: Ticket, limits: Limits
+    ) -> list[Answer]:
+        """Answer each payload, in order; a bad one gets its own error and its neighbours are answered.
+
+        Args:    payloads: an error in place of a payload is passed through.
+        Raises:  CapacityError: the whole request must be tried later. Cancelling takes its rows out of the queue.
+        """
+        begun = time.perf_counter()
+        answers: list[Answer | None] = [p if isinstance(p, ApplianceError) else None for p in payloads]
+        present = [(i, p) for i, p in enumerate(payloads) if not isinstance(p, ApplianceError)]
+        decoded = await self._decode(present, answers, ticket, limits)
+        self._decode_seconds.observe(time.perf_counter() - begun)
+        await self._compute(decoded, answers, options, ticket)
+        return answers  # type: ignore[return-value]  # every place has been filled
+
+    async def drain(self) -> None:
+        """Return when everything accepted has ended."""
+        await self.model.drain()
+
+    def close(self) -> None:
+        """Let the model go; what waits is told to try again."""
+        self.model.close()
+
+    async def _decode(
+        self,
+        present: list[tuple[int, Payload]],
+        answers: list[Answer | None],
+        ticket: Ticket,
+        limits: Limits,
+    ) -> dict[int, Decoded]:
+        """Look at all headers, reserve the memory that the largest need at once, then decode."""
+        body = sum(_size(payload) for _, payload in present)
+        costs = await self._pool.map(
+            partial(_tried, lambda payload: self.task.cost(payload, limits)),
+            [payload for _, payload in present],
+            body < _SMALL_WORK,
+        )
+        sound = []
+        for (index, payload), cost in zip(present, costs, strict=True):
+            if isinstance(cost, ApplianceError):
+                answers[index] = cost
+            else:
+                sound.append((index, payload, cost))
+        largest = sorted((cost for _, _, cost in sound), reverse=True)[: self._pool.threads]
+        ticket.memory.grow(sum(largest))
+        small = sum(cost for _, _, cost in sound) < _SMALL_WORK
+        rows = await self._pool.map(partial(_tried, self.task.decode), [payload for _, payload, _ in sound], small)
+        decoded = {}
+        for (index, _, _), row in zip(sound, rows, strict=True):
+            if isinstance(row, ApplianceError):
+                answers[index] = row
+            else:
+                decoded[index] = row
+        ticket.memory.grow(sum(array.nbytes for row in decoded.values() for array in row.feeds.values()))
+        return decoded
+
+    async def _compute(
+        self, decoded: dict[int, Decoded], answers: list[Answer | None], options: PredictOptions, ticket: Ticket
+    ) -> None:
+        """Submit the rows, those of one shape together, and put the answers in their places."""
+        outputs = self.task.outputs(options)
+        groups = list(_groups(decoded, merge=self.task.kind != "ndarray"))
+        futures = []
+        try:
+            for members in groups:
+                feeds = _stack([decoded[index] for index in members])
+                futures.append(self.model.submit(feeds, outputs, ticket.deadline, ticket.principal))
+            outcomes = [await future for future in futures]
+        finally:
+            # One refused or cancelled: nobody reads the others any more.
+            for future in futures:
+                future.cancel()
+        for members, outcome in zip(groups, outcomes, strict=True):
+            if not outcome.arrays:
+                results: Sequence[Answer] = [next(iter(outcome.errors.values()))] * len(members)
+            else:
+                results = self.task.encode(outcome.arrays, len(members), options)
+            for position, index in enumerate(members):
+                error = outcome.errors.get(position)
+                if self.task.kind == "ndarray" and outcome.errors:
+                    error = next(iter(outcome.errors.values()))
+                answers[index] = error or _squeezed(results[position], decoded[index])
+
+
+async def load(
+    bundle: Path,
+    config: BundleConfig,
+    version: VersionFolder,
+    engine: Engine,
+    pool: DecodePool,
+    metrics: Metrics,
+    limits: Limits,
+) -> Servable:
+    """Read, wrap, load, probe and warm up one version.
+
+    Raises: BundleInvalid, DeviceError: with what is wrong and what to do.
+    """
+    concepts = await asyncio.to_thread(concepts_of, config, version)
+    plan = await asyncio.to_thread(plans.make_plan, bundle, config, version, len(concepts))
+    concepts = _numbered(concepts, config, plan)
+    task = await asyncio.to_thread(_make_task, bundle, config, version, plan, limits)
+    request = LoadRequest(
+        name=(config.key.model_id, version.id),
+        plan=plan,
+        device=config.onnx.device,
+        compared=task.compared(),
+        served=task.outputs(PredictOptions()),
+        max_rows=config.onnx.batching.max_rows,
+        examples=task.examples(),
+    )
+    model = await engine.load(request)
+    return Servable(config, version, concepts, task, model, pool, metrics, plan.notes)
+
+
+def _make_task(bundle: Path, config: BundleConfig, version: VersionFolder, plan: Plan, limits: Limits) -> Task:
+    section = config.onnx
+    side: InputSide
+    if section.image:
+        side = ImageSide(section.image, plan.wrapped_input)
+    elif section.text:
+        path = check_inside(bundle, version.path / section.text.tokenizer)
+        side = TextSide(section.text, TextTokenizer(path, section.text.max_tokens))
+    else:
+        return RawTensors(plan.inputs, plan.outputs)
+    if section.scores:
+        return Classifier(side, section.scores, plan.wrapped_output, limits.concepts_default)
+    assert section.embedding is not None
+    return Embedder(side, section.embedding, plan.wrapped_output)
+
+
+def _numbered(concepts: tuple[Concept, ...], config: BundleConfig, plan: Plan) -> tuple[Concept, ...]:
+    """The concepts, numbered when the bundle names none. Raises: BundleInvalid: their count is not the graph's."""
+    if config.onnx.scores is None:
+        return concepts
+    name = plans.SCORES if plan.wrapped_output else config.onnx.scores.output
+    shape = next((spec.shape for spec in plan.outputs if spec.name == name), ())
+    known = [axis for axis in shape[1:] if axis is not None]
+    width = int(np.prod(known)) if shape and len(known) == len(shape) - 1 else None
+    if concepts and width is not None and width != len(concepts):
+        raise BundleInvalid(
+            f"The graph has {width} scores and the bundle lists {len(concepts)} concepts; list one for each score, in "
+            "output order."
+        )
+    if not concepts and width is None:
+        raise BundleInvalid("How many scores the graph has is not fixed; list the concepts in config.yaml.")
+    return concepts or tuple(Concept(str(index), str(index)) for index in range(width or 0))
+
+
+def _tried(function: Callable[[Payload], _T], payload: Payload) -> _T | ApplianceError:
+    try:
+        return function(payload)
+    except InputError as error:
+        return error
+
+
+def _size(payload: Payload) -> int:
+    return len(payload.image or b"") + len(payload.text or "") + sum(a.nbytes for a in payload.arrays.values())
+
+
+def _groups(decoded: Mapping[int, Decoded], merge: bool) -> list[list[int]]:
+    """Inputs whose rows have the same shapes, together; each by itself when they may have several rows."""
+    groups: dict[object, list[int]] = {}
+    for index, row in decoded.items():
+        key = tuple((name, array.shape) for name, array in row.feeds.items()) if merge else index
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def _stack(rows: list[Decoded]) -> Mapping[str, np.ndarray]:
+    if len(rows) == 1:
+        return rows[0].feeds
+    return {name: np.concatenate([row.feeds[name] for row in rows]) for name in rows[0].feeds}
+
+
+def _squeezed(answer: Answer, row: Decoded) -> Answer:
+    if isinstance(answer, Tensors) and row.squeeze:
+        return Tensors({name: array[0] if array.ndim else array for name, array in answer.arrays.items()})
+    return answer

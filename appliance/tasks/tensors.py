@@ -1,0 +1,118 @@
+"""Raw tensors: arrays in, arrays out; for every graph that has no task of its own."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from appliance.core.config import Limits
+from appliance.core.errors import ApplianceError, BundleInvalid, InvalidInput
+from appliance.core.types import Array, FieldType, Method, MethodField, Payload, PredictOptions, Result, Tensors
+from appliance.engine.session import TensorSpec
+from appliance.tasks.base import Decoded
+
+
+class RawTensors:
+    """The graph's own inputs and outputs as a method; implements `Task`."""
+
+    kind = "ndarray"
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        """Raises: BundleInvalid: an input is not a numeric tensor, or no output is."""
+        odd = [spec.name for spec in inputs if spec.dtype is None]
+        if odd:
+            raise BundleInvalid(f"The inputs {', '.join(odd)} are not numeric tensors; export the model without them.")
+        self._inputs = inputs
+        self._outputs = tuple(spec for spec in outputs if spec.dtype is not None)
+        if not self._outputs:
+            raise BundleInvalid("No output is a numeric tensor; export the model with zipmap=False or the like.")
+        self.batched = all(spec.dynamic_batch for spec in (*inputs, *self._outputs))
+        items = tuple(MethodField(spec.name, FieldType.NDARRAY, _describe(spec)) for spec in self._outputs)
+        self.method = Method(
+            name="predict",
+            description="Runs the graph on its own inputs and returns its own outputs.",
+            arguments=tuple(MethodField(spec.name, FieldType.NDARRAY, _describe(spec)) for spec in inputs),
+            returns=MethodField("return", FieldType.NDARRAY, items[0].description)
+            if len(items) == 1
+            else MethodField("return", FieldType.NAMED_FIELDS, "One array for each output.", items=items),
+        )
+
+    def cost(self, payload: Payload, limits: Limits) -> int:
+        """Bytes of the arrays as the graph takes them."""
+        arrays = self._named(payload)
+        return sum(arrays[spec.name].size * (spec.dtype or np.dtype(np.float64)).itemsize for spec in self._inputs)
+
+    def decode(self, payload: Payload) -> Decoded:
+        """The arrays in the graph's dtypes. One axis fewer than the graph has: a single row, answered as such."""
+        arrays = self._named(payload)
+        feeds: dict[str, Array] = {}
+        squeeze = False
+        for spec in self._inputs:
+            array = arrays[spec.name]
+            if self.batched and array.ndim == len(spec.shape) - 1:
+                array = array[None]
+                squeeze = True
+            feeds[spec.name] = self._fitted(array, spec)
+        rows = {len(array) for array in feeds.values()} if self.batched else {1}
+        if len(rows) > 1 or 0 in rows:
+            raise InvalidInput(f"The arrays have {sorted(rows)} rows; give all inputs equally many, at least one.")
+        return Decoded(feeds, rows.pop(), squeeze)
+
+    def outputs(self, options: PredictOptions) -> tuple[str, ...]:
+        """All numeric outputs."""
+        return tuple(spec.name for spec in self._outputs)
+
+    def compared(self) -> tuple[str, ...]:
+        """All numeric outputs."""
+        return tuple(spec.name for spec in self._outputs)
+
+    def examples(self) -> Sequence[Sequence[dict[str, Array]]]:
+        """Small noise of each dtype, and large values as the outlier; none when an axis beside the batch is dynamic."""
+        if not self.batched or any(None in spec.shape[1:] for spec in self._inputs):
+            return []
+        random = np.random.default_rng(0)
+
+        def row(scale: float) -> dict[str, Array]:
+            return {
+                spec.name: (random.random((1, *spec.shape[1:])) * scale).astype(spec.dtype)  # type: ignore[arg-type]
+                for spec in self._inputs
+            }
+
+        return [[row(1.0), row(1.0), row(1.0), row(100.0)]]
+
+    def encode(
+        self, arrays: Mapping[str, Array], count: int, options: PredictOptions
+    ) -> Sequence[Result | ApplianceError]:
+        """One answer: the arrays as they are; the servable cuts them when rows of several inputs shared a run."""
+        return [Tensors(arrays)]
+
+    def _named(self, payload: Payload) -> dict[str, Array]:
+        """The input's arrays by graph input name; a single unnamed array is meant for a single input."""
+        arrays = payload.arrays
+        if set(arrays) == {""} and len(self._inputs) == 1:
+            return {self._inputs[0].name: arrays[""]}
+        missing = [spec.name for spec in self._inputs if spec.name not in arrays]
+        if missing:
+            raise InvalidInput(
+                f"This model takes arrays, and {', '.join(map(repr, missing))} is missing; set data.ndarray, or one "
+                "part for each input with its name as id."
+            )
+        return arrays
+
+    @staticmethod
+    def _fitted(array: Array, spec: TensorSpec) -> Array:
+        assert spec.dtype is not None
+        fits = array.ndim == len(spec.shape) and all(
+            want is None or have == want for have, want in zip(array.shape, spec.shape, strict=True)
+        )
+        if not fits:
+            raise InvalidInput(f"The array {spec.name!r} has shape {list(array.shape)}; {_describe(spec)} is needed.")
+        if array.dtype == spec.dtype:
+            return array
+        if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and spec.dtype.kind != "f"):
+            raise InvalidInput(f"The array {spec.name!r} is {array.dtype}; {_describe(spec)} is needed.")
+        return array.astype(spec.dtype)
+
+
+def _describe(spec: TensorSpec) -> str:
+    shape = ", ".join("?" if axis is None else str(axis) for axis in spec.shape)
+    return f"{spec.dtype} ({shape})"
