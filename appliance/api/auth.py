@@ -116,7 +116,7 @@ class Authenticator:
             for name, principal in principals.items()
         }
         self._by_identity = {
-            identity: principal.name for principal in config.principal for identity in principal.identities
+            _comparable(identity): principal.name for principal in config.principal for identity in principal.identities
         }
 
     def grant(self, call: Call) -> Grant:
@@ -134,7 +134,10 @@ class Authenticator:
         if certified is not None and self._require != "both":
             return certified
         keyed = self._key(call)
-        return keyed if certified is None else Grant((*certified.meters, *keyed.meters), keyed.key_id)
+        if certified is None:
+            return keyed
+        # Key and certificate of one principal: its limits count once.
+        return Grant(tuple(dict.fromkeys((*certified.meters, *keyed.meters))), keyed.key_id)
 
     def _key(self, call: Call) -> Grant:
         scheme, _, key = call.metadata.get("authorization", "").strip().partition(" ")
@@ -172,6 +175,11 @@ class Authenticator:
             raise NotPermitted(f"The client certificate is valid from {identity.not_before} to {identity.not_after}.")
         if not identity.client_auth:
             raise NotPermitted("The client certificate lacks the extended key usage clientAuth.")
+
+
+def _comparable(identity: str) -> str:
+    """DNS names have no case; certificates' come in lower case."""
+    return identity.lower() if identity.startswith("dns:") else identity
 
 
 def _matches(text: str, patterns: Sequence[str]) -> bool:

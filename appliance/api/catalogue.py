@@ -191,9 +191,9 @@ class Catalogue:
         """One status code, by number or name; the reply's own status is that code, as in Clarifai's API."""
         wanted = request.status_code_id
         numbers = dict(status_code_pb2.StatusCode.items())
-        number = numbers.get(wanted.upper()) or (int(wanted) if wanted.isdigit() else 0)
-        if not number or number not in numbers.values():
-            raise UnknownStatusCode(f"There is no status code {wanted!r}; ListStatusCodes names them.")
+        number = numbers.get(wanted.upper()) or next((n for n in numbers.values() if n and str(n) == wanted), 0)
+        if not number:
+            raise UnknownStatusCode(f"There is no status code {wanted[:80]!r}; ListStatusCodes names them.")
         return service_pb2.SingleStatusCodeResponse(status=_code_status(number))
 
     # ---- helpers ----

@@ -11,7 +11,6 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from appliance.core.errors import UnknownModel
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -61,7 +60,7 @@ class Health:
         service = _request(body).service
         found = self._status(service)
         if found == _UNKNOWN:
-            raise UnknownModel(f"There is no service or model {service!r}.")
+            raise RpcAbort(RpcStatus.NOT_FOUND, f"There is no service or model {service!r}.")
         return bytes(health_pb2.HealthCheckResponse(status=found).SerializeToString())
 
     async def _list(self, call: Call, body: bytes) -> bytes:

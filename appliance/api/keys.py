@@ -45,7 +45,7 @@ class KeyEntry:
 
 def digest(key: str) -> str:
     """What is stored of a key."""
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
 def read_keys(path: Path) -> list[KeyEntry]:

@@ -20,6 +20,9 @@ from appliance.tasks.servable import Servable
 _NDARRAY_LIMIT = 32
 """Axes an array may have: NumPy's own bound in its older releases, far beyond any graph."""
 
+_DTYPE_LIMIT = 16
+"""Characters a dtype's name may have; NumPy reads a long list of field types for minutes."""
+
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
@@ -89,10 +92,12 @@ def _array(message: resources_pb2.NDArray, name: str) -> Array:
 
     Raises: InvalidInput: they contradict each other, or the dtype is not numeric.
     """
-    label = f"The array {name!r}" if name else "The array"
+    label = f"The array {name[:80]!r}" if name else "The array"
     try:
+        if not 0 < len(message.dtype) <= _DTYPE_LIMIT:
+            raise ValueError("no name of a number's type is that long")
         dtype = np.dtype(message.dtype)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # its parser raises TypeError, ValueError, SyntaxError, warnings and more
         raise InvalidInput(f"{label} has dtype {message.dtype[:40]!r}; use a NumPy name such as float32.") from error
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise InvalidInput(f"{label} has dtype {message.dtype[:40]!r}; numbers are needed, of 64 bits at most.")
@@ -108,7 +113,10 @@ def _array(message: resources_pb2.NDArray, name: str) -> Array:
             f"{label} of shape {list(shape)} and dtype {dtype} needs {count * dtype.itemsize} bytes; its buffer has "
             f"{len(message.buffer)}."
         )
-    return np.frombuffer(message.buffer, dtype).reshape(shape)
+    try:
+        return np.frombuffer(message.buffer, dtype).reshape(shape)
+    except ValueError as error:  # nothing in it, and axes whose product is too large all the same
+        raise InvalidInput(f"{label} of shape {list(shape)} is larger than any array can be.") from error
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -285,5 +293,5 @@ def multi_response(
     details = note
     if good < len(outputs):
         first = next(output.status for output in outputs if output.status.code != status.SUCCESS.code)
-        details = f"{len(outputs) - good} of {len(outputs)} inputs failed; the first one: {first.details}"
+        details = f"{len(outputs) - good} of {len(outputs)} inputs failed; the first one with {status.name_of(first.code)}: {first.details}"
     return service_pb2.MultiOutputResponse(status=status.of_row(row, details, req_id), outputs=outputs)

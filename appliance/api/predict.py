@@ -50,8 +50,9 @@ class Predictions:
             if methods.method_name(request.inputs[0].data) == methods.GET_SIGNATURES:
                 return _signatures(context, request, servable)
             questions, unknown = self._questions(request, servable)
+            template = self._template(servable)
             answers = await self._answer(context, servable, questions)
-            return self._response(context, request, servable, questions, answers, unknown)
+            return self._response(context, request, servable, template, questions, answers, unknown)
 
     async def generate(
         self, context: Context, request: service_pb2.PostModelOutputsRequest
@@ -125,25 +126,35 @@ class Predictions:
             async with gate:
                 await replace(question, link)
 
-        async with asyncio.TaskGroup() as group:
-            for question, link in links:
-                group.create_task(gated(question, link))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for question, link in links:
+                    group.create_task(gated(question, link))
+        except ExceptionGroup as failed:
+            # The budget, say: one of them speaks for the request.
+            raise failed.exceptions[0] from None
 
+    def _template(self, servable: Servable) -> resources_pb2.Output:
+        """What all outputs share; made before predicting, as the model may be gone from the catalog afterwards."""
+        output = resources_pb2.Output()
+        key = servable.key
+        version = self._repository.find(key.user_id, key.app_id, key.model_id).versions.get(servable.version)
+        if version is not None:
+            output.model.CopyFrom(messages.model_brief(version))
+        return output
+
+    @staticmethod
     def _response(
-        self,
         context: Context,
         request: service_pb2.PostModelOutputsRequest,
         servable: Servable,
+        template: resources_pb2.Output,
         questions: Sequence[_Question],
         answers: Sequence[Answer],
         unknown: Sequence[str],
     ) -> service_pb2.MultiOutputResponse:
-        version = self._repository.find(servable.key.user_id, servable.key.app_id, servable.key.model_id).versions.get(
-            servable.version
-        )
-        template = resources_pb2.Output(created_at=messages.now(), status=status.success(context.req_id))
-        if version is not None:
-            template.model.CopyFrom(messages.model_brief(version))
+        template.created_at.CopyFrom(messages.now())
+        template.status.CopyFrom(status.success(context.req_id))
         outputs = []
         good = 0
         for given, question, answer in zip(request.inputs, questions, answers, strict=True):

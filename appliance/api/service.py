@@ -85,7 +85,8 @@ class Api:
         self._streams: set[asyncio.Task[Any]] = set()  # open streams, also between two messages
         self._idle = asyncio.Event()
         self._idle.set()
-        self._ended = False
+        self._closed = False  # new calls are refused
+        self._ended = False  # running calls are cut short
         self.configure(config)
         metrics.watch(metrics.in_flight, lambda: len(self._running))
         metrics.watch(metrics.memory_in_flight, lambda: budget.used)
@@ -135,9 +136,13 @@ class Api:
         """Return when no call is being worked on."""
         await self._idle.wait()
 
+    def refuse_new(self) -> None:
+        """Answer new calls that they should be tried elsewhere; running ones go on."""
+        self._closed = True
+
     def end(self) -> None:
-        """Answer every call, running or new, that it should be tried elsewhere."""
-        self._ended = True
+        """Answer running calls too that they should be tried elsewhere."""
+        self._closed = self._ended = True
         for task in self._running | self._streams:
             task.cancel()
 
@@ -172,7 +177,7 @@ class Api:
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
         """Count a call as in flight. Cancelled by `end`, it is told to try elsewhere; by its caller, it just ends."""
-        if self._ended:
+        if self._closed:
             raise _abort(Draining())
         task = asyncio.current_task()
         assert task is not None

@@ -9,6 +9,7 @@ too: `importer.py` then says what they are. Nothing outside the bundle is ever r
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from appliance.core.types import NAME_PATTERN, Concept, ModelKey
 
 CONFIG_FILE = "config.yaml"
 CHECKSUM_FILE = "SHA256SUMS"
+_CHECKSUM_LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
 LABEL_FILES = ("labels.txt", "classes.txt", "class_names.txt", "synset.txt", "coco.names")
 FORBIDDEN_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".joblib", ".npy", ".npz", ".so"})
 """Files whose loading may run code; the appliance never opens them, and says so when a config names one."""
@@ -42,7 +44,12 @@ CLARIFAI_KEYS = frozenset(
 )
 """Top-level keys of Clarifai's own config.yaml (PROTOCOL 4.6); we read the first three and let the others be."""
 
+MAX_CONFIG_BYTES = 2**20
+MAX_ALIASES = 20
+"""YAML aliases in one config.yaml: each level of them may multiply what comes out ("billion laughs")."""
+
 Positive = Annotated[int, Field(gt=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _inside(value: str) -> str:
@@ -71,9 +78,9 @@ class ImageInput(_Part):
     resize: Literal["stretch", "crop"] = "stretch"
     resize_shorter: Positive | None = None
     interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bilinear"
-    scale: float = 1 / 255
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    scale: Finite = 1 / 255
+    mean: tuple[Finite, ...] = (0.0,)
+    std: tuple[Finite, ...] = (1.0,)
 
     @property
     def channels(self) -> int:
@@ -89,8 +96,8 @@ class ImageInput(_Part):
             raise ValueError("std must not be 0")
         if self.resize_shorter is not None and self.resize_shorter < max(self.size) and self.resize == "crop":
             raise ValueError(f"resize_shorter {self.resize_shorter} is smaller than size {list(self.size)}")
-        if max(self.size) > 8192:
-            raise ValueError(f"size {list(self.size)} is over 8192")
+        if max(*self.size, self.resize_shorter or 0) > 8192:
+            raise ValueError(f"size {list(self.size)} or resize_shorter is over 8192")
         return self
 
 
@@ -174,7 +181,7 @@ class ModelSection(BaseModel):
 class _ConceptEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
 
-    id: str
+    id: Annotated[str, Field(min_length=1)]
     name: str = ""
 
 
@@ -243,6 +250,7 @@ def read_config(
     Returns: the complete config; or None, the model section and concepts, when the importer must look at the graph.
     Raises:  BundleInvalid: every problem of the file at once.
     """
+    check_links(bundle)
     path = bundle / CONFIG_FILE
     if not path.is_file():
         return None, None, ()
@@ -278,10 +286,26 @@ def read_config(
     return config, model, concepts
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data only, and a bounded number of aliases."""
+
+    _aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self._aliases += 1
+            if self._aliases > MAX_ALIASES:
+                raise yaml.YAMLError(f"it has more than {MAX_ALIASES} aliases; write the values out")
+        return super().compose_node(parent, index)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise BundleInvalid(f"{path} is over {MAX_CONFIG_BYTES} bytes; put labels into a labels.txt.")
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: not UTF-8, or a date like 2024-99-99. RecursionError: thousands of brackets.
         raise BundleInvalid(f"{path} is not YAML: {' '.join(str(error).split())}. Mend that line.") from error
     except OSError as error:
         raise BundleInvalid(f"{path} cannot be read: {error.strerror}.") from error
@@ -314,7 +338,7 @@ def concepts_of(config: BundleConfig, version: VersionFolder) -> tuple[Concept, 
     for folder in () if version.bare else (version.path, version.path.parent):
         for name in LABEL_FILES:
             if (folder / name).is_file():
-                labels = (folder / name).read_text(encoding="utf-8").splitlines()
+                labels = read_text(folder / name).splitlines()
                 return tuple(Concept(label, label) for label in (line.strip() for line in labels) if label)
     return ()
 
@@ -341,10 +365,41 @@ def find_versions(bundle: Path, file: str = "model.onnx") -> list[VersionFolder]
     return found
 
 
+def read_text(path: Path) -> str:
+    """A text file of a bundle. Raises: BundleInvalid: it is not UTF-8, or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleInvalid(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+    except OSError as error:
+        raise BundleInvalid(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def check_links(bundle: Path) -> None:
+    """See that no link in a bundle leads out of it. Raises: BundleInvalid: names the first that does."""
+    if not bundle.is_dir():
+        return
+    root = bundle.resolve()
+    for folder, folders, files in os.walk(bundle):
+        for name in [*folders, *files]:
+            path = Path(folder, name)
+            if path.is_symlink() and not _real(path).is_relative_to(root):
+                raise BundleInvalid(
+                    f"{path} leads out of the bundle {bundle}; everything a bundle needs must lie inside it."
+                )
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return path
+
+
 def check_inside(bundle: Path, path: Path) -> Path:
     """`path` with links resolved. Raises: BundleInvalid: it leads out of the bundle, or there is no such file."""
     root = (bundle if bundle.is_dir() else bundle.parent).resolve()
-    real = path.resolve()
+    real = _real(path)
     if not real.is_relative_to(root):
         raise BundleInvalid(f"{path} leads out of the bundle {bundle}; everything a bundle needs must lie inside it.")
     if not real.is_file():
@@ -353,13 +408,14 @@ def check_inside(bundle: Path, path: Path) -> Path:
 
 
 def signature(path: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """What a file tree looks like from outside: (relative path, size, mtime in ns, inode) of every file.
+    """What a file tree looks like from outside: (relative path, size, mtime in ns, inode and rights) of every file.
 
-    Two equal signatures some seconds apart mean that nobody is writing there.
+    Two equal signatures some seconds apart mean that nobody is writing there. Rights are part of it so that a bundle
+    that could not be read is tried again once they are mended.
     """
     if path.is_file():
         stat = path.stat()
-        return ((path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino),)
+        return ((path.name, stat.st_size, stat.st_mtime_ns, _identity(stat)),)
     entries = []
     for folder, _, files in os.walk(path):
         for name in files:
@@ -368,8 +424,12 @@ def signature(path: Path) -> tuple[tuple[str, int, int, int], ...]:
                 stat = file.stat()
             except OSError:
                 continue  # a link to nowhere, or removed meanwhile: the next look tells
-            entries.append((str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+            entries.append((str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns, _identity(stat)))
     return tuple(sorted(entries))
+
+
+def _identity(stat: os.stat_result) -> int:
+    return hash((stat.st_ino, stat.st_mode, stat.st_uid, stat.st_gid))
 
 
 def checksums(version: VersionFolder) -> dict[str, str]:
@@ -389,9 +449,14 @@ def verify_checksums(version: VersionFolder) -> dict[str, str]:
     listing = version.path / CHECKSUM_FILE
     if version.bare or not listing.is_file():
         return actual
-    for line in listing.read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        if name and actual.get(name) != digest:
+    for line in read_text(listing).splitlines():
+        if not line.strip():
+            continue
+        match = _CHECKSUM_LINE.fullmatch(line)
+        if match is None:
+            raise BundleInvalid(f"{listing} is not written by sha256sum: {line[:100]!r}; write it again.")
+        name = match["name"].removeprefix("./")
+        if actual.get(name) != match["digest"].lower():
             state = "differs from" if name in actual else "is missing, but listed in"
             raise BundleInvalid(f"{version.path / name} {state} {listing}; put the original back or add it again.")
     return actual

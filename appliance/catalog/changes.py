@@ -32,10 +32,12 @@ def add(source: Path, settings: Catalog, *, name: str = "", replace: bool = Fals
     name = name or (source.stem if source.is_file() else source.resolve().name)
     if not NAME_PATTERN.fullmatch(name):
         raise ConfigError(f"{name!r} cannot be a bundle's name; use letters, digits and . _ - inside (--name).")
+    if (settings.root / f"{name}.onnx").exists():
+        raise ConfigError(f"{settings.root / name}.onnx is bundle {name!r} already; remove it, or say --name.")
     with _os_errors(settings.root), _staging(settings.root) as staged:
         folder = staged / name
         versions, config = _stage(source, folder, settings)
-        added = _publish(folder, settings.root / name, replace)
+        added = _publish(folder, settings.root / name, replace, settings)
     return name, added or [version.id for version in versions], config.sentence
 
 
@@ -43,7 +45,7 @@ def remove(name: str, version: str, settings: Catalog) -> None:
     """Take a bundle, or one version of it, away. Raises: ConfigError: there is none, or it cannot be removed."""
     target = find(name, settings)
     if version:
-        if target.is_file() or not (target / version).is_dir():
+        if target.is_file() or not NAME_PATTERN.fullmatch(version) or not (target / version).is_dir():
             raise ConfigError(f"Bundle {name!r} has no version {version!r} of its own folder.")
         target = target / version
     with _os_errors(settings.root), _staging(settings.root) as staged:
@@ -57,7 +59,7 @@ def rollback(name: str, to: str, settings: Catalog) -> tuple[str, list[str]]:
     Raises: ConfigError: no such version, or nothing to go back to.
     """
     path = find(name, settings)
-    ids = [version.id for version in bundles.find_versions(path)]
+    ids = [version.id for version in bundles.find_versions(path, _file(path, settings))]
     held = read_held(settings.state_dir)
     if not all(version_id.isdigit() for version_id in ids):
         order = sorted(ids, key=lambda version_id: (path / version_id).stat().st_ctime)
@@ -85,12 +87,19 @@ def find(name: str, settings: Catalog) -> Path:
     raise ConfigError(f"There is no bundle {name!r} in {settings.root}; there are: {known}.")
 
 
+def _file(bundle: Path, settings: Catalog) -> str:
+    """Name of the ONNX file in a bundle's versions."""
+    config, _, _ = bundles.read_config(bundle, settings.user_id, settings.app_id)
+    return config.onnx.file if config else "model.onnx"
+
+
 def _stage(source: Path, folder: Path, settings: Catalog) -> tuple[list[VersionFolder], BundleConfig]:
     """Copy the source into the staging folder in our layout, and check what can be checked without loading it."""
     if source.is_file():
         (folder / "1").mkdir(parents=True)
         shutil.copyfile(source, folder / "1" / "model.onnx")
     else:
+        bundles.check_links(source)
         shutil.copytree(source, folder, symlinks=False, ignore=shutil.ignore_patterns(".*", "__pycache__"))
     config, model, concepts = bundles.read_config(folder, settings.user_id, settings.app_id)
     versions = bundles.find_versions(folder, config.onnx.file if config else "model.onnx")
@@ -109,15 +118,17 @@ def _stage(source: Path, folder: Path, settings: Catalog) -> tuple[list[VersionF
     return versions, config
 
 
-def _publish(folder: Path, target: Path, replace: bool) -> list[str]:
+def _publish(folder: Path, target: Path, replace: bool, settings: Catalog) -> list[str]:
     """Rename the staged bundle, or its versions, into place. Returns: the versions added to a bundle that was there."""
     if not target.exists():
         os.rename(folder, target)
         return []
-    versions = bundles.find_versions(folder)
-    present = {version.id for version in bundles.find_versions(target)}
+    versions = bundles.find_versions(folder, _file(folder, settings))
+    present = {path.name for path in target.iterdir() if path.is_dir()}
     clash = sorted(present & {version.id for version in versions})
-    old, new = ((place / CONFIG_FILE).read_text(encoding="utf-8") for place in (target, folder))
+    old, new = (
+        (place / CONFIG_FILE).read_bytes() if (place / CONFIG_FILE).is_file() else b"" for place in (target, folder)
+    )
     if not replace and clash:
         raise ConfigError(
             f"{target.name} has version {', '.join(clash)} already; give the new one another number, or say --replace."

@@ -93,8 +93,9 @@ def _text(graph: ModelProto, version: VersionFolder, labels: tuple[Concept, ...]
         return None
     roles: dict[str, str | None] = {"ids": None, "mask": None, "types": None}
     roles.update({_TEXT_INPUTS[name]: name for name in names})
-    limit = _json(version.path / "config.json").get("max_position_embeddings", 512)
-    text = {"tokenizer": "tokenizer.json", "max_tokens": min(int(limit), 512), "inputs": roles}
+    limit = _json(version.path / "config.json").get("max_position_embeddings")
+    limit = min(limit, 512) if isinstance(limit, int) and limit > 0 else 512
+    text = {"tokenizer": "tokenizer.json", "max_tokens": limit, "inputs": roles}
     outputs = {value.name: axes(value) for value in graph.graph.output}
     for name, shape in outputs.items():
         if len(shape) == 2 and labels and shape[1] in (None, len(labels)) and not _EMBEDDING_NAME.search(name):
@@ -194,8 +195,9 @@ def _hf_labels(version: VersionFolder) -> tuple[Concept, ...]:
 def _hf_image(made: dict[str, Any]) -> dict[str, Any] | None:
     """preprocessor_config.json in our words; None when it does not fix the picture's size."""
     size, crop = made.get("size"), made.get("crop_size")
+    resample = made.get("resample", 2)
     image: dict[str, Any] = {
-        "interpolation": _FILTERS[made.get("resample", 2)] if made.get("resample", 2) in range(6) else "bilinear",
+        "interpolation": _FILTERS[resample] if isinstance(resample, int) and 0 <= resample < 6 else "bilinear",
         "scale": made.get("rescale_factor", 1 / 255) if made.get("do_rescale", True) else 1.0,
     }
     if made.get("do_normalize", True) and "image_mean" in made and "image_std" in made:
@@ -224,6 +226,6 @@ def _pooling(version: VersionFolder) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -171,11 +171,13 @@ class Repository(Generic[S]):
         self._drains: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._looked = asyncio.Event()
+        self._looking = asyncio.Lock()
         if not settings.root.is_dir():
             raise ConfigError(f"catalog.root {settings.root} is not a folder; make it, or name another one.")
         if not settings.state_dir.is_dir():
             raise ConfigError(f"catalog.state_dir {settings.state_dir} is not a folder; make it, or name another one.")
         self._memory = Memory(settings.state_dir)
+        self._held = read_held(settings.state_dir)
 
     # ---- asking ----
 
@@ -298,14 +300,24 @@ class Repository(Generic[S]):
 
     async def look(self) -> None:
         """Compare the root with what is served, and start what is needed to make them equal."""
-        held = await asyncio.to_thread(read_held, self.settings.state_dir)
+        async with self._looking:
+            await self._look()
+
+    async def _look(self) -> None:
+        try:
+            self._held = await asyncio.to_thread(read_held, self.settings.state_dir)
+        except ConfigError as error:
+            _log.error("%s What was held back before stays so.", error)
+        held = self._held
         paths = await asyncio.to_thread(_bundle_paths, self.settings.root)
         for name in sorted(set(self._bundles) - set(paths)):
             self._forget_bundle(name)
+        for name, path in paths.items():
+            self._bundles.setdefault(name, Bundle(name, path)).path = path
         for name, path in sorted(paths.items()):
-            bundle = self._bundles.setdefault(name, Bundle(name, path))
+            bundle = self._bundles[name]
             signature, changed_at = await asyncio.to_thread(_look_at, path)
-            signature = (*signature, held.get(name, frozenset()))
+            signature = (path, *signature, held.get(name, frozenset()))
             now = time.monotonic()
             if signature != bundle.seen:
                 bundle.seen, bundle.seen_since = signature, now
@@ -333,18 +345,35 @@ class Repository(Generic[S]):
             read = await asyncio.to_thread(_read, bundle.path, self.settings)
             self._check_owner(bundle, read)
         except (ModelError, OSError) as error:
-            bundle.problem = str(error)
-            _log.error("bundle cannot be read: %s", error, extra={"bundle": bundle.name})
-            self._changed()
+            self._unreadable(bundle, str(error))
+            return
+        except Exception as error:
+            # A bundle is a stranger's file: whatever it makes a parser raise must not keep the others from being read.
+            _log.exception("reading failed unexpectedly", extra={"bundle": bundle.name})
+            self._unreadable(bundle, f"{type(error).__name__}: {error}")
             return
         bundle.problem = ""
-        bundle.key = next(iter(read.configs.values())).key
+        key = next(iter(read.configs.values())).key
+        if bundle.key not in (None, key):
+            self._retry_unreadable()
+        bundle.key = key
         for version_id in [v for v in bundle.versions if v not in read.folders]:
             self._forget_version(bundle, version_id)
         for version_id in read.folders:
             self._want(bundle, version_id, read, version_id in held)
         self._save_memory()
         self._changed()
+
+    def _unreadable(self, bundle: Bundle[S], problem: str) -> None:
+        bundle.problem = problem
+        _log.error("bundle cannot be read: %s", problem, extra={"bundle": bundle.name})
+        self._changed()
+
+    def _retry_unreadable(self) -> None:
+        """A model's key is free again: a bundle that wanted it may have it at the next look."""
+        for bundle in self._bundles.values():
+            if bundle.problem:
+                bundle.done = None
 
     def _check_owner(self, bundle: Bundle[S], read: _Read) -> None:
         keys = {config.key for config in read.configs.values()}
@@ -433,6 +462,7 @@ class Repository(Generic[S]):
 
     def _forget_bundle(self, name: str) -> None:
         bundle = self._bundles.pop(name)
+        self._retry_unreadable()
         for version_id in list(bundle.versions):
             self._forget_version(bundle, version_id)
         self._save_memory()
@@ -441,7 +471,8 @@ class Repository(Generic[S]):
     def _save_memory(self) -> None:
         if not self._remember:
             return
-        self._memory.keep_only({name: set(bundle.versions) for name, bundle in self._bundles.items()})
+        known = {b.name: set(b.versions) if b.versions and not b.problem else None for b in self._bundles.values()}
+        self._memory.keep_only(known)
         try:
             self._memory.save()
         except OSError as error:
@@ -457,11 +488,12 @@ async def _drain(running: _Running[S]) -> None:
 
 def _bundle_paths(root: Path) -> dict[str, Path]:
     """Folders and `.onnx` files under the root; hidden names are work in progress. Raises: OSError."""
-    return {
-        path.stem if path.is_file() else path.name: path
-        for path in sorted(root.iterdir())
-        if not path.name.startswith(".") and (path.is_dir() or path.suffix == ".onnx")
-    }
+    paths: dict[str, Path] = {}
+    for path in sorted(root.iterdir(), key=lambda path: (path.is_file(), path.name)):
+        if not path.name.startswith(".") and (path.is_dir() or path.suffix == ".onnx"):
+            name = path.stem if path.is_file() and path.stem not in paths else path.name
+            paths[name] = path
+    return paths
 
 
 def _look_at(path: Path) -> tuple[Signature, float]:

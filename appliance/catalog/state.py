@@ -21,7 +21,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); mend its permissions, or move it away.") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise ConfigError(f"{path} is not a state file of ours; move it away.")
     return content
 
@@ -33,6 +33,8 @@ class Memory:
         """Raises: ConfigError: the file is there and is not ours."""
         self._path = state_dir / "catalog.json"
         self._content = _read(self._path)
+        if not all(isinstance(entry, dict) for versions in self._content.values() for entry in versions.values()):
+            raise ConfigError(f"{self._path} is not a state file of ours; move it away.")
 
     def first_seen(self, bundle: str, version: str, now: float) -> float:
         """Unix time at which this version was first seen, `now` if that is now."""
@@ -50,12 +52,12 @@ class Memory:
         """Keep the checksums of what was loaded."""
         self._entry(bundle, version)["sha256"] = dict(checksums)
 
-    def keep_only(self, bundles: Mapping[str, set[str]]) -> None:
-        """Forget versions that are no longer on disk."""
+    def keep_only(self, bundles: Mapping[str, set[str] | None]) -> None:
+        """Forget what is no longer on disk. None for a bundle: its versions are not known now, keep them all."""
         self._content = {
-            bundle: {version: entry for version, entry in versions.items() if version in bundles[bundle]}
+            bundle: {version: entry for version, entry in versions.items() if kept is None or version in kept}
             for bundle, versions in self._content.items()
-            if bundle in bundles
+            for kept in ([bundles[bundle]] if bundle in bundles else [])
         }
 
     def save(self) -> None:
@@ -71,7 +73,10 @@ class Memory:
 def read_held(state_dir: Path) -> dict[str, frozenset[str]]:
     """Versions held back, by bundle. Raises: ConfigError."""
     content = _read(state_dir / "wanted.json")
-    return {bundle: frozenset(map(str, entry.get("held", []))) for bundle, entry in content.items()}
+    try:
+        return {bundle: frozenset(map(str, entry.get("held", []))) for bundle, entry in content.items()}
+    except TypeError as error:
+        raise ConfigError(f"{state_dir / 'wanted.json'} is not a state file of ours; move it away.") from error
 
 
 def write_held(state_dir: Path, held: Mapping[str, frozenset[str]]) -> None:

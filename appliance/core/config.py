@@ -8,6 +8,7 @@ environment (`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value 
 import difflib
 import ipaddress
 import json
+import math
 import os
 import re
 import tomllib
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -45,12 +47,13 @@ _UNIT |= {"ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 def parse_size(value: object) -> object:
     """Turn "20 MiB" into bytes; numbers pass through. Raises ValueError with the forms that are understood."""
-    if not isinstance(value, str):
+    if not isinstance(value, str | bool):
         return value
-    match = _SIZE.fullmatch(value)
-    if not match:
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    count = float(match[1]) * _UNIT[match[2] or ""] if match else math.inf
+    if not math.isfinite(count):
         raise ValueError('is not a size; write bytes or e.g. "20MiB", "1.5GB"')
-    return int(float(match[1]) * _UNIT[match[2] or ""])
+    return int(count)
 
 
 def parse_address(value: str) -> tuple[str, int]:
@@ -84,10 +87,16 @@ def _name(value: str) -> str:
     return value
 
 
+def _path(value: object) -> object:
+    if value == "":
+        raise ValueError("is empty; write a path")  # Path("") would be whatever folder the service happens to run in
+    return value
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-Address = Annotated[str, BeforeValidator(_address)]
-Name = Annotated[str, BeforeValidator(_name)]
-FilePath = Annotated[Path, PlainSerializer(str, return_type=str)]
+Address = Annotated[str, AfterValidator(_address)]
+Name = Annotated[str, AfterValidator(_name)]
+FilePath = Annotated[Path, BeforeValidator(_path), PlainSerializer(str, return_type=str)]
 
 
 class Section(BaseModel):
@@ -173,7 +182,9 @@ class Principal(Section):
     apps: tuple[str, ...] = Field(("*",), description='App ids whose models it may use; "*" matches any text.')
     models: tuple[str, ...] = Field(("*",), description='Model ids it may use; "*" matches any text.')
     user_id: Name | None = Field(None, description='Who the caller is for GetUser("me"); unset: catalog.user_id.')
-    requests_per_second: float = Field(0, ge=0, description="Requests a second on average; 0: no limit.")
+    requests_per_second: float = Field(
+        0, ge=0, allow_inf_nan=False, description="Requests a second on average; 0: no limit."
+    )
     burst: int = Field(0, ge=0, description="Requests that may come at once; 0: one second's worth.")
     concurrency: int = Field(0, ge=0, description="Requests in flight at once; 0: no limit.")
 
@@ -205,7 +216,7 @@ class Catalog(Section):
         2.0, ge=0, le=3600, description="Seconds a bundle's files must stay unchanged before they are loaded."
     )
     start_wait_s: float = Field(
-        60.0, ge=0, description="Seconds that start waits for bundles to load before it says ready."
+        60.0, ge=0, le=3600, description="Seconds that start waits for bundles to load before it says ready."
     )
     user_id: Name = Field("appliance", description="Owner of bundles whose config.yaml names no user_id.")
     app_id: Name = Field("main", description="App of bundles whose config.yaml names no app_id.")
@@ -574,7 +585,10 @@ def _environment_tables(environ: Mapping[str, str], problems: list[Problem]) -> 
                 )
             )
             continue
-        yield variable, {section: {key: _environment_value(environ[variable])}}
+        value = _environment_value(environ[variable])
+        if key.endswith("passphrase") and not isinstance(value, str):
+            value = environ[variable]  # digits are a passphrase too, and no number
+        yield variable, {section: {key: value}}
 
 
 def _environment_value(text: str) -> object:

@@ -6,12 +6,15 @@ logs principals' names and key ids.
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 ROOT = "appliance"
+# Control characters, line and paragraph separators, direction overrides, lone surrogates.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _PLAIN = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -99,10 +102,12 @@ class RateLimitedLog:
 
 
 def _one_line(text: str) -> str:
-    """Whatever a caller sent may not start a line of its own in the log."""
-    return text.replace("\r", "\\r").replace("\n", "\\n")
+    """Whatever a caller sent may not start a line of its own in the log, nor steer the terminal that shows it."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _quoted(value: object) -> str:
-    text = _one_line(str(value))
-    return text if text and " " not in text and '"' not in text else '"' + text.replace('"', '\\"') + '"'
+    text = str(value)
+    if not text or " " in text or '"' in text:
+        text = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return _one_line(text)

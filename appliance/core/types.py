@@ -60,6 +60,7 @@ class RpcStatus(enum.IntEnum):
     OK = 0
     CANCELLED = 1
     DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
     RESOURCE_EXHAUSTED = 8
     UNIMPLEMENTED = 12
     INTERNAL = 13

@@ -39,6 +39,9 @@ from appliance.wire.grpcio import GrpcioServer
 
 _log = logging.getLogger(__name__)
 
+_LAST_REPLIES_S = 2.0
+"""Seconds in which the last replies may reach their callers before connections are cut."""
+
 
 class Phase(enum.IntEnum):
     """Where the daemon is in its life; only moves forward."""
@@ -158,12 +161,14 @@ class Daemon:
         self._publish()
         _log.info("draining", extra={"in_flight": self._api.in_flight})
         await self._unless_now(self._stop_now.wait(), settings.lame_duck_s)
-        stopping = asyncio.create_task(self._server.stop(settings.drain_s + 5))
+        # New calls are answered UNAVAILABLE while the port is still open: grpcio's own shutdown would reset those
+        # that arrive in its very moment, which clients do not try again.
+        self._api.refuse_new()
         await self._unless_now(self._api.wait_idle(), settings.drain_s)
         if self._api.in_flight:
             _log.warning("calls were told to try again", extra={"count": self._api.in_flight})
         self._api.end()
-        await asyncio.wait({stopping}, timeout=5)
+        await self._server.stop(_LAST_REPLIES_S)
 
     async def _unless_now(self, wait: Coroutine[Any, Any, object], seconds: float) -> None:
         """Wait for something, at most so long, and not beyond a second signal."""

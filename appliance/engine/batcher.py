@@ -1,11 +1,10 @@
 """The batcher: rows of many requests become one run of the model, and every request ends exactly once.
 
 The law. Admission is a permit, refused at once when the queue is full. A batch is whatever queued while the last one
-ran: no timer. Only rows of one shape share a run; among shapes the one with the nearest deadline goes first, among
-principals each gets its turn, within a principal the nearest deadline goes first. Who left or expired is skipped while
-the batch is formed. A failed batch is halved until the rows at fault stand alone; the others are answered. When the
-device runs out of memory the batch is halved and the smaller size is kept. A worker thread that dies answers everybody
-and makes the model not ready, loudly.
+ran: no timer. Only rows of one shape share a run; principals take turns, within a run and among the shapes, and within
+a principal the nearest deadline goes first. Who left or expired is skipped while the batch is formed. A failed batch is
+halved until the rows at fault stand alone; the others are answered. When the device runs out of memory the batch is
+halved and the smaller size is kept. A worker thread that dies answers everybody and makes the model not ready, loudly.
 
 Rows, not requests: a big submission is cut into several runs, small ones share one.
 """
@@ -66,7 +65,10 @@ class RunRecord:
 
 @dataclass(slots=True, eq=False)
 class _Submission:
-    """Rows of one request on their way; `taken` of `count` are in a run or done, `open` are not answered yet."""
+    """Rows of one request on their way; `taken` of `count` are in a run or done, `open` are not answered yet.
+
+    `left` says that the rest is not waiting any more.
+    """
 
     feeds: Mapping[str, Array]
     count: int
@@ -83,7 +85,10 @@ class _Submission:
     left: bool = False
 
     def outcome(self) -> Outcome:
-        """Put the pieces together in row order; failed rows are filled with zeros."""
+        """Put the pieces together in row order; failed rows are filled with zeros.
+
+        Raises: ValueError: the pieces have different shapes.
+        """
         if not self.pieces:
             return Outcome({}, self.errors)
         if len(self.pieces) == 1 and not self.errors:
@@ -92,6 +97,8 @@ class _Submission:
         for name, sample in self.pieces[0][1].items():
             whole = np.zeros((self.count, *sample.shape[1:]), sample.dtype)
             for start, piece in self.pieces:
+                if piece[name].shape[1:] != sample.shape[1:]:  # assigning could broadcast one to the other
+                    raise ValueError(f"{name}: {piece[name].shape[1:]} and {sample.shape[1:]}")
                 whole[start : start + len(piece[name])] = piece[name]
             arrays[name] = whole
         return Outcome(arrays, self.errors)
@@ -147,6 +154,8 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._queues: dict[ShapeKey, dict[str, list[tuple[float, int, _Submission]]]] = {}
         self._order = itertools.count()
+        self._batches = itertools.count(1)
+        self._last_turn: dict[str, int] = {}
         self._waiting = 0
         self._unfinished: set[_Submission] = set()
         self._idle = asyncio.Event()
@@ -178,6 +187,7 @@ class Batcher:
             Overloaded: the queue is full. Draining: the model is being closed. InferenceFailed: the worker died.
         """
         count = 1 if self._whole else len(next(iter(feeds.values())))
+        assert count, "no rows, so nothing would ever end this submission"
         if self.death is not None:
             raise InferenceFailed("The model's worker has died; the appliance must be restarted.", detail=self.death)
         if self._closing:
@@ -216,17 +226,26 @@ class Batcher:
         """Accept no more and answer what waits with `error` (Draining by default); a run in progress finishes."""
         with self._condition:
             self._closing = True
+            for submission in list(self._unfinished):
+                if submission.taken == 0:
+                    self._fail(submission, error or Draining())
             self._condition.notify()
-        for submission in list(self._unfinished):
-            if submission.taken == 0:
-                self._fail(submission, error or Draining())
 
     def _forget(self, submission: _Submission) -> None:
-        """The future is done: answered here, or its caller went away."""
-        submission.left = True
+        """The future is done: answered here, or its caller went away; what still waited makes room at once."""
+        with self._condition:
+            self._leave(submission)
+            if not submission.taken:
+                submission.feeds = {}  # the queue lets go of the rest when it comes across it
         self._unfinished.discard(submission)
         if not self._unfinished:
             self._idle.set()
+
+    def _leave(self, submission: _Submission) -> None:
+        """Count its waiting rows no longer; the lock is held."""
+        if not submission.left:
+            submission.left = True
+            self._waiting -= submission.count - submission.taken
 
     @staticmethod
     def _fail(submission: _Submission, error: ApplianceError) -> None:
@@ -253,6 +272,9 @@ class Batcher:
         except ValueError as error:  # runs of one submission gave answers of different shapes
             message = "The answers to the rows of this request have different shapes; send one row a request."
             submission.future.set_exception(InferenceFailed(message, detail=str(error)))
+        except Exception as error:  # no memory for the whole, say: the neighbours must still get their answers
+            message = "The answers to the rows of this request could not be put together."
+            submission.future.set_exception(InferenceFailed(message, detail=repr(error)))
 
     def _die(self, reason: str) -> None:
         self.death = reason
@@ -278,19 +300,29 @@ class Batcher:
                 if self._closing:
                     return None
                 self._condition.wait()
-            key = min(self._queues, key=lambda key: min(queue[0][:2] for queue in self._queues[key].values()))
-            return self._take(key)
+            return self._take(min(self._queues, key=self._urgency))
+
+    def _urgency(self, key: ShapeKey) -> tuple[int, tuple[float, int]]:
+        """Shapes are ordered by who waits longest for a turn, then by the nearest deadline."""
+        queues = self._queues[key]
+        return (
+            min(self._last_turn.get(principal, 0) for principal in queues),
+            min(queue[0][:2] for queue in queues.values()),
+        )
 
     def _take(self, key: ShapeKey) -> list[_Piece]:
         """Up to `max_rows` rows of one shape, in turns of the principals."""
         queues = self._queues[key]
         room = self.max_rows
+        turn = next(self._batches)
         pieces: list[_Piece] = []
         while room and queues:
             share = max(1, room // len(queues))
             for principal in list(queues):
                 taken = self._take_from(queues[principal], min(share, room), pieces)
                 room -= taken
+                if taken:
+                    self._last_turn[principal] = turn
                 if not queues[principal]:
                     del queues[principal]
                 elif taken:
@@ -307,14 +339,14 @@ class Batcher:
         now = self._clock()
         while queue and moved < limit:
             submission = queue[0][2]
-            waiting = submission.count - submission.taken
-            if submission.left or submission.deadline <= now:
+            # A future that is done a moment ago has not told `_forget` yet.
+            if submission.left or submission.future.done() or submission.deadline <= now:
                 heapq.heappop(queue)
-                self._waiting -= waiting
                 if not submission.left:
+                    self._leave(submission)
                     self._to_loop(self._fail, submission, DeadlineExceeded())
                 continue
-            count = min(waiting, limit - moved)
+            count = min(submission.count - submission.taken, limit - moved)
             pieces.append(_Piece(submission, submission.taken, count))
             submission.taken += count
             self._waiting -= count
@@ -337,7 +369,7 @@ class Batcher:
         except InferenceFailed as error:
             rows = sum(piece.count for piece in pieces)
             if isinstance(error, OutOfMemory) and rows > 1:
-                self.max_rows = max(1, rows // 2)
+                self.max_rows = min(self.max_rows, max(1, rows // 2))
                 _log.warning("the device ran out of memory with %d rows; %d from now on", rows, self.max_rows)
             if rows == 1:
                 return [(pieces[0], error)]

@@ -5,6 +5,7 @@ are picked. So the host moves a quarter of the bytes in and a few hundred out, a
 output is defined in one place. `plan: raw` leaves the graph alone: the task then does the same on the host.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from appliance.catalog.bundle import BundleConfig, ImageInput, OnnxSection, VersionFolder, check_inside
+from appliance.catalog.bundle import BundleConfig, EmbeddingOutput, ImageInput, OnnxSection, VersionFolder, check_inside
 from appliance.catalog.graph import axes, graph_inputs, read_graph
 from appliance.core.errors import BundleInvalid
 from appliance.engine.session import TensorSpec
@@ -96,6 +97,8 @@ def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concep
         _wrap_scores(model, section, concepts, file)
     elif wrap_output:
         _wrap_pooling(model, section, file)
+    elif section.embedding:
+        _check_embedding(model, section.embedding, file)
     wrapped = wrap_input or wrap_output
     return Plan(
         model=model.SerializeToString() if wrapped else None,
@@ -125,12 +128,20 @@ def _pools(section: OnnxSection) -> bool:
 
 
 def _mixes_rows(model: ModelProto) -> str:
-    graphs = [model.graph.node, *(function.node for function in model.functions)]
-    for nodes in graphs:
-        for node in nodes:
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        for node in _with_branches(nodes):
             if node.op_type in _MIXES_ROWS:
                 return f"the operator {node.op_type} {_MIXES_ROWS[node.op_type]}"
     return ""
+
+
+def _with_branches(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """The nodes, and those in the bodies of If, Loop and Scan: the probes may take another branch than a caller."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _with_branches(graph.node)
 
 
 # ---- in front --------------------------------------------------------------------------------------------------------
@@ -268,6 +279,17 @@ def _wrap_scores(model: ModelProto, section: OnnxSection, concepts: int, file: P
             helper.make_tensor_value_info(TOP_INDICES, TensorProto.INT64, ["batch", top]),
         ]
     )
+
+
+def _check_embedding(model: ModelProto, embedding: EmbeddingOutput, file: Path) -> None:
+    value = _output_value(model, embedding.output, "onnx.embedding.output", file)
+    shape = axes(value)
+    if len(shape) > 2 and None in shape[1:]:
+        shown = ["?" if axis is None else axis for axis in shape]
+        raise BundleInvalid(
+            f"{file}: the output {value.name!r} has shape {shown}, which is not one vector a row; set "
+            "onnx.embedding.pooling to mean or cls."
+        )
 
 
 def _wrap_pooling(model: ModelProto, section: OnnxSection, file: Path) -> None:

@@ -35,7 +35,7 @@ def row_dependence(model: Runs, outputs: Sequence[str], rows: Sequence[Mapping[s
         for members in ((0, 1), (0, 1, 3), (2, 0, 1)):
             together = model.run(outputs, join([rows[member] for member in members]))
             for name, result, singles in zip(outputs, together, zip(*alone, strict=True), strict=True):
-                if not isinstance(result, np.ndarray) or len(result) != len(members):
+                if not isinstance(result, np.ndarray) or result.ndim == 0 or len(result) != len(members):
                     return f"the output {name!r} does not have one entry for each row of a batch"
                 for position, member in enumerate(members):
                     if not _close(result[position], singles[member][0]):

@@ -19,6 +19,8 @@ from appliance.core.config import Urls
 from appliance.core.errors import DownloadFailed, InputTooLarge, UrlRefused
 
 _REDIRECTS = 3
+_HOLDS_IPV4 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
+"""NAT64 (RFC 6052) and the old compatible form (RFC 4291): an IPv4 address in the last four bytes."""
 _TRUST: ssl.SSLContext | None = None
 
 
@@ -40,7 +42,8 @@ async def fetch(url: str, policy: Urls, max_bytes: int) -> bytes:
                 url = urljoin(url, redirect)
     except TimeoutError as error:
         raise DownloadFailed(f"The URL did not deliver within {policy.timeout_s:g} s (urls.timeout_s).") from error
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+        # ValueError: names that IDNA cannot say, redirects that are no URL.
         raise DownloadFailed(
             f"The URL could not be fetched: {type(error).__name__}.", detail=f"{url}: {error}"
         ) from error
@@ -81,8 +84,13 @@ async def _resolve(parts: SplitResult, policy: Urls) -> str:
 
 def _public(text: str) -> bool:
     address = ipaddress.ip_address(text.partition("%")[0])
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_global and not address.is_multicast
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if inner is None and any(address in network for network in _HOLDS_IPV4):
+            inner = ipaddress.IPv4Address(address.packed[-4:])
+        if inner is not None:
+            return inner.is_global and not inner.is_multicast
+    return address.is_global and not address.is_multicast
 
 
 async def _get(parts: SplitResult, address: str, policy: Urls, max_bytes: int) -> tuple[bytes, str | None]:
@@ -101,7 +109,7 @@ async def _get(parts: SplitResult, address: str, policy: Urls, max_bytes: int) -
     async with httpx.AsyncClient(verify=_trust(), trust_env=False, timeout=policy.timeout_s) as client:
         response = await client.send(request, stream=True, follow_redirects=False)
         try:
-            if response.is_redirect:
+            if response.has_redirect_location:
                 return b"", response.headers["location"]
             if response.status_code != 200:
                 raise DownloadFailed(f"The URL answered HTTP {response.status_code}.")

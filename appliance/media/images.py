@@ -23,6 +23,9 @@ _READS = "JPEG, PNG, WebP, BMP, TIFF or GIF"
 # Pillow's own limit warns; ours (pixels, from the header) is the one that counts and comes first.
 Image.MAX_IMAGE_PIXELS = None
 
+_LARGEST_WHOLE = 2**22
+"""Pixels up to which a picture is resized whole before it is cropped."""
+
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "box": Image.Resampling.BOX,
@@ -128,9 +131,7 @@ def _eight_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
     """Any of Pillow's modes as 8-bit grey or RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit grey arrives as I;16 or I; Pillow's own conversion clips at 255 instead of scaling.
-        values = np.asarray(image, np.float64)
-        full = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max(initial=1.0)))
-        image = Image.fromarray(np.clip(values * (255.0 / full), 0, 255).round().astype(np.uint8))
+        image = Image.fromarray(_scaled(np.asarray(image), 65535.0 if image.mode.startswith("I") else None))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     if image.has_transparency_data:
@@ -140,30 +141,44 @@ def _eight_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
+def _scaled(values: NDArray[np.generic], full: float | None) -> NDArray[np.uint8]:
+    """Values from 0 to `full` as 0 to 255; `full` None: the largest finite one, at least 1.
+
+    Row by row, as eight-byte intermediates of the whole picture would be many times what its header promised.
+    """
+    result = np.empty(values.shape, np.uint8)
+    if full is None:
+        full = max([1.0, *(float(row[np.isfinite(row)].max(initial=1.0)) for row in values)])
+    for row, target in zip(values, result, strict=True):
+        wide = np.nan_to_num(row.astype(np.float64), posinf=full)
+        target[:] = np.clip(wide * (255.0 / full), 0, 255).round()
+    return result
+
+
 def _fit(image: Image.Image, recipe: ImageRecipe) -> Image.Image:
     resampling = FILTERS[recipe.filter]
     if recipe.resize == "stretch":
         size = (recipe.width, recipe.height)
         return image if image.size == size else image.resize(size, resampling)
-    image = _without_far_ends(image, recipe)
-    scale = recipe.shorter / min(image.size)
-    # The longer side is cut to whole pixels, as torchvision's Resize(shorter) does, so that scores agree with it.
-    width, height = (recipe.shorter if side == min(image.size) else int(side * scale) for side in image.size)
-    width, height = max(width, recipe.width), max(height, recipe.height)
-    if (width, height) != image.size:
-        image = image.resize((width, height), resampling)
+    width, height = resized_size(image.size, recipe.shorter)
     left, top = round((width - recipe.width) / 2), round((height - recipe.height) / 2)
-    return image.crop((left, top, left + recipe.width, top + recipe.height))
+    if width * height <= max(_LARGEST_WHOLE, 4 * recipe.shorter**2):
+        image = image if image.size == (width, height) else image.resize((width, height), resampling)
+        return image.crop((left, top, left + recipe.width, top + recipe.height))
+    # Scaling the whole of a 1 × 85,000,000 strip up would eat the memory; what stays is scaled alone. Pillow keeps the
+    # box as 32-bit floats, so that pixels may differ by a hair from the way above.
+    across, down = image.width / width, image.height / height
+    right, bottom = min((left + recipe.width) * across, image.width), min((top + recipe.height) * down, image.height)
+    return image.resize((recipe.width, recipe.height), resampling, (left * across, top * down, right, bottom))
 
 
-def _without_far_ends(image: Image.Image, recipe: ImageRecipe) -> Image.Image:
-    """Cut what a very long picture has outside the middle: scaling a 1 × 85,000,000 strip up would eat the memory."""
-    width, height = image.size
-    kept = max(1, round(min(image.size) * 4 * max(recipe.height, recipe.width) / recipe.shorter))
-    if max(image.size) <= kept:
-        return image
-    left, top = max(0, (width - kept) // 2), max(0, (height - kept) // 2)
-    return image.crop((left, top, left + min(width, kept), top + min(height, kept)))
+def resized_size(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    """Width and height once the shorter side is `shorter`; the longer one is cut to whole pixels.
+
+    Source: torchvision.transforms.Resize(shorter), so that scores agree with models trained through it.
+    """
+    width, height = size
+    return (shorter, shorter * height // width) if width <= height else (shorter * width // height, shorter)
 
 
 def _reason(error: Exception) -> str:

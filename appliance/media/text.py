@@ -16,7 +16,7 @@ class TextTokenizer:
     """Turns a text into token ids and mask, cut to `max_tokens` and padded to a bucket. Safe from several threads."""
 
     def __init__(self, path: Path, max_tokens: int) -> None:
-        """Raises: BundleInvalid: the file is not one that the `tokenizers` library wrote."""
+        """Raises: BundleInvalid: the file is not one that the `tokenizers` library wrote, or needs more tokens."""
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for any bad file
@@ -24,13 +24,26 @@ class TextTokenizer:
         padding = self._tokenizer.padding
         self.pad_id = int(padding["pad_id"]) if padding else (self._tokenizer.token_to_id("[PAD]") or 0)
         self._tokenizer.no_padding()
+        special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        if special >= max_tokens:
+            raise BundleInvalid(
+                f"onnx.text.max_tokens {max_tokens} leaves no room for words: {path} adds {special} tokens to a text."
+            )
         self._tokenizer.enable_truncation(max_tokens)
         self.max_tokens = max_tokens
         self.buckets = (*(size for size in BUCKETS if size < max_tokens), max_tokens)
 
     def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Token ids, mask (1 where a token is) and type ids, int64 (bucket,) each."""
-        encoding = self._tokenizer.encode(text)
+        """Token ids, mask (1 where a token is) and type ids, int64 (bucket,) each.
+
+        Raises: InvalidInput: the text has no tokens: a row that is all padding has no meaning.
+        """
+        try:
+            encoding = self._tokenizer.encode(text)
+        except Exception as error:  # the library raises plain Exception, for a word that its vocabulary cannot say
+            raise InvalidInput("The model's tokenizer cannot read this text.", detail=str(error)) from error
+        if not encoding.ids:
+            raise InvalidInput("The text is empty for this model: its tokenizer finds nothing in it.")
         size = next(bucket for bucket in self.buckets if bucket >= len(encoding.ids))
         ids = np.full(size, self.pad_id, np.int64)
         mask = np.zeros(size, np.int64)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -81,17 +81,19 @@ class InputSide(Protocol):
 
 
 class ImageSide:
-    """Pictures in: uint8 pixels for a wrapped graph, normalised floats for a raw one."""
+    """Pictures in: uint8 pixels for a wrapped graph; for a raw one what it takes, normalised if that is floats."""
 
     kind = "image"
     argument = MethodField("image", FieldType.IMAGE, "The picture: JPEG, PNG, WebP, BMP, TIFF or GIF.")
 
-    def __init__(self, image: ImageInput, wrapped: bool) -> None:
+    def __init__(self, image: ImageInput, wrapped: bool, dtype: np.dtype[Any] | None = None) -> None:
+        """Args: dtype: of the graph's input; float32 unless given."""
         height, width = image.size
         shorter = image.resize_shorter or max(image.size)
         self._recipe = images.ImageRecipe(height, width, image.color, image.resize, shorter, image.interpolation)
         self._image = image
         self._wrapped = wrapped
+        self._dtype = dtype or np.dtype(np.float32)
 
     def cost(self, payload: Payload, limits: Limits) -> int:
         """Bytes of the decoded picture: 4 a pixel, as transparency is composited."""
@@ -100,7 +102,7 @@ class ImageSide:
         return 4 * images.read_header(payload.image, limits.image_size, limits.image_pixels).pixels
 
     def decode(self, payload: Payload) -> Decoded:
-        """Pixels, uint8 (1, h, w, c); for a raw plan float32 in the graph's own layout."""
+        """Pixels, uint8 (1, h, w, c); for a raw plan in the graph's own layout and dtype."""
         assert payload.image is not None
         return self._row(images.decode_image(payload.image, self._recipe))
 
@@ -115,8 +117,10 @@ class ImageSide:
     def _row(self, pixels: Array) -> Decoded:
         if self._wrapped:
             return Decoded({plan.IMAGE: pixels[None]})
-        factor, offset = plan.normalisation(self._image)
-        values = pixels.astype(np.float32) * factor + offset
+        values: Array = pixels
+        if self._dtype != np.uint8:
+            factor, offset = plan.normalisation(self._image)
+            values = (pixels.astype(np.float32) * factor + offset).astype(self._dtype)
         if self._image.layout == "nchw":
             values = np.ascontiguousarray(values.transpose(2, 0, 1))
         return Decoded({self._image.input: values[None]})
@@ -128,9 +132,11 @@ class TextSide:
     kind = "text"
     argument = MethodField("text", FieldType.STR, "The text.")
 
-    def __init__(self, text: TextInput, tokenizer: TextTokenizer) -> None:
+    def __init__(self, text: TextInput, tokenizer: TextTokenizer, dtypes: Mapping[str, np.dtype[Any]]) -> None:
+        """Args: dtypes: of the graph's inputs; int64 where nothing is said."""
         self._inputs = text.inputs
         self._tokenizer = tokenizer
+        self._dtypes = dtypes
 
     def cost(self, payload: Payload, limits: Limits) -> int:
         """Bytes of the text, some times over: the tokenizer keeps offsets and words beside the ids."""
@@ -142,7 +148,7 @@ class TextSide:
         return 16 * size
 
     def decode(self, payload: Payload) -> Decoded:
-        """Token ids, int64 (1, bucket)."""
+        """Token ids, integers (1, bucket)."""
         assert payload.text is not None
         return Decoded(self._row(*self._tokenizer.encode(payload.text)))
 
@@ -173,7 +179,8 @@ class TextSide:
             feeds[self._inputs.mask] = mask[None]
         if self._inputs.types:
             feeds[self._inputs.types] = types[None]
-        return feeds
+        # Most exporters make int64 of all three, TensorFlow's int32.
+        return {name: array.astype(self._dtypes.get(name, array.dtype), copy=False) for name, array in feeds.items()}
 
 
 def _found(payload: Payload) -> str:

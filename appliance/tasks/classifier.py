@@ -80,15 +80,21 @@ class Classifier:
     def encode(
         self, arrays: Mapping[str, Array], count: int, options: PredictOptions
     ) -> Sequence[Result | ApplianceError]:
-        """Cut the scores: select → min_value → sort by value, descending → max_concepts."""
+        """Cut the scores: select → min_value → sort by value, descending → max_concepts.
+
+        A row with a score that is no number is an error of its own, wherever that score stands: what it was sorted by
+        means nothing.
+        """
         if plan.TOP_VALUES in arrays:
             values, indices = arrays[plan.TOP_VALUES], arrays[plan.TOP_INDICES]
         else:
             scores = arrays[plan.SCORES] if self._wrapped else self._probabilities(arrays[self._scores.output])
             values, indices = _best(scores, options.selected)
-        values, indices = values[:, : options.max_concepts], indices[:, : options.max_concepts]
-        kept: list[int] = (values >= options.min_value).sum(axis=1).tolist()
         finite = np.asarray(np.isfinite(values).all(axis=1)).tolist()
+        values, indices = values[:, : options.max_concepts], indices[:, : options.max_concepts]
+        # 0 means no filter, and scores without an activation may be negative.
+        passing = values >= options.min_value if options.min_value else np.ones(values.shape, np.bool_)
+        kept: list[int] = passing.sum(axis=1).tolist()
         return [
             ConceptScores(row_indices[:keep], row_values[:keep]) if sound else _not_numbers()
             for row_indices, row_values, keep, sound in zip(
@@ -97,13 +103,11 @@ class Classifier:
         ]
 
     def _probabilities(self, raw: Array) -> Array:
-        logits = raw.reshape(len(raw), -1).astype(np.float32)
-        if self._scores.activation == "softmax":
-            return softmax(logits)
-        if self._scores.activation == "sigmoid":
-            with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # infinite, and found to be so
+            logits: Array = raw.reshape(len(raw), -1).astype(np.float32)
+            if self._scores.activation == "sigmoid":
                 return (1.0 / (1.0 + np.exp(-logits))).astype(np.float32)
-        return logits
+        return softmax(logits) if self._scores.activation == "softmax" else logits
 
 
 def softmax(logits: Array) -> Array:
@@ -120,7 +124,7 @@ def softmax(logits: Array) -> Array:
 
 def _best(scores: Array, selected: tuple[int, ...] | None) -> tuple[Array, Array]:
     """Values and concept indices of each row, best first; of equals the earlier concept first."""
-    wanted = np.arange(scores.shape[1]) if selected is None else np.array(selected, np.int64)
+    wanted = np.arange(scores.shape[1]) if selected is None else np.array(sorted(selected), np.int64)
     values = scores[:, wanted]
     order = np.argsort(-values, axis=1, kind="stable")
     return np.take_along_axis(values, order, axis=1), wanted[order]

@@ -51,10 +51,12 @@ class Embedder:
         self, arrays: Mapping[str, Array], count: int, options: PredictOptions
     ) -> Sequence[Result | ApplianceError]:
         """Float32 vectors, of length 1 if the bundle says normalize (a zero vector stays zero)."""
-        vectors: Array = arrays[self._output].reshape(count, -1).astype(np.float32)
-        if self._normalize:
-            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            vectors = vectors / np.where(lengths == 0, np.float32(1), lengths)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
+            vectors: Array = arrays[self._output].reshape(count, -1).astype(np.float32)
+            if self._normalize:
+                # In double precision: the squares of large values overflow in single.
+                lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+                vectors = (vectors / np.where(lengths == 0, 1.0, lengths)).astype(np.float32)
         finite = np.asarray(np.isfinite(vectors).all(axis=1)).tolist()
         return [
             Embedding(vector) if sound else InferenceFailed("The model's vector for this input is not finite.")

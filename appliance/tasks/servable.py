@@ -174,7 +174,7 @@ class Servable:
             for members in groups:
                 feeds = _stack([decoded[index] for index in members])
                 futures.append(self.model.submit(feeds, outputs, ticket.deadline, ticket.principal))
-            outcomes = [await future for future in futures]
+            outcomes = await asyncio.gather(*futures)  # also takes note of the errors that nobody awaits any more
         finally:
             # One refused or cancelled: nobody reads the others any more.
             for future in futures:
@@ -223,12 +223,13 @@ async def load(
 
 def _make_task(bundle: Path, config: BundleConfig, version: VersionFolder, plan: Plan, limits: Limits) -> Task:
     section = config.onnx
+    dtypes = {spec.name: spec.dtype for spec in plan.inputs if spec.dtype is not None}
     side: InputSide
     if section.image:
-        side = ImageSide(section.image, plan.wrapped_input)
+        side = ImageSide(section.image, plan.wrapped_input, dtypes.get(section.image.input))
     elif section.text:
         path = check_inside(bundle, version.path / section.text.tokenizer)
-        side = TextSide(section.text, TextTokenizer(path, section.text.max_tokens))
+        side = TextSide(section.text, TextTokenizer(path, section.text.max_tokens), dtypes)
     else:
         return RawTensors(plan.inputs, plan.outputs)
     if section.scores:

@@ -110,7 +110,11 @@ class RawTensors:
             return array
         if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and spec.dtype.kind != "f"):
             raise InvalidInput(f"The array {spec.name!r} is {array.dtype}; {_describe(spec)} is needed.")
-        return array.astype(spec.dtype)
+        with np.errstate(over="ignore"):  # a float too large for a narrower one is infinite, as everywhere
+            fitted: Array = array.astype(spec.dtype)
+        if spec.dtype.kind in "biu" and not np.array_equal(fitted, array):
+            raise InvalidInput(f"The array {spec.name!r} has values that {spec.dtype} cannot hold.")
+        return fitted
 
 
 def _describe(spec: TensorSpec) -> str:

@@ -130,6 +130,8 @@ def _handler(name: str, endpoint: Endpoint) -> Any:
                 return await unary(_call(name, context), body)
             except RpcAbort as abort:
                 return await _end(context, abort)
+            except Exception:
+                return await _end(context, _unforeseen(name))
 
         return grpc.unary_unary_rpc_method_handler(serve_unary)
     stream = endpoint.stream
@@ -141,8 +143,16 @@ def _handler(name: str, endpoint: Endpoint) -> Any:
                 yield reply
         except RpcAbort as abort:
             await _end(context, abort)
+        except Exception:
+            await _end(context, _unforeseen(name))
 
     return grpc.stream_stream_rpc_method_handler(serve_stream)
+
+
+def _unforeseen(name: str) -> RpcAbort:
+    """The last resort: without it grpcio would show the caller the exception."""
+    _log.exception("unforeseen error", extra={"method": name})
+    return RpcAbort(RpcStatus.INTERNAL, "Something went wrong in the appliance; its log tells more.")
 
 
 async def _end(context: Any, abort: RpcAbort) -> Any:

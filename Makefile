@@ -1,0 +1,70 @@
+# Two commands do everything: `make demo` shows the appliance at work, `make test` passes its tests.
+# Nothing here needs a GPU. Environments are made once and again when their lock file changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CLIENTS := .clients
+APT := python3-venv gcc pkg-config libsystemd-dev
+PIP := --quiet --disable-pip-version-check --require-hashes
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench format lock clean system
+
+help: ## What there is.
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/ready $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock SDK that classifies digits over TLS.
+	$(BIN)/python demo/run.py --sdk $(CLIENTS)/sdk-12/bin/python
+
+test: $(VENV)/ready $(CLIENTS)/sdk-12/ready $(CLIENTS)/sdk-10/ready check ## All tests; the exit code is kept in build/.
+	@mkdir -p build
+	@$(BIN)/python -m pytest $(ARGS); code=$$?; echo $$code > build/pytest-exit-code; exit $$code
+
+check: $(VENV)/ready ## Lint and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready ## Raw ONNX Runtime against what is served, in one run.
+	$(BIN)/python -m bench $(ARGS)
+
+format: $(VENV)/ready ## Put the code into shape.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Debian keeps venv in a package of its own; systemd-python is compiled. As root they are installed, else named.
+system:
+	@missing=$$(for name in $(APT); do dpkg-query -W -f '$${Status}' $$name 2>/dev/null | grep -q 'ok installed' || echo $$name; done); \
+	if [ -z "$$missing" ] || ! command -v apt-get >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then \
+	  echo "installing: $$missing"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	else \
+	  echo "These packages are missing; ask for: apt-get install" $$missing >&2; \
+	fi
+
+$(VENV)/ready: requirements/dev.txt requirements/systemd.txt pyproject.toml | system
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install $(PIP) -r requirements/dev.txt
+	$(BIN)/pip install $(PIP) --no-build-isolation -r requirements/systemd.txt \
+	  || echo "systemd-python cannot be built here: tests that need it will be skipped" >&2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(CLIENTS)/%/ready: requirements/%.txt | system
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install $(PIP) -r $<
+	touch $@
+
+COMPILE = $(BIN)/pip-compile --generate-hashes --strip-extras --allow-unsafe --no-emit-index-url \
+  --no-emit-find-links --no-emit-trusted-host --no-emit-options --no-header --quiet
+lock: $(VENV)/ready ## Pin and hash every requirement anew.
+	$(COMPILE) --extra cpu -o requirements/run-cpu.txt pyproject.toml
+	$(COMPILE) --extra gpu -o requirements/run-gpu.txt pyproject.toml
+	$(COMPILE) --extra cpu --extra dev -o requirements/dev.txt pyproject.toml
+	for name in sdk-10 sdk-12 systemd; do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
+
+clean: ## Remove what was made.
+	rm -rf $(VENV) $(CLIENTS) .demo build dist

@@ -1,0 +1,1 @@
+"""Benchmarks: what the appliance serves beside what its hardware can do. They print figures and assert none."""

@@ -1,0 +1,181 @@
+"""The appliance under test: a real daemon with its own certificates, key and one bundle, on loopback ports."""
+
+import contextlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.cpu import pin_to, tree_seconds
+from bench.workload import ROOT
+
+_START_TIMEOUT_S = 120.0
+_STOP_TIMEOUT_S = 30.0
+_HOST = "127.0.0.1"
+_METRIC = re.compile(r"inference_appliance_(\w+?)(?:\{(.*)\})? (\S+)")
+_CODE = re.compile(r'code="(\d+)"')
+_SUCCESS = "10000"
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What a daemon has done so far: CPU seconds of its processes, calls by outcome, runs of the model, their rows."""
+
+    cpu_s: float
+    succeeded: int
+    failed: int
+    runs: int
+    rows: int
+
+    def since(self, before: "Counters") -> "Counters":
+        """What was done between two readings."""
+        return Counters(
+            self.cpu_s - before.cpu_s,
+            self.succeeded - before.succeeded,
+            self.failed - before.failed,
+            self.runs - before.runs,
+            self.rows - before.rows,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running daemon.
+
+    Attributes:
+        address: "host:port" of its TLS port.
+        ca: PEM file of the root that signed its certificate.
+        key: a PAT that it accepts.
+    """
+
+    address: str
+    ca: Path
+    key: str
+    pid: int
+    admin_port: int
+
+    def counters(self) -> Counters:
+        """Read the counters, from the kernel and from the daemon's own metrics."""
+        succeeded = failed = runs = rows = 0
+        for line in _get(f"http://{_HOST}:{self.admin_port}/metrics").splitlines():
+            match = _METRIC.fullmatch(line)
+            if not match:
+                continue
+            name, labels, value = match[1], match[2] or "", int(float(match[3]))
+            if name == "requests_total":
+                code = _CODE.search(labels)
+                if code and code[1] == _SUCCESS:
+                    succeeded += value
+                else:
+                    failed += value
+            elif name == "batch_rows_count":
+                runs += value
+            elif name == "batch_rows_sum":
+                rows += value
+        return Counters(tree_seconds(self.pid), succeeded, failed, runs, rows)
+
+
+@contextlib.contextmanager
+def serving(bundle: Path, cpu: int) -> Iterator[Server]:
+    """A daemon that serves `bundle`, pinned to one CPU; stopped and removed at the end.
+
+    Raises: RuntimeError: it did not become ready; with the end of its log.
+    """
+    with tempfile.TemporaryDirectory(prefix="appliance-bench-") as name:
+        folder = Path(name)
+        shutil.copytree(bundle, folder / "models" / bundle.name)
+        (folder / "state").mkdir()
+        port, admin_port = _free_ports(2)
+        config = folder / "appliance.toml"
+        config.write_text(_config(folder, port, admin_port), encoding="utf-8")
+        tls = str(folder / "tls")
+        _appliance("certs", "init", "--dir", tls)
+        _appliance("certs", "issue", "server", "--san", "localhost", "--san", _HOST, "--dir", tls)
+        key = _appliance("--config", str(config), "keys", "create", "--quiet")
+        log = folder / "daemon.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "appliance", "--config", str(config), "serve"],
+                cwd=ROOT,
+                stdout=file,
+                stderr=file,
+                preexec_fn=pin_to(cpu),
+            )
+        try:
+            _wait_ready(process, admin_port, log)
+            yield Server(f"{_HOST}:{port}", folder / "tls" / "ca.crt", key, process.pid, admin_port)
+        finally:
+            _stop(process)
+
+
+def _config(folder: Path, port: int, admin_port: int) -> str:
+    """Everything as shipped, except where things are, and how long a stop takes."""
+    return f"""\
+[server]
+base_url = "https://localhost:{port}"
+listen = "{_HOST}:{port}"
+[tls]
+certificate = "{folder}/tls/server.crt"
+key = "{folder}/tls/server.key"
+client_ca = "{folder}/tls/ca.crt"
+[auth]
+keys_file = "{folder}/keys.json"
+[catalog]
+root = "{folder}/models"
+state_dir = "{folder}/state"
+[admin]
+listen = "{_HOST}:{admin_port}"
+socket = "{folder}/admin.sock"
+[shutdown]
+lame_duck_s = 0.0
+drain_s = 5.0
+"""
+
+
+def _appliance(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "appliance", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for bound in sockets:
+            bound.bind((_HOST, 0))
+        return [bound.getsockname()[1] for bound in sockets]
+
+
+def _wait_ready(process: "subprocess.Popen[bytes]", admin_port: int, log: Path) -> None:
+    give_up = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < give_up and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, OSError):  # not listening yet, or 503: not ready yet
+            _get(f"http://{_HOST}:{admin_port}/readyz")
+            return
+        time.sleep(0.1)
+    tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-10:])
+    raise RuntimeError(f"The appliance did not become ready:\n{tail}")
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as reply:
+        return str(reply.read().decode("utf-8"))

@@ -1,0 +1,50 @@
+"""Fixtures that integration, client and end-to-end tests share."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.appliance import MODELS, Appliance, Client, Pki, make_pki
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """One root for the whole run, with a few clients."""
+    return make_pki(tmp_path_factory.mktemp("pki") / "tls", clients=("line-3", "laptop"))
+
+
+@pytest.fixture
+def make_appliance(tmp_path: Path, pki: Pki) -> Iterator[Callable[..., Appliance]]:
+    """Make appliances that are not started yet; all are stopped at the end."""
+    made: list[Appliance] = []
+
+    def make(*bundles: str, **config: Any) -> Appliance:
+        appliance = Appliance(tmp_path / f"appliance-{len(made)}", pki, config)
+        for bundle in bundles:
+            shutil.copytree(MODELS / bundle, appliance.models / bundle)
+        made.append(appliance)
+        return appliance
+
+    yield make
+    for appliance in made:
+        appliance.stop()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Appliance]:
+    """One running appliance with the shipped bundles, for tests that do not change it; its key is `shared.key`."""
+    appliance = Appliance(tmp_path_factory.mktemp("shared"), pki)
+    for bundle in ("digits", "ml-topics"):
+        shutil.copytree(MODELS / bundle, appliance.models / bundle)
+    appliance.key = appliance.new_key()
+    with appliance:
+        yield appliance
+
+
+@pytest.fixture
+def client(shared: Appliance, pki: Pki) -> Iterator[Client]:
+    """The raw stub on the shared appliance's TLS port."""
+    with Client(shared.port(), pki.ca, shared.key) as made:
+        yield made

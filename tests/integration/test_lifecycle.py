@@ -1,0 +1,349 @@
+"""Start, reload, swap, drain and stop, under load: nothing accepted is lost."""
+
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from clarifai_grpc.grpc.api.status.status_code_pb2 import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support import graphs
+from support.appliance import (
+    MODELS,
+    Appliance,
+    Client,
+    Load,
+    Pki,
+    array_input,
+    image_input,
+    make_pki,
+    notify_socket,
+    request_for,
+    text_input,
+)
+
+DIGIT = next((MODELS / "digits" / "samples").glob("*.png")).read_bytes()
+PREDICT = request_for("digits", [image_input(DIGIT)] * 3)
+
+Make = Callable[..., Appliance]
+
+
+@pytest.fixture
+def appliance(make_appliance: Make) -> Iterator[Appliance]:
+    """A running appliance with the digits bundle and a key."""
+    made = make_appliance("digits")
+    made.key = made.new_key()
+    with made:
+        yield made
+
+
+class TestSwap:
+    def test_a_hot_swap_under_load_loses_nothing(self, appliance: Appliance, pki: Pki) -> None:
+        """A new version, the same version with other content, a rollback and a removal, all while calls go on."""
+        with Load(appliance.port(), pki.ca, appliance.key, PREDICT) as load:
+            load.wait_for(20)
+            staged = appliance.home / "staged"
+            shutil.copytree(MODELS / "digits", staged / "digits")
+            (staged / "digits" / "1").rename(staged / "digits" / "2")
+            appliance.command("models", "add", staged / "digits", "--wait", "100")
+            load.wait_for(20)
+            model = appliance.models / "digits" / "2" / "model.onnx"
+            graph = model.read_bytes()
+            (appliance.models / "digits" / "2" / "SHA256SUMS").unlink()
+            replacement = appliance.models / "digits" / ".model"
+            replacement.write_bytes(graph + b"")
+            replacement.replace(model)
+            appliance.wait(lambda: swaps(appliance) >= 1, "the swap in place")
+            load.wait_for(20)
+            appliance.command("models", "rollback", "digits", "--wait", "100")
+            appliance.wait(lambda: appliance.state_of("digits", "2") == "held", "the rollback")
+            load.wait_for(20)
+            appliance.command("models", "remove", "digits", "--version", "2")
+            appliance.wait(lambda: appliance.state_of("digits", "2") == "", "the removal")
+            load.wait_for(20)
+        assert set(load.ends) == {"answered"}, f"{load.ends} {load.odd}"
+        assert "inference_appliance_requests_lost_total 0.0" in appliance.metrics()
+
+    def test_versions_are_served_side_by_side_and_the_newest_by_default(
+        self, appliance: Appliance, pki: Pki
+    ) -> None:
+        shutil.copytree(appliance.models / "digits" / "1", appliance.home / "next")
+        (appliance.home / "next").rename(appliance.models / "digits" / "7")
+        appliance.wait(lambda: appliance.state_of("digits", "7") == "ready")
+        with Client(appliance.port(), pki.ca, appliance.key) as client:
+            for asked, served in (("", "7"), ("1", "1"), ("7", "7")):
+                reply = client.predict(request_for("digits", [image_input(DIGIT)], version=asked))
+                assert reply.outputs[0].model.model_version.id == served
+
+    def test_a_bad_bundle_hurts_nobody_and_says_why(self, appliance: Appliance, pki: Pki) -> None:
+        with Load(appliance.port(), pki.ca, appliance.key, PREDICT, callers=2) as load:
+            bad = appliance.models / "broken" / "1"
+            bad.mkdir(parents=True)
+            (bad / "model.onnx").write_bytes(b"this is no graph")
+            appliance.wait(lambda: "broken" in str(appliance.admin("/readyz")["not_ready"]))
+            appliance.wait(lambda: "not an ONNX model" in str(appliance.admin("/readyz")["not_ready"]))
+            load.wait_for(10)
+        assert set(load.ends) == {"answered"}
+        assert appliance.admin("/readyz")["ready"] is True
+        listed = appliance.command("models", "list", "--json").stdout
+        assert "not an ONNX model" in listed
+
+    def test_bad_new_content_keeps_the_last_good_version_running(self, appliance: Appliance, pki: Pki) -> None:
+        (appliance.models / "digits" / "1" / "model.onnx").write_bytes(b"half a cop")
+        appliance.wait(lambda: "not an ONNX model" in str(appliance.admin("/readyz")["not_ready"]))
+        with Client(appliance.port(), pki.ca, appliance.key) as client:
+            assert client.predict(PREDICT).status.code == StatusCode.SUCCESS
+
+    def test_held_versions_are_held_after_a_restart(self, appliance: Appliance, pki: Pki) -> None:
+        shutil.copytree(appliance.models / "digits" / "1", appliance.home / "next")
+        (appliance.home / "next").rename(appliance.models / "digits" / "2")
+        appliance.wait(lambda: appliance.state_of("digits", "2") == "ready")
+        appliance.command("models", "rollback", "digits")
+        appliance.wait(lambda: appliance.state_of("digits", "2") == "held")
+        appliance.stop()
+        appliance.start()
+        assert appliance.state_of("digits", "2") == "held"
+        with Client(appliance.port(), pki.ca, appliance.key) as client:
+            assert client.predict(PREDICT).outputs[0].model.model_version.id == "1"
+
+
+class TestReload:
+    def test_sighup_under_load_loses_nothing_and_takes_over(self, appliance: Appliance, pki: Pki) -> None:
+        with Load(appliance.port(), pki.ca, appliance.key, PREDICT) as load:
+            load.wait_for(10)
+            for limit in (2, 128):
+                appliance.write_config(limits={"inputs_per_request": limit})
+                done = reloads(appliance, "ok")
+                appliance.signal(signal.SIGHUP)
+                appliance.wait(lambda done=done: reloads(appliance, "ok") > done, "the reload")
+                load.wait_for(5, "answered" if limit == 128 else f"status {StatusCode.INPUT_OVER_LIMIT}")
+        assert set(load.ends) == {"answered", f"status {StatusCode.INPUT_OVER_LIMIT}"}
+
+    def test_a_bad_configuration_keeps_the_last_good_one(self, appliance: Appliance, pki: Pki) -> None:
+        good = appliance.file.read_text(encoding="utf-8")
+        appliance.file.write_text(good + "\n[limits]\ninputs_per_request = 1000\n", encoding="utf-8")
+        refused = appliance.command("reload", check=False)
+        assert refused.returncode == 2
+        assert "inputs_per_request" in refused.stderr
+        appliance.signal(signal.SIGHUP)
+        appliance.wait(lambda: reloads(appliance, "failed") >= 1)
+        with Client(appliance.port(), pki.ca, appliance.key) as client:
+            assert client.predict(PREDICT).status.code == StatusCode.SUCCESS
+
+    def test_what_needs_a_restart_is_said(self, appliance: Appliance) -> None:
+        appliance.write_config(engine={"queue_rows": 7}, log={"level": "debug"})
+        said = appliance.command("reload").stdout
+        assert "engine.queue_rows" in said
+        assert "log.level" not in said
+
+    def test_a_rotated_certificate_is_shown_to_new_connections(
+        self, appliance: Appliance, pki: Pki, tmp_path: Path
+    ) -> None:
+        """Live connections stay; new ones see the new authority's certificate, without a word to the daemon."""
+        fresh = make_pki(tmp_path / "fresh")
+        with Client(appliance.port(), pki.ca, appliance.key) as live:
+            assert live.predict(PREDICT).status.code == StatusCode.SUCCESS
+            for name in ("server.key", "server.crt"):
+                temporary = appliance.tls / f".{name}"
+                shutil.copyfile(fresh.folder / name, temporary)
+                temporary.replace(appliance.tls / name)
+            appliance.wait(lambda: answers(appliance, fresh.ca), "the new certificate")
+            assert live.predict(PREDICT).status.code == StatusCode.SUCCESS
+
+    def test_a_bad_certificate_keeps_the_last_good_one(self, appliance: Appliance, pki: Pki) -> None:
+        (appliance.tls / "server.crt").write_text("no certificate", encoding="utf-8")
+        appliance.wait(lambda: "not taken over" in appliance.log)
+        assert answers(appliance, pki.ca)
+        refused = appliance.command("reload", check=False)
+        assert refused.returncode == 2
+        assert "server.crt" in refused.stderr
+        assert answers(appliance, pki.ca)
+
+
+class TestStop:
+    def test_sigterm_under_load_loses_nothing(self, make_appliance: Make, pki: Pki) -> None:
+        """Calls in flight are finished; later ones are told UNAVAILABLE, which the stock clients try again."""
+        appliance = make_appliance("digits", shutdown={"lame_duck_s": 0.5, "drain_s": 60})
+        appliance.key = appliance.new_key()
+        appliance.start()
+        with Load(appliance.port(), pki.ca, appliance.key, PREDICT) as load:
+            load.wait_for(20)
+            appliance.signal(signal.SIGTERM)
+            load.wait_for(1, "UNAVAILABLE")
+            assert appliance.stop() == 0
+        # grpcio resets a call that arrives in the very moment of its shutdown: never accepted, so never lost.
+        assert set(load.ends) - {"CANCELLED"} == {"answered", "UNAVAILABLE"}, f"{load.ends} {load.odd}"
+        print(f"answered {load.ends['answered']}, UNAVAILABLE {load.ends['UNAVAILABLE']}, lost 0")
+
+    def test_a_call_in_flight_is_finished_while_draining(self, slow: Appliance, pki: Pki) -> None:
+        with Client(slow.port(), pki.ca, slow.key) as client:
+            future = client.stub.PostModelOutputs.future(
+                request_for("slow", [array_input(SLOW_INPUT)], user="", app=""), metadata=client.metadata
+            )
+            slow.wait(lambda: slow.admin("/status")["in_flight"] == 1)
+            slow.signal(signal.SIGTERM)
+            assert future.result(100).status.code == StatusCode.SUCCESS
+        assert slow.stop() == 0
+
+    def test_what_is_not_finished_in_time_is_told_unavailable(self, slow: Appliance, pki: Pki) -> None:
+        with Client(slow.port(), pki.ca, slow.key) as client:
+            request = request_for("slow", [array_input(SLOW_INPUT)] * 30, user="", app="")
+            future = client.stub.PostModelOutputs.future(request, metadata=client.metadata)
+            slow.wait(lambda: slow.admin("/status")["in_flight"] == 1)
+            slow.signal(signal.SIGTERM)
+            slow.wait(lambda: "draining" in slow.log)
+            slow.signal(signal.SIGTERM)  # a second signal means now
+            with pytest.raises(grpc.RpcError) as error:
+                future.result(100)
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "shutting down" in error.value.details()
+        assert slow.stop() == 0
+
+    def test_not_ready_is_said_before_the_door_closes(self, make_appliance: Make, pki: Pki) -> None:
+        appliance = make_appliance("digits", shutdown={"lame_duck_s": 30})
+        appliance.key = appliance.new_key()
+        with appliance, Client(appliance.port(), pki.ca, appliance.key) as client:
+            watch = health_pb2_grpc.HealthStub(client.channel).Watch(health_pb2.HealthCheckRequest())
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            appliance.signal(signal.SIGTERM)
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert appliance.admin("/readyz")["phase"] == "draining"
+            assert client.predict(PREDICT).status.code == StatusCode.SUCCESS, "lame, but not dead"
+            watch.cancel()
+            appliance.signal(signal.SIGTERM)
+
+
+SLOW_INPUT = np.ones((128, 512), np.float32)
+
+
+@pytest.fixture
+def slow(make_appliance: Make) -> Iterator[Appliance]:
+    """A running appliance whose one model takes a while."""
+    made = make_appliance()
+    graphs.write_raw(made.models / "slow", graphs.slow_model(rounds=100, width=512))
+    made.key = made.new_key()
+    with made:
+        yield made
+
+
+class TestStart:
+    def test_a_second_daemon_on_the_same_state_is_refused(self, appliance: Appliance) -> None:
+        refused = appliance.command("serve", check=False)
+        assert refused.returncode == 2
+        assert "Another appliance" in refused.stderr
+
+    def test_a_taken_port_is_an_error_that_names_it(self, make_appliance: Make) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            refused = make_appliance("digits", server={"listen": address}).command("serve", check=False)
+        assert refused.returncode == 2
+        assert f"server.listen {address} cannot be bound" in refused.stderr
+
+    def test_missing_certificates_are_an_error_with_the_remedy(self, make_appliance: Make) -> None:
+        appliance = make_appliance("digits")
+        shutil.rmtree(appliance.tls)
+        refused = appliance.command("serve", check=False)
+        assert refused.returncode == 2
+        assert "appliance certs init" in refused.stderr
+
+    def test_a_gpu_that_is_required_and_missing_is_an_error(self, make_appliance: Make) -> None:
+        refused = make_appliance("digits", engine={"device": "gpu"}).command("serve", check=False)
+        if refused.returncode == 0:
+            pytest.skip("this machine has a GPU")
+        assert refused.returncode == 2
+        assert 'engine.device is "gpu"' in refused.stderr
+
+    def test_a_base_url_outside_the_certificate_is_a_warning(self, make_appliance: Make) -> None:
+        with make_appliance("digits", server={"base_url": "https://elsewhere.example:8443"}) as appliance:
+            assert "elsewhere.example" in appliance.log
+            assert "subject alternative names" in appliance.log
+
+    def test_a_model_that_still_loads_says_so(self, make_appliance: Make, pki: Pki) -> None:
+        """Start does not wait for ever: 21351 meanwhile, which the stock SDKs poll on; /readyz names it."""
+        appliance = make_appliance("digits", catalog={"start_wait_s": 0, "settle_s": 3600})
+        key = appliance.new_key()
+        graphs.write_raw(appliance.models / "late", graphs.identity_model())
+        appliance.spawn()
+        appliance.wait(lambda: "late" in appliance.admin("/readyz")["not_ready"])
+        with Client(appliance.port(), pki.ca, key) as client:
+            assert client.predict(request_for("late", [text_input("x")])).status.code != StatusCode.SUCCESS
+
+    def test_probes_and_metrics_are_served_on_loopback(self, appliance: Appliance, pki: Pki) -> None:
+        with Client(appliance.port(), pki.ca, appliance.key) as client:
+            client.predict(PREDICT)
+        base = f"http://127.0.0.1:{appliance.port('admin.listen')}"
+        assert httpx.get(f"{base}/livez").status_code == 200
+        assert httpx.get(f"{base}/readyz").json()["ready"] is True
+        page = httpx.get(f"{base}/metrics").text
+        assert 'inference_appliance_requests_total{code="10000",method="PostModelOutputs",model="digits"' in page
+        assert 'inference_appliance_model_state{model="digits",state="ready",version="1"} 1.0' in page
+        accept = {"accept": "application/openmetrics-text"}
+        assert httpx.get(f"{base}/metrics", headers=accept).text.rstrip().endswith("# EOF")
+        assert httpx.get(f"{base}/status").status_code == 404, "the operator's pages are on the socket only"
+
+    def test_no_telemetry_is_written(self, make_appliance: Make, tmp_path: Path) -> None:
+        """onnxruntime's own device database would lie in the home folder's cache."""
+        home = tmp_path / "home"
+        home.mkdir()
+        appliance = make_appliance("digits")
+        appliance.spawn({"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")})
+        appliance.wait(lambda: appliance.admin("/readyz")["ready"])
+        appliance.stop()
+        assert list(home.rglob("*")) == []
+
+
+class TestSystemd:
+    def test_it_is_told_ready_reloading_alive_and_stopping(self, make_appliance: Make, tmp_path: Path) -> None:
+        pytest.importorskip("systemd.daemon", reason="systemd-python could not be built here")
+        appliance = make_appliance("digits")
+        with notify_socket(tmp_path) as notified:
+            address = notified.getsockname()
+            appliance.spawn({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "2000000"})
+            until(notified, "READY=1")
+            until(notified, "WATCHDOG=1")
+            appliance.signal(signal.SIGHUP)
+            assert "MONOTONIC_USEC=" in until(notified, "RELOADING=1")
+            until(notified, "READY=1")
+            appliance.signal(signal.SIGTERM)
+            until(notified, "STOPPING=1")
+        assert appliance.stop() == 0
+
+
+def until(notified: socket.socket, word: str) -> str:
+    """Read notifications until one has that line, and return it."""
+    while True:
+        text = notified.recv(4096).decode()
+        if word in text.splitlines():
+            return text
+
+
+def answers(appliance: Appliance, ca: Path) -> bool:
+    """Whether a fresh connection that trusts `ca` is answered."""
+    with Client(appliance.port(), ca, appliance.key) as client:
+        try:
+            return bool(client.predict(PREDICT).status.code == StatusCode.SUCCESS)
+        except grpc.RpcError:
+            return False
+
+
+def reloads(appliance: Appliance, result: str) -> float:
+    """How many reloads ended so."""
+    return metric(appliance, f'inference_appliance_config_reloads_total{{result="{result}"}}')
+
+
+def swaps(appliance: Appliance) -> float:
+    """How often a running version of digits was replaced."""
+    return metric(appliance, 'inference_appliance_model_swaps_total{model="digits"}')
+
+
+def metric(appliance: Appliance, name: str) -> float:
+    """One sample of the metrics page; 0 when it is not there yet."""
+    lines = [line for line in appliance.metrics().splitlines() if line.startswith(name)]
+    return float(lines[0].rsplit(" ", 1)[1]) if lines else 0.0

@@ -1,0 +1,378 @@
+"""A real appliance for tests: the installed command, its own folders, ports of the loopback interface, real TLS."""
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+from clarifai_grpc.channel.clarifai_channel import ClarifaiChannel
+from clarifai_grpc.grpc.api import resources_pb2, service_pb2, service_pb2_grpc
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "models"
+COMMAND = Path(sys.executable).with_name("appliance")
+PATIENCE_S = 120.0
+"""How long a test waits for something that must happen; only a hung machine takes that long."""
+
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("APPLIANCE_", "CLARIFAI_"))}
+
+
+def run(*arguments: str | Path, config: Path | None = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    """Run the `appliance` command to its end."""
+    chosen = ["--config", str(config)] if config else []
+    return subprocess.run(
+        [str(COMMAND), *chosen, *map(str, arguments)],
+        check=check,
+        capture_output=True,
+        text=True,
+        env=_ENVIRONMENT,
+        timeout=PATIENCE_S,
+    )
+
+
+@dataclass(frozen=True)
+class Pki:
+    """A throw-away root and what it signed, in the layout that `appliance certs` writes."""
+
+    folder: Path
+
+    @property
+    def ca(self) -> Path:
+        """The root's certificate."""
+        return self.folder / "ca.crt"
+
+    def client(self, name: str) -> tuple[bytes, bytes]:
+        """Key and certificate of a client, PEM."""
+        pair = (self.folder / "clients" / f"{name}.key", self.folder / "clients" / f"{name}.crt")
+        return pair[0].read_bytes(), pair[1].read_bytes()
+
+
+def make_pki(folder: Path, clients: tuple[str, ...] = ()) -> Pki:
+    """A root, a server certificate for localhost, and clients with the identity `uri:spiffe://test/<name>`."""
+    run("certs", "init", "--dir", folder)
+    run("certs", "issue", "server", "--dir", folder, "--san", "localhost", "--san", "127.0.0.1")
+    for name in clients:
+        run("certs", "issue", "client", name, "--dir", folder, "--san", f"uri:spiffe://test/{name}")
+    return Pki(folder)
+
+
+@dataclass
+class Appliance:
+    """One daemon in a folder of its own.
+
+    Attributes:
+        key: a key that fixtures made, if they did.
+        config: sections of the configuration file beside what the folder layout gives.
+    """
+
+    home: Path
+    pki: Pki
+    config: dict[str, Any] = field(default_factory=dict)
+    process: "subprocess.Popen[bytes] | None" = None
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        for folder in (self.models, self.state):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.tls = self.home / "tls"
+        if not self.tls.exists():
+            shutil.copytree(self.pki.folder, self.tls)
+        self.write_config()
+
+    @property
+    def models(self) -> Path:
+        """The catalog's root."""
+        return self.home / "models"
+
+    @property
+    def state(self) -> Path:
+        """The state folder."""
+        return self.home / "state"
+
+    @property
+    def file(self) -> Path:
+        """The configuration file."""
+        return self.home / "appliance.toml"
+
+    @property
+    def log(self) -> str:
+        """What the daemon has written so far."""
+        return (self.home / "daemon.log").read_text(encoding="utf-8")
+
+    def write_config(self, **changes: Any) -> None:
+        """Write the configuration file; `changes` are sections merged over what there is."""
+        for section, content in changes.items():
+            if isinstance(content, dict):
+                self.config[section] = {**self.config.get(section, {}), **content}
+            else:
+                self.config[section] = content
+        base: dict[str, Any] = {
+            "server": {"base_url": "https://localhost:8443", "listen": "127.0.0.1:0", "mtls_listen": "127.0.0.1:0"},
+            "tls": {
+                "certificate": self.tls / "server.crt",
+                "key": self.tls / "server.key",
+                "client_ca": self.tls / "ca.crt",
+            },
+            "auth": {"keys_file": self.home / "keys.json"},
+            "catalog": {"root": self.models, "state_dir": self.state, "settle_s": 0.2, "scan_interval_s": 0.1},
+            "admin": {"listen": "127.0.0.1:0", "socket": self.home / "admin.sock"},
+            "shutdown": {"lame_duck_s": 0.2, "drain_s": 60},
+        }
+        for section, content in self.config.items():
+            base[section] = {**base.get(section, {}), **content} if isinstance(content, dict) else content
+        self.file.write_text(to_toml(base), encoding="utf-8")
+
+    def command(self, *arguments: str | Path, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        """Run the `appliance` command with this configuration."""
+        return run(*arguments, config=self.file, check=check)
+
+    def new_key(self, *arguments: str) -> str:
+        """Make a key."""
+        return self.command("keys", "create", "--quiet", *arguments).stdout.strip()
+
+    # ---- life ----
+
+    def spawn(self, environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
+        """Start the daemon and do not wait for it."""
+        log = (self.home / "daemon.log").open("wb")
+        self.process = subprocess.Popen(
+            [str(COMMAND), "--config", str(self.file), "serve"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**_ENVIRONMENT, **(environment or {})},
+        )
+        log.close()
+        return self.process
+
+    def start(self) -> "Appliance":
+        """Start the daemon and return when it is ready."""
+        self.spawn()
+        self.wait(lambda: self.admin("/readyz").get("ready") is True)
+        return self
+
+    def wait(self, condition: Any, what: str = "") -> None:
+        """Return when `condition()` is true; fail with the log when it never is, or the daemon ended."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(http.client.HTTPException, httpx.HTTPError, OSError, KeyError):
+                if condition():
+                    return
+            if self.process is not None and self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"{what or 'what was waited for'} did not happen; the daemon's log:\n{self.log}")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the daemon a signal."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """Terminate the daemon and return its exit code."""
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def __enter__(self) -> "Appliance":
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # ---- asking ----
+
+    def admin(self, page: str, *, post: bool = False) -> dict[str, Any]:
+        """One page of the admin socket."""
+        connection = _UnixConnection(self.home / "admin.sock")
+        try:
+            connection.request("POST" if post else "GET", page)
+            content: dict[str, Any] = json.loads(connection.getresponse().read())
+            return content
+        finally:
+            connection.close()
+
+    def port(self, name: str = "server.listen") -> int:
+        """A port that the daemon bound."""
+        number: int = self.admin("/status")["ports"][name]
+        return number
+
+    def metrics(self) -> str:
+        """The Prometheus page."""
+        return httpx.get(f"http://127.0.0.1:{self.port('admin.listen')}/metrics", timeout=PATIENCE_S).text
+
+    def state_of(self, bundle: str, version: str = "1") -> str:
+        """A version's state, "" when it is not known."""
+        for row in self.admin("/status")["catalog"]:
+            if row["bundle"] == bundle:
+                return next((str(v["state"]) for v in row["versions"] if v["version"] == version), "")
+        return ""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("appliance", timeout=PATIENCE_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class Client:
+    """The raw Clarifai stub, as its users write it."""
+
+    def __init__(
+        self, port: int, ca: Path, key: str = "", certificate: tuple[bytes, bytes] | None = None, retries: bool = False
+    ) -> None:
+        """Args: certificate: (key, certificate chain) PEM. retries: as the stock channel, 5 attempts on UNAVAILABLE."""
+        if certificate is None and retries:
+            self.channel = ClarifaiChannel.get_grpc_channel(base=f"localhost:{port}", root_certificates_path=str(ca))
+        else:
+            # The stub works only once a stock channel was made in this process (PROTOCOL 1.3).
+            ClarifaiChannel.get_grpc_channel(base="localhost:1", root_certificates_path=str(ca)).close()
+            credentials = grpc.ssl_channel_credentials(ca.read_bytes(), *(certificate or ()))
+            options = [("grpc.max_receive_message_length", 2**30), ("grpc.use_local_subchannel_pool", 1)]
+            options += [("grpc.max_send_message_length", 2**30), ("grpc.enable_retries", 0)]
+            self.channel = grpc.secure_channel(f"localhost:{port}", credentials, options=options)
+        self.stub = service_pb2_grpc.V2Stub(self.channel)
+        self.metadata = (("authorization", f"Key {key}"),) if key else ()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+
+    def call(self, rpc: str, request: Any, **options: Any) -> Any:
+        """Any unary RPC."""
+        return getattr(self.stub, rpc)(request, metadata=self.metadata, timeout=PATIENCE_S, **options)
+
+    def predict(self, request: service_pb2.PostModelOutputsRequest) -> service_pb2.MultiOutputResponse:
+        """PostModelOutputs."""
+        return self.call("PostModelOutputs", request)
+
+
+def image_input(body: bytes, input_id: str = "") -> resources_pb2.Input:
+    """An input with the bytes of an image file."""
+    return resources_pb2.Input(
+        id=input_id, data=resources_pb2.Data(image=resources_pb2.Image(base64=body)) if body is not None else None
+    )
+
+
+def text_input(text: str, input_id: str = "") -> resources_pb2.Input:
+    """An input with a text."""
+    return resources_pb2.Input(id=input_id, data=resources_pb2.Data(text=resources_pb2.Text(raw=text)))
+
+
+def array_input(array: NDArray[Any]) -> resources_pb2.Input:
+    """An input with one array."""
+    message = resources_pb2.NDArray(buffer=array.tobytes(), shape=array.shape, dtype=array.dtype.name)
+    return resources_pb2.Input(data=resources_pb2.Data(ndarray=message))
+
+
+def request_for(
+    model: str, inputs: list[resources_pb2.Input], *, version: str = "", user: str = "appliance", app: str = "main"
+) -> service_pb2.PostModelOutputsRequest:
+    """A predict request without options."""
+    return service_pb2.PostModelOutputsRequest(
+        user_app_id=resources_pb2.UserAppIDSet(user_id=user, app_id=app),
+        model_id=model,
+        version_id=version,
+        inputs=inputs,
+    )
+
+
+class Load:
+    """Closed-loop callers in threads: every call's end is counted, so that a lost one shows."""
+
+    def __init__(
+        self, port: int, ca: Path, key: str, request: service_pb2.PostModelOutputsRequest, callers: int = 4
+    ) -> None:
+        self.ends: Counter[str] = Counter()
+        self.odd: list[str] = []
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run, args=(port, ca, key, request)) for _ in range(callers)]
+
+    def _run(self, port: int, ca: Path, key: str, request: service_pb2.PostModelOutputsRequest) -> None:
+        with Client(port, ca, key) as client:
+            while not self._stop.is_set():
+                end = "lost"
+                try:
+                    reply = client.predict(request)
+                    complete = len(reply.outputs) == len(request.inputs)
+                    end = "answered" if complete and reply.status.code == 10000 else f"status {reply.status.code}"
+                except grpc.RpcError as error:
+                    end = error.code().name
+                    if end not in ("UNAVAILABLE",):
+                        self.odd.append(str(error.details()))
+                with self._lock:
+                    self.ends[end] += 1
+                if end == "UNAVAILABLE":
+                    self._stop.wait(0.01)
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive(), "a caller never got an answer: its call was lost"
+
+    def wait_for(self, count: int, end: str = "answered") -> None:
+        """Return when `count` more calls ended so."""
+        goal = self.ends[end] + count
+        deadline = time.monotonic() + PATIENCE_S
+        while self.ends[end] < goal:
+            assert time.monotonic() < deadline, f"no progress: {self.ends}"
+            time.sleep(0.005)
+
+
+def to_toml(tables: Mapping[str, Any]) -> str:
+    """Nested tables and arrays of tables as TOML."""
+    lines = []
+    for name, content in tables.items():
+        for table in content if isinstance(content, list) else [content]:
+            lines.append(f"[[{name}]]" if isinstance(content, list) else f"[{name}]")
+            lines += [f"{key} = {_value(value)}" for key, value in table.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    return json.dumps(str(value) if isinstance(value, Path) else value)
+
+
+@contextlib.contextmanager
+def notify_socket(folder: Path) -> Iterator[socket.socket]:
+    """What systemd gives a Type=notify service: a datagram socket that it reads."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
+        bound.bind(str(folder / "notify"))
+        bound.settimeout(PATIENCE_S)
+        yield bound

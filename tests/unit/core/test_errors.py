@@ -1,0 +1,66 @@
+"""Errors: the tree in the module's opening is the tree of classes, and sentences say what to do."""
+
+import inspect
+import re
+
+import pytest
+
+from appliance.core import errors
+from appliance.core.errors import ApplianceError
+
+
+def classes() -> dict[str, type[ApplianceError]]:
+    found = {
+        name: kind
+        for name, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, ApplianceError) and kind.__module__ == errors.__name__
+    }
+    return found
+
+
+def written_tree() -> dict[str, str]:
+    """Class → its parent, by indentation in the module's opening."""
+    parents: dict[str, str] = {}
+    stack: list[tuple[int, str]] = []
+    for line in (errors.__doc__ or "").splitlines():
+        match = re.fullmatch(r"( {4,})([A-Z][A-Za-z]+)( {2,}.+)?", line)
+        if not match:
+            continue
+        depth = len(match[1])
+        while stack and stack[-1][0] >= depth:
+            stack.pop()
+        parents[match[2]] = stack[-1][1] if stack else "Exception"
+        stack.append((depth, match[2]))
+    return parents
+
+
+def test_the_tree_that_is_written_down_is_the_tree_there_is() -> None:
+    assert written_tree() == {name: kind.__bases__[0].__name__ for name, kind in classes().items()}
+
+
+def test_every_error_says_in_its_docstring_who_or_what() -> None:
+    assert all(kind.__doc__ for kind in classes().values())
+
+
+def test_what_the_caller_reads_and_what_happened_are_two_things() -> None:
+    error = errors.InferenceFailed("The model failed on this input.", detail="Gather: index 7 of 4")
+    assert str(error) == "The model failed on this input."
+    assert error.detail == "Gather: index 7 of 4"
+    assert "Gather" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errors.NoInputs(128), ["no inputs", "128"]),
+        (errors.TooManyInputs(129, 128), ["129", "128", "several requests"]),
+        (errors.UnknownMethod("fly", ("predict", "generate")), ["'fly'", "predict, generate"]),
+        (errors.PlacementUnknown("nodepool", "pool-1"), ["nodepool", "pool-1", "leave the selector out"]),
+        (errors.DeadlineExceeded(2.5), ["2.5 s"]),
+        (errors.DeadlineExceeded(), ["deadline"]),
+        (errors.Draining(), ["shutting down", "try again"]),
+        (errors.Cancelled(), ["cancelled"]),
+    ],
+)
+def test_a_sentence_names_the_limit_and_what_to_do(error: ApplianceError, words: list[str]) -> None:
+    assert all(word in str(error) for word in words)

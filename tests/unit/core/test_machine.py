@@ -1,0 +1,65 @@
+"""What the kernel's control groups leave us, read from trees like theirs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from appliance.core import machine
+
+GIB = 2**30
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cgroup tree; we are in `/system.slice/our.service`."""
+    own = tmp_path / "system.slice" / "our.service"
+    own.mkdir(parents=True)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    real = machine._text
+    monkeypatch.setattr(
+        machine,
+        "_text",
+        lambda path: "0::/system.slice/our.service\n" if path == Path("/proc/self/cgroup") else real(path),
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    return own
+
+
+def test_without_limits_affinity_and_physical_memory_count(tree: Path) -> None:
+    (tree / "cpu.max").write_text("max 100000\n")
+    (tree / "memory.max").write_text("max\n")
+    assert machine.usable_cpus() == 8
+    assert machine.usable_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [("200000 100000", 2), ("250000 100000", 3), ("1000 100000", 1), ("9900000 100000", 8)])
+def test_a_quota_is_rounded_up_to_whole_cpus_and_never_over_affinity(tree: Path, quota: str, cpus: int) -> None:
+    (tree / "cpu.max").write_text(f"{quota}\n")
+    assert machine.usable_cpus() == cpus
+
+
+def test_the_tightest_of_all_enclosing_groups_counts(tree: Path) -> None:
+    (tree / "cpu.max").write_text("400000 100000\n")
+    (tree.parent / "cpu.max").write_text("150000 100000\n")
+    (tree / "memory.max").write_text(f"{GIB}\n")
+    (tree.parent / "memory.max").write_text(f"{GIB // 2}\n")
+    assert machine.usable_cpus() == 2
+    assert machine.usable_memory() == GIB // 2
+
+
+def test_the_first_version_of_control_groups_counts_too(tree: Path) -> None:
+    (tree.parent.parent / "memory").mkdir()
+    (tree.parent.parent / "memory" / "memory.limit_in_bytes").write_text(f"{GIB // 4}\n")
+    assert machine.usable_memory() == GIB // 4
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "100000", "-1 100000", "max max"])
+def test_a_quota_that_cannot_be_read_bounds_nothing(tree: Path, text: str) -> None:
+    (tree / "cpu.max").write_text(text)
+    assert machine.usable_cpus() == 8
+
+
+def test_this_machine_leaves_us_something() -> None:
+    assert machine.usable_cpus() >= 1
+    assert machine.usable_memory() > 2**20

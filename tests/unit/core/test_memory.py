@@ -1,0 +1,65 @@
+"""The memory budget: bounded before it is allocated, given back exactly once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from appliance.core.errors import Overloaded
+from appliance.core.memory import MemoryBudget
+
+MIB = 2**20
+
+
+def test_what_is_held_is_used_until_it_is_released() -> None:
+    budget = MemoryBudget(100)
+    with budget.hold(60) as reservation:
+        reservation.grow(40)
+        assert budget.used == 100
+    assert budget.used == 0
+
+
+def test_beyond_the_limit_a_request_is_refused_and_nothing_is_taken() -> None:
+    budget = MemoryBudget(10 * MIB)
+    kept = budget.hold(8 * MIB)
+    with pytest.raises(Overloaded, match=r"needs 3.0 MiB .* 2.0 MiB of limits.memory_in_flight \(10.0 MiB\).*Try again"):
+        budget.hold(3 * MIB)
+    assert budget.used == 8 * MIB
+    kept.release()
+    assert budget.used == 0
+
+
+def test_what_never_fits_is_told_to_send_less() -> None:
+    with pytest.raises(Overloaded, match="Send fewer or smaller inputs"):
+        MemoryBudget(10).hold(11)
+
+
+def test_a_request_that_grows_beyond_the_limit_keeps_what_it_had_and_gives_it_back_once() -> None:
+    budget = MemoryBudget(10)
+    reservation = budget.hold(6)
+    with pytest.raises(Overloaded):
+        reservation.grow(5)
+    assert budget.used == 6
+    reservation.release()
+    reservation.release()
+    assert budget.used == 0
+
+
+def test_an_error_inside_gives_everything_back() -> None:
+    budget = MemoryBudget(10)
+    with pytest.raises(RuntimeError), budget.hold(10):
+        raise RuntimeError
+    assert budget.used == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=30))
+def test_the_budget_is_never_exceeded_and_always_balances(steps: list[tuple[int, bool]]) -> None:
+    budget = MemoryBudget(100)
+    live = []
+    for count, release in steps:
+        try:
+            live.append(budget.hold(count))
+        except Overloaded:
+            assert budget.used + count > 100
+        if release and live:
+            live.pop(0).release()
+        assert budget.used == sum(reservation.count for reservation in live) <= 100

@@ -1,0 +1,677 @@
+"""The batcher's law: every accepted submission ends exactly once, whatever happens to its neighbours."""
+
+import asyncio
+import gc
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.fake_model import FakeModel, rows, submitter
+
+from appliance.core.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
+from appliance.engine.batcher import Batcher, RunRecord
+from appliance.engine.session import OutOfMemory
+
+
+def doubled(outcome: Any) -> list[float]:
+    """The first column of the answer."""
+    assert not outcome.errors
+    return outcome.arrays["double"][:, 0].tolist()
+
+
+async def plugged(model: FakeModel, batcher: Batcher) -> "asyncio.Future[Any]":
+    """Keep the worker busy with one row, so that what comes next queues."""
+    model.gated = True
+    future = batcher.submit(rows(-1.0), ("double",), None, "plug")
+    await model.entered()
+    return future
+
+
+# ---- the four laws ---------------------------------------------------------------------------------------------------
+
+
+async def test_admission_is_refused_at_once_when_the_queue_is_full(model: FakeModel, make: Any) -> None:
+    """A refusal does not wait for the run in progress, and names the limit."""
+    batcher = make(queue_rows=3)
+    plug = await plugged(model, batcher)
+    submit = submitter(batcher)
+    waiting = submit(1, 2, 3)
+    with pytest.raises(Overloaded, match=r"3 inputs wait .* limit is 3 \(engine\.queue_rows\)"):
+        submit(4)
+    assert not plug.done()
+    assert not waiting.done()
+
+
+async def test_a_refused_submission_leaves_no_trace(model: FakeModel, make: Any) -> None:
+    """Its rows never run, are not counted, and nobody waits for them."""
+    batcher = make(queue_rows=3)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    waiting = submit(1, 2, 3)
+    with pytest.raises(Overloaded):
+        submit(66)
+    assert batcher.waiting_rows == 3
+    model.open_gate()
+    assert doubled(await waiting) == [2, 4, 6]
+    await asyncio.wait_for(batcher.wait_idle(), 5)
+    assert [66.0] not in model.runs
+    assert doubled(await submit(4, 5, 6)) == [8, 10, 12]
+
+
+async def test_an_empty_queue_takes_a_submission_larger_than_itself(model: FakeModel, make: Any) -> None:
+    """The limit is on who waits; otherwise a request of 128 could never be served by a small queue."""
+    submit = submitter(make(queue_rows=2))
+    assert doubled(await submit(*range(20))) == [2.0 * i for i in range(20)]
+
+
+async def test_who_cancelled_is_skipped_while_the_batch_is_formed(model: FakeModel, make: Any) -> None:
+    """The rows of a caller that went away never reach the device."""
+    batcher = make()
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    first, gone, last = submit(1), submit(2), submit(3)
+    gone.cancel()
+    model.open_gate()
+    assert doubled(await first) == [2]
+    assert doubled(await last) == [6]
+    assert model.runs == [[-1.0], [1.0, 3.0]]
+
+
+async def test_a_cancellation_in_the_same_instant_is_honoured(model: FakeModel, make: Any) -> None:
+    """Cancelled and the worker let go without the loop having turned: the row still does not run."""
+    batcher = make()
+    await plugged(model, batcher)
+    gone = submitter(batcher)(2)
+    gone.cancel()
+    model.open_gate()
+    until = time.monotonic() + 5
+    while batcher._queues and time.monotonic() < until:  # the loop must not turn meanwhile
+        time.sleep(0.001)  # noqa: ASYNC251
+    assert not batcher._queues
+    assert model.runs == [[-1.0]]
+
+
+async def test_who_expired_is_told_so_and_never_runs(model: FakeModel, make: Any) -> None:
+    """A deadline that passed in the queue ends in DeadlineExceeded, without a run."""
+    now = [100.0]
+    batcher = make(clock=lambda: now[0])
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    expired, alive = submit(1, deadline=101.0), submit(2, deadline=103.0)
+    now[0] = 102.0
+    model.open_gate()
+    with pytest.raises(DeadlineExceeded):
+        await expired
+    assert doubled(await alive) == [4]
+    assert model.runs == [[-1.0], [2.0]]
+
+
+async def test_a_cancelled_submission_makes_room_in_the_queue_at_once(model: FakeModel, make: Any) -> None:
+    """The next caller need not wait for the run in progress, and the rows' memory is let go."""
+    batcher = make(queue_rows=2)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    gone = submit(1, 2)
+    gone.cancel()
+    await asyncio.sleep(0)
+    assert batcher.waiting_rows == 0
+    kept = submit(3, 4)
+    model.open_gate()
+    assert doubled(await kept) == [6, 8]
+
+
+async def test_a_failed_batch_answers_all_its_members(model: FakeModel, make: Any) -> None:
+    """Nobody hangs because a neighbour's row was bad."""
+    batcher = make()
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(value) for value in range(8)]
+    model.poison = {float(value) for value in range(8)}
+    model.open_gate()
+    outcomes = await asyncio.wait_for(asyncio.gather(*futures), 5)
+    for outcome in outcomes:
+        assert outcome.arrays == {}
+        assert isinstance(outcome.errors[0], InferenceFailed)
+
+
+@pytest.mark.parametrize("poisoned", range(7))
+async def test_only_the_poisoned_row_gets_the_error(model: FakeModel, make: Any, poisoned: int) -> None:
+    """The batch is halved until the bad row stands alone; its neighbours get the right values."""
+    batcher = make()
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    model.poison = {float(poisoned)}
+    together, alone = submit(0, 1, 2, 3), [submit(value) for value in (4, 5, 6)]
+    model.open_gate()
+    outcome = await together
+    assert set(outcome.errors) == {poisoned} - {4, 5, 6}
+    for row in range(4):
+        if row not in outcome.errors:
+            assert outcome.arrays["double"][row, 0] == 2 * row
+    for value, future in zip((4, 5, 6), alone, strict=True):
+        single = await future
+        if value == poisoned:
+            assert set(single.errors) == {0}
+        else:
+            assert doubled(single) == [2 * value]
+
+
+@pytest.mark.parametrize("death", [SystemExit(3), MemoryError(), KeyboardInterrupt(), RuntimeError("a bug")])
+async def test_a_dead_worker_answers_everybody(model: FakeModel, make: Any, death: BaseException) -> None:
+    """Who runs and who waits alike; afterwards the model says why, and takes nobody in."""
+    reasons: list[str] = []
+    batcher = make(on_death=reasons.append)
+    model.crash = death
+    running = await plugged(model, batcher)
+    submit = submitter(batcher)
+    waiting = [submit(1), submit(2, width=3), submit(3, principal="bob")]
+    model.let_go()
+    for future in (running, *waiting):
+        with pytest.raises(InferenceFailed) as failure:
+            await asyncio.wait_for(future, 5)
+        assert failure.value.detail == repr(death)
+    assert batcher.death == repr(death)
+    assert reasons == [repr(death)]
+    with pytest.raises(InferenceFailed, match="must be restarted"):
+        submit(4)
+    await asyncio.wait_for(batcher.wait_idle(), 5)
+
+
+# ---- rows, not requests ----------------------------------------------------------------------------------------------
+
+
+async def test_rows_of_different_submissions_share_a_run(model: FakeModel, make: Any) -> None:
+    """What queued while the last batch ran is the next batch."""
+    batcher = make()
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(1), submit(2, 3), submit(4, 5, 6)]
+    model.open_gate()
+    assert [doubled(outcome) for outcome in await asyncio.gather(*futures)] == [[2], [4, 6], [8, 10, 12]]
+    assert model.runs[1:] == [[1, 2, 3, 4, 5, 6]]
+
+
+async def test_a_big_submission_is_cut_into_several_runs(model: FakeModel, make: Any) -> None:
+    """Its rows land in their own places."""
+    submit = submitter(make(max_rows=8))
+    assert doubled(await submit(*range(30))) == [2.0 * i for i in range(30)]
+    assert [len(run) for run in model.runs] == [8, 8, 8, 6]
+
+
+async def test_no_run_has_more_than_max_rows(model: FakeModel, make: Any) -> None:
+    """Whatever queued."""
+    batcher = make(max_rows=5)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(*range(n), principal=f"p{n}") for n in (1, 7, 3, 12)]
+    model.open_gate()
+    for n, outcome in zip((1, 7, 3, 12), await asyncio.gather(*futures), strict=True):
+        assert doubled(outcome) == [2.0 * i for i in range(n)]
+    assert max(len(run) for run in model.runs) == 5
+    assert sum(len(run) for run in model.runs) == 24
+
+
+async def test_a_lone_submission_does_not_wait_for_company(model: FakeModel, make: Any) -> None:
+    """Work-conserving: no timer stands between a row and an idle device."""
+    batcher = make()
+    model.gated = True
+    future = submitter(batcher)(1)
+    await model.entered()
+    model.open_gate()
+    assert doubled(await future) == [2]
+
+
+async def test_shapes_never_mix(model: FakeModel, make: Any) -> None:
+    """Only rows of one shape and dtype share a run."""
+    batcher = make()
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(value, width=width) for value, width in [(1, 1), (2, 2), (3, 1), (4, 2), (5, 3)]]
+    futures.append(batcher.submit({"x": np.array([[6.0]], np.float64)}, ("double",), None, "ada"))
+    model.open_gate()
+    for value, outcome in zip(range(1, 7), await asyncio.gather(*futures), strict=True):
+        assert doubled(outcome) == [2 * value]
+    assert sorted(model.runs[1:]) == [[1, 3], [2, 4], [5], [6]]
+
+
+async def test_inputs_named_in_another_order_share_a_run(model: FakeModel, make: Any) -> None:
+    """The order in which a caller names the inputs is no shape."""
+    batcher = make()
+    await plugged(model, batcher)
+    one, mask = np.ones((1, 1), np.float32), np.zeros((1, 2), np.int64)
+    futures = [
+        batcher.submit({"x": one, "mask": mask}, ("double",), None, "ada"),
+        batcher.submit({"mask": mask, "x": one * 2}, ("double",), None, "ada"),
+    ]
+    model.open_gate()
+    assert [doubled(outcome) for outcome in await asyncio.gather(*futures)] == [[2], [4]]
+    assert len(model.runs) == 2
+
+
+async def test_each_submission_gets_the_outputs_it_asked_for(model: FakeModel, make: Any) -> None:
+    """A shared run computes all of them, once; nobody is given a neighbour's."""
+    batcher = make()
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    both = submit(1, outputs=("double", "next"))
+    one = submit(2, outputs=("next",))
+    model.open_gate()
+    first, second = await asyncio.gather(both, one)
+    assert set(first.arrays) == {"double", "next"}
+    assert set(second.arrays) == {"next"}
+    assert second.arrays["next"].tolist() == [[3]]
+    assert model.asked[1:] == [("double", "next")]
+
+
+async def test_the_arrays_are_not_changed(model: FakeModel, make: Any) -> None:
+    """The caller keeps its rows until it is answered; they may be shared memory."""
+    feeds = rows(1, 2, 3)
+    feeds["x"].flags.writeable = False
+    outcome = await make(pad=True).submit(feeds, ("double",), None, "ada")
+    assert doubled(outcome) == [2, 4, 6]
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+async def test_one_principals_thousand_rows_do_not_starve_anothers_single_row(model: FakeModel, make: Any) -> None:
+    """It is in the next batch."""
+    batcher = make(max_rows=8, queue_rows=2000)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    many = submit(*range(1000), principal="greedy")
+    single = submit(5000, principal="modest")
+    model.let_go(2)
+    assert doubled(await asyncio.wait_for(single, 5)) == [10000]
+    assert 5000 in model.runs[1]
+    model.open_gate()
+    assert doubled(await many) == [2.0 * i for i in range(1000)]
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 4])
+async def test_principals_take_turns(model: FakeModel, make: Any, max_rows: int) -> None:
+    """However few rows a run has, none of them waits for more runs than there are principals."""
+    batcher = make(max_rows=max_rows)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(*([value] * 8), principal=str(value)) for value in (1, 2, 3)]
+    model.open_gate()
+    await asyncio.gather(*futures)
+    order = [value for run in model.runs[1:] for value in run]
+    assert set(order[: 3 * max_rows]) == {1, 2, 3}
+    assert {order[:18].count(value) for value in (1.0, 2.0, 3.0)} <= {5, 6, 7}
+
+
+async def test_short_deadlines_in_one_shape_do_not_starve_another_principal(model: FakeModel, make: Any) -> None:
+    """Whose turn it is comes before whose deadline is nearest, among shapes too."""
+    batcher = make(max_rows=2)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    greedy = [submit(value, value, principal="greedy", deadline=time.monotonic() + 60) for value in range(10)]
+    modest = submit(77, principal="modest", width=3)
+    model.let_go(3)
+    assert doubled(await asyncio.wait_for(modest, 5)) == [154]
+    assert [77.0] in model.runs[1:3]
+    model.open_gate()
+    await asyncio.gather(*greedy)
+
+
+async def test_the_nearest_deadline_goes_first(model: FakeModel, make: Any) -> None:
+    """Within a principal; no deadline at all comes last."""
+    batcher = make(max_rows=1)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    now = time.monotonic()
+    futures = [submit(1), submit(2, deadline=now + 300), submit(3, deadline=now + 100), submit(4, deadline=now + 200)]
+    model.open_gate()
+    await asyncio.gather(*futures)
+    assert model.runs[1:] == [[3], [4], [2], [1]]
+
+
+async def test_the_shape_with_the_nearest_deadline_goes_first(model: FakeModel, make: Any) -> None:
+    """Among the shapes of one principal."""
+    batcher = make()
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    now = time.monotonic()
+    futures = [
+        submit(1, width=1, deadline=now + 300),
+        submit(2, width=2, deadline=now + 100),
+        submit(3, width=3, deadline=now + 200),
+    ]
+    model.open_gate()
+    await asyncio.gather(*futures)
+    assert model.runs[1:] == [[2], [3], [1]]
+
+
+async def test_equal_deadlines_go_in_the_order_of_arrival(model: FakeModel, make: Any) -> None:
+    """First come, first served."""
+    batcher = make(max_rows=1)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(value) for value in (3, 1, 2)]
+    model.open_gate()
+    await asyncio.gather(*futures)
+    assert model.runs[1:] == [[3], [1], [2]]
+
+
+# ---- memory, padding, modes ------------------------------------------------------------------------------------------
+
+
+async def test_out_of_memory_halves_the_batch_and_remembers(model: FakeModel, make: Any) -> None:
+    """All rows are answered, and later runs begin at the size that fits."""
+    model.room = 4
+    batcher = make(max_rows=16)
+    submit = submitter(batcher)
+    assert doubled(await submit(*range(16))) == [2.0 * i for i in range(16)]
+    assert batcher.max_rows == 4
+    model.runs.clear()
+    assert doubled(await submit(*range(12))) == [2.0 * i for i in range(12)]
+    assert [len(run) for run in model.runs] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 5])
+async def test_the_remembered_size_never_grows(model: FakeModel, make: Any, room: int) -> None:
+    """The second half of a failed batch does not undo what the first half taught."""
+    model.room = room
+    batcher = make(max_rows=16)
+    sizes: list[int] = []
+    original = model.compute
+    model.compute = lambda name, x: (sizes.append(batcher.max_rows), original(name, x))[1]  # type: ignore[method-assign]
+    assert doubled(await submitter(batcher)(*range(15))) == [2.0 * i for i in range(15)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert 1 <= batcher.max_rows <= room
+
+
+async def test_a_row_that_does_not_fit_alone_is_an_error_of_its_own(model: FakeModel, make: Any) -> None:
+    """Nothing is left to halve."""
+    model.room = 0
+    outcome = await submitter(make())(1, 2)
+    assert {row: type(error) for row, error in outcome.errors.items()} == {0: OutOfMemory, 1: OutOfMemory}
+
+
+@pytest.mark.parametrize(("count", "padded"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 12), (12, 12)])
+async def test_runs_are_padded_to_a_power_of_two(model: FakeModel, make: Any, count: int, padded: int) -> None:
+    """So that a GPU sees few shapes; never beyond max_rows, and nobody sees the padding."""
+    outcome = await submitter(make(max_rows=12, pad=True))(*range(count))
+    assert doubled(outcome) == [2.0 * i for i in range(count)]
+    assert model.shapes[0]["x"] == (padded, 1)
+
+
+async def test_without_padding_a_run_has_the_rows_it_has(model: FakeModel, make: Any) -> None:
+    """CPUs do not care for shapes."""
+    await submitter(make())(1, 2, 3)
+    assert model.shapes[0]["x"] == (3, 1)
+
+
+async def test_separate_rows_run_one_at_a_time(model: FakeModel, make: Any) -> None:
+    """For models whose rows influence each other."""
+    batcher = make(separate=True)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    one, many = submit(1), submit(2, 3, 4)
+    model.open_gate()
+    assert doubled(await one) == [2]
+    assert doubled(await many) == [4, 6, 8]
+    assert all(len(run) == 1 for run in model.runs)
+
+
+async def test_a_whole_submission_is_one_run_as_it_is(model: FakeModel, make: Any) -> None:
+    """For graphs without a batch axis: the first axis counts no rows, so nothing is merged or cut."""
+    batcher = make(whole=True, max_rows=2)
+    await plugged(model, batcher)
+    futures = [batcher.submit(rows(*values), ("double",), None, "ada") for values in ((1, 2, 3), (4, 5))]
+    model.open_gate()
+    first, second = await asyncio.gather(*futures)
+    assert first.arrays["double"].tolist() == [[2], [4], [6]]
+    assert second.arrays["double"].tolist() == [[8], [10]]
+    assert model.runs[1:] == [[1, 2, 3], [4, 5]]
+
+
+async def test_a_whole_submission_may_be_a_scalar(model: FakeModel, make: Any) -> None:
+    """A graph may have inputs without any axis."""
+    outcome = await make(whole=True).submit({"x": np.float32(4).reshape(())}, ("double",), None, "ada")
+    assert outcome.arrays["double"] == 8
+
+
+async def test_a_failed_whole_submission_gets_its_error(model: FakeModel, make: Any) -> None:
+    """There is nothing to halve."""
+    model.poison = {1.0}
+    outcome = await make(whole=True).submit(rows(1, 2), ("double",), None, "ada")
+    assert isinstance(outcome.errors[0], InferenceFailed)
+    assert outcome.arrays == {}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda x: x[:0],
+        lambda x: np.float32(1).reshape(()),
+        lambda x: ["a list"],
+        lambda x: x[: len(x) - 1],
+    ],
+    ids=["empty", "scalar", "no array", "one short"],
+)
+async def test_an_output_without_an_entry_for_each_row_is_a_failure(model: FakeModel, make: Any, answer: Any) -> None:
+    """An answer is never given to the wrong row."""
+    model.compute = lambda name, x: answer(x)  # type: ignore[method-assign]
+    outcome = await asyncio.wait_for(submitter(make())(1, 2, 3), 5)
+    assert set(outcome.errors) == {0, 1, 2}
+    assert "'double' does not have one entry for each row" in str(outcome.errors[0])
+
+
+@pytest.mark.parametrize("widths", [(1, 3), (3, 1), (2, 3)])
+async def test_pieces_of_different_shapes_are_refused(model: FakeModel, make: Any, widths: tuple[int, int]) -> None:
+    """Runs of one submission that answer in different shapes cannot be put together, not even by broadcasting."""
+    sizes = iter(widths)
+    model.compute = lambda name, x: np.repeat(x, next(sizes), axis=1)  # type: ignore[method-assign]
+    with pytest.raises(InferenceFailed, match="different shapes"):
+        await asyncio.wait_for(submitter(make(max_rows=2))(1, 2, 3, 4), 5)
+
+
+async def test_an_answer_that_cannot_be_put_together_does_not_hurt_its_neighbours(
+    model: FakeModel, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for the whole, say: the others of that run are answered all the same."""
+    batcher = make(max_rows=4)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    torn, neighbour = submit(1, 2, 3, 4, 5, 6), submit(7)
+
+    def no_memory(*arguments: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "zeros", no_memory)
+    model.open_gate()
+    with pytest.raises(InferenceFailed, match="could not be put together"):
+        await asyncio.wait_for(torn, 5)
+    assert doubled(await asyncio.wait_for(neighbour, 5)) == [14]
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+async def test_close_answers_what_waits_and_finishes_what_runs(model: FakeModel, make: Any) -> None:
+    """Draining for the queue, a result for the run in progress, and nobody else is let in."""
+    batcher = make()
+    running = await plugged(model, batcher)
+    waiting = submitter(batcher)(1)
+    batcher.close()
+    with pytest.raises(Draining):
+        await waiting
+    with pytest.raises(Draining):
+        submitter(batcher)(2)
+    model.open_gate()
+    assert doubled(await running) == [-2]
+    await asyncio.wait_for(batcher.wait_idle(), 5)
+    assert model.runs == [[-1.0]]
+
+
+async def test_close_may_say_why(model: FakeModel, make: Any) -> None:
+    """The caller's error instead of Draining."""
+    batcher = make()
+    await plugged(model, batcher)
+    waiting = submitter(batcher)(1)
+    batcher.close(Overloaded("no more of this"))
+    with pytest.raises(Overloaded, match="no more of this"):
+        await waiting
+
+
+async def test_close_finishes_a_submission_of_which_a_part_has_run(model: FakeModel, make: Any) -> None:
+    """Half an answer is worth nothing, so it is not thrown away."""
+    batcher = make(max_rows=2)
+    model.gated = True
+    future = submitter(batcher)(1, 2, 3, 4, 5)
+    await model.entered()
+    batcher.close()
+    model.open_gate()
+    assert doubled(await asyncio.wait_for(future, 5)) == [2, 4, 6, 8, 10]
+
+
+async def test_close_twice_is_as_good_as_once(model: FakeModel, make: Any) -> None:
+    """And it returns at once."""
+    batcher = make()
+    batcher.close()
+    batcher.close()
+    await asyncio.wait_for(batcher.wait_idle(), 5)
+
+
+async def test_wait_idle_returns_when_every_submission_has_ended(model: FakeModel, make: Any) -> None:
+    """Not before, whether they run, wait or were cancelled."""
+    batcher = make()
+    await asyncio.wait_for(batcher.wait_idle(), 5)
+    running = await plugged(model, batcher)
+    gone = submitter(batcher)(1)
+    idle = asyncio.create_task(batcher.wait_idle())
+    gone.cancel()
+    await asyncio.sleep(0.01)
+    assert not idle.done()
+    model.open_gate()
+    await asyncio.wait_for(idle, 5)
+    assert running.done()
+
+
+async def test_a_cancelled_run_in_progress_is_idle_at_once(model: FakeModel, make: Any) -> None:
+    """Nobody waits for its answer any more; the worker goes on to the next one."""
+    batcher = make()
+    running = await plugged(model, batcher)
+    running.cancel()
+    await asyncio.wait_for(batcher.wait_idle(), 5)
+    model.open_gate()
+    assert doubled(await submitter(batcher)(1)) == [2]
+
+
+async def test_each_run_is_recorded(model: FakeModel, make: Any) -> None:
+    """Rows, seconds, and how long each piece had waited."""
+    now = [0.0]
+    records: list[RunRecord] = []
+    batcher = make(clock=lambda: now[0], on_run=records.append)
+    plug = await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(1), submit(2, 3)]
+    now[0] = 2.0
+    model.open_gate()
+    await asyncio.gather(plug, *futures)
+    assert [record.rows for record in records] == [1, 3]
+    assert records[1].waits == [2.0, 2.0]
+
+
+async def test_the_arrays_of_answered_rows_are_let_go(model: FakeModel, make: Any) -> None:
+    """An idle batcher holds no caller's memory."""
+    model.runs.clear()
+    batcher = make()
+    await submitter(batcher)(*range(20))
+    await asyncio.to_thread(lambda: None)
+    gc.collect()
+    assert batcher.waiting_rows == 0
+    assert not batcher._queues
+    assert not batcher._unfinished
+
+
+# ---- any order of events ---------------------------------------------------------------------------------------------
+
+_event = st.one_of(
+    st.tuples(
+        st.just("submit"),
+        st.integers(1, 12),  # rows
+        st.sampled_from(["ada", "bob", "eve"]),
+        st.sampled_from([1, 2]),  # width
+        st.booleans(),  # deadline already over
+        st.integers(0, 20),  # which row is poisoned, if it has that many
+    ),
+    st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("turn")),
+    st.tuples(st.just("room"), st.sampled_from([1, 2, 3, None])),
+)
+
+
+@given(
+    events=st.lists(_event, max_size=40),
+    max_rows=st.integers(1, 9),
+    mode=st.sampled_from(["rows", "separate", "pad"]),
+    end=st.sampled_from(["wait", "close", "crash"]),
+)
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_every_accepted_submission_ends_exactly_once(events: Any, max_rows: int, mode: str, end: str) -> None:
+    """With its own rows' values or an error that belongs to it, whatever the interleaving."""
+    asyncio.run(_play(events, max_rows, mode, end))
+
+
+async def _play(events: Any, max_rows: int, mode: str, end: str) -> None:
+    model = FakeModel()
+    batcher = Batcher(model, max_rows=max_rows, queue_rows=40, separate=mode == "separate", pad=mode == "pad")
+    accepted: list[tuple[asyncio.Future[Any], list[float], set[int], bool]] = []
+    endings: list[int] = []
+    value = 0.0
+    for event in events:
+        if event[0] == "submit":
+            _, count, principal, width, late, bad = event
+            values = [value + i for i in range(count)]
+            value += count
+            deadline = time.monotonic() + (-1 if late else 60)
+            poisoned = {bad} if bad < count else set()
+            model.poison |= {values[i] for i in poisoned}
+            try:
+                future = batcher.submit(rows(*values, width=width), ("double",), deadline, principal)
+            except Overloaded:
+                continue
+            number = len(accepted)
+            future.add_done_callback(lambda _, number=number: endings.append(number))
+            accepted.append((future, values, poisoned, late))
+        elif event[0] == "cancel" and accepted:
+            accepted[event[1] % len(accepted)][0].cancel()
+        elif event[0] == "room":
+            model.room = event[1]
+        else:
+            await asyncio.sleep(0)
+    if end == "close":
+        batcher.close()
+    elif end == "crash":
+        model.crash = SystemExit("worker killed")
+    await asyncio.wait_for(batcher.wait_idle(), 10)
+    await asyncio.sleep(0)
+    assert sorted(endings) == list(range(len(accepted)))
+    for future, values, poisoned, late in accepted:
+        if future.cancelled():
+            continue
+        error = future.exception()
+        if error is not None:
+            assert isinstance(error, (DeadlineExceeded if late else ()) or (Draining, InferenceFailed)) or (
+                late and isinstance(error, Draining | InferenceFailed)
+            )
+            assert late or end != "wait"
+            continue
+        assert not late
+        outcome = future.result()
+        if end != "crash":
+            assert set(outcome.errors) == poisoned
+        for row, own in enumerate(values):
+            if row not in outcome.errors:
+                assert outcome.arrays["double"][row].tolist() == [2 * own] * outcome.arrays["double"].shape[1]
+    batcher.close()
+    await asyncio.to_thread(batcher._thread.join, 5)
+    assert not batcher._thread.is_alive()
+    assert batcher.waiting_rows == 0 or batcher.death is not None

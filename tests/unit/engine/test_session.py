@@ -1,0 +1,253 @@
+"""Sessions: what onnxruntime may do, what it may not, and what its errors become."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+from support import graphs
+from support.engine_graphs import CPU
+
+import appliance
+from appliance.core.errors import BundleInvalid, DeviceError, InferenceFailed
+from appliance.engine import session as sessions
+from appliance.engine.session import Device, OutOfMemory, Session, TensorSpec, gpu_problem, resolve_device
+
+_GPU_PROBLEM = gpu_problem(0)
+
+
+def session_of(model: Any) -> Session:
+    """A session on the CPU."""
+    return Session(model.SerializeToString(), Path("/nowhere"), CPU, 1)
+
+
+# ---- telemetry -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_a_session_writes_nothing_outside_its_bundle(tmp_path: Path, given: str | None) -> None:
+    """onnxruntime's telemetry keeps a database in the home folder; with it off, before the import, there is none.
+
+    Whatever the environment said: nobody can switch it on by accident.
+    """
+    home = tmp_path / "home"
+    folders = {"HOME": home, "XDG_CACHE_HOME": home / "cache", "XDG_DATA_HOME": home / "data"}
+    folders |= {"XDG_CONFIG_HOME": home / "config", "XDG_STATE_HOME": home / "state", "TMPDIR": home / "tmp"}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    model = graphs.write_raw(tmp_path / "bundle") / "1" / "model.onnx"
+    code = (
+        "import os, sys; import numpy as np; from pathlib import Path\n"
+        "from appliance.engine.session import Device, Session\n"
+        "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'\n"
+        "path = Path(sys.argv[1])\n"
+        "session = Session(path, path.parent, Device('cpu'), 1)\n"
+        "for _ in range(3): session.run(['y'], {'x': np.ones((2, 3), np.float32)})\n"
+    )
+    environment = {name: str(folder) for name, folder in folders.items()}
+    environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(appliance.__file__).parents[1])}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
+    if given is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = given
+    subprocess.run([sys.executable, "-c", code, str(model)], check=True, env=environment, cwd=home, timeout=60)
+    assert [str(path) for path in home.rglob("*") if not path.is_dir()] == []
+    assert sorted(path.name for path in model.parent.iterdir()) == ["model.onnx"]
+
+
+def test_telemetry_is_off_before_the_import() -> None:
+    """The order of two lines that a formatter might swap."""
+    source = Path(sessions.__file__).read_text()
+    assert source.index('os.environ["ORT_DISABLE_TELEMETRY"] = "1"') < source.index("import onnxruntime")
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_and_outputs_are_described() -> None:
+    """Names, dtypes, and which axes are dynamic; what is no numeric tensor has no dtype."""
+    session = session_of(graphs.text_classifier_model(2))
+    assert session.inputs == (
+        TensorSpec("input_ids", np.dtype(np.int64), (None, None)),
+        TensorSpec("attention_mask", np.dtype(np.int64), (None, None)),
+    )
+    assert session.outputs == (TensorSpec("logits", np.dtype(np.float32), (None, 2)),)
+    assert session.providers == ("CPUExecutionProvider",)
+    assert session_of(graphs.string_model()).inputs[0].dtype is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "dynamic"), [((None, 3), True), ((1, 3), False), ((0, 3), False), ((), False), ((4,), False)]
+)
+def test_a_batch_axis_is_a_dynamic_first_axis(shape: tuple[int | None, ...], dynamic: bool) -> None:
+    """Scalars have none."""
+    assert TensorSpec("x", np.dtype(np.float32), shape).dynamic_batch is dynamic
+
+
+@pytest.mark.parametrize("kind", [t for t in sessions._DTYPES if t != "tensor(bool)"])
+def test_every_dtype_goes_in_and_out(kind: str) -> None:
+    """The table of dtypes is onnxruntime's."""
+    dtype = np.dtype(sessions._DTYPES[kind])
+    session = session_of(graphs.identity_model(dtype=helper.np_dtype_to_tensor_dtype(dtype)))
+    assert session.inputs[0].dtype == dtype
+    values = np.array([[1, 2, 3]], dtype)
+    result = session.run(["y"], {"x": values})[0]
+    assert result.dtype == dtype
+    np.testing.assert_array_equal(result, values)
+
+
+def test_a_graph_that_onnxruntime_refuses_is_an_invalid_bundle() -> None:
+    """In one line, with onnxruntime's version: the operator may need a newer or older export."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])
+    graph = helper.make_graph([helper.make_node("Conv", ["x", "nowhere"], ["y"])], "bad", [x], [y])
+    with pytest.raises(
+        BundleInvalid, match=rf"onnxruntime {sessions.version()} cannot load the graph: .*nowhere"
+    ) as error:
+        session_of(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    assert "\n" not in str(error.value)
+
+
+def test_an_operator_set_from_the_future_is_an_invalid_bundle() -> None:
+    """onnxruntime says which ones it knows."""
+    model = graphs.identity_model()
+    model.opset_import[0].version = 99
+    with pytest.raises(BundleInvalid, match="cannot load the graph"):
+        session_of(model)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x08\x07"])
+def test_bytes_that_are_no_graph_are_an_invalid_bundle(content: bytes) -> None:
+    """However they got past the reader."""
+    with pytest.raises(BundleInvalid, match="cannot load the graph"):
+        Session(content, Path("/nowhere"), CPU, 1)
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_outputs_asked_for_are_computed() -> None:
+    """In the order they were asked for."""
+    session = session_of(graphs.two_in_two_out_model())
+    feeds = {"a": np.array([[1, 2]], np.float32), "b": np.array([[3, 4]], np.float32)}
+    assert [r.tolist() for r in session.run(["product", "sum"], feeds)] == [[[3, 8]], [[4, 6]]]
+    assert len(session.run(("sum",), feeds)) == 1
+
+
+@pytest.mark.parametrize(
+    ("outputs", "feeds"),
+    [
+        (["y"], {"index": np.array([[5000]], np.int64)}),
+        (["y"], {"index": np.array([[1.0]], np.float32)}),
+        (["y"], {"index": np.array([1], np.int64)}),
+        (["y"], {"other": np.array([[1]], np.int64)}),
+        (["y"], {}),
+        (["z"], {"index": np.array([[1]], np.int64)}),
+    ],
+    ids=["out of range", "dtype", "rank", "name", "missing", "output"],
+)
+def test_whatever_a_run_raises_is_inference_failed(outputs: list[str], feeds: dict[str, Any]) -> None:
+    """The caller reads a stock sentence; onnxruntime's own goes to the log."""
+    with pytest.raises(InferenceFailed) as error:
+        session_of(graphs.gather_model()).run(outputs, feeds)
+    assert str(error.value) == "The model failed on this input."
+    assert error.value.detail
+    assert not isinstance(error.value, OutOfMemory)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : BFCArena::AllocateRawInternal Failed to allocate memory",
+        "CUDA failure 2: out of memory ; GPU=0",
+        "std::bad_alloc",
+    ],
+)
+def test_running_out_of_memory_is_told_apart(text: str) -> None:
+    """Fewer rows may fit, so the batcher must know."""
+
+    def run(*arguments: Any) -> Any:
+        raise RuntimeError(text)
+
+    session = session_of(graphs.identity_model())
+    session._session = SimpleNamespace(run=run)
+    with pytest.raises(OutOfMemory) as error:
+        session.run(["y"], {})
+    assert text not in str(error.value)
+    assert error.value.detail == text
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+def test_cpu_is_cpu() -> None:
+    """No probe, no surprise."""
+    device = resolve_device("cpu")
+    assert (str(device), device.reason) == ("cpu", "as configured")
+    assert str(Device("gpu", 1)) == "gpu:1"
+
+
+@pytest.mark.skipif(_GPU_PROBLEM is None, reason="a GPU works here")
+@pytest.mark.parametrize("wanted", ["gpu", "gpu:0", "gpu:3"])
+def test_a_gpu_that_must_be_there_and_is_not_is_an_error(wanted: str) -> None:
+    """Never a silent fallback; the sentence names what is missing and what to do."""
+    with pytest.raises(DeviceError) as error:
+        resolve_device(wanted)
+    text = str(error.value)
+    assert text.startswith(f'engine.device is "{wanted}": ')
+    assert str(gpu_problem(0)) in text or wanted == "gpu:3"
+    assert text.endswith('Or set engine.device = "cpu".')
+
+
+@pytest.mark.skipif(_GPU_PROBLEM is None, reason="a GPU works here")
+def test_auto_takes_the_cpu_and_says_why() -> None:
+    """The reason is logged at start and shown by `appliance check`."""
+    device = resolve_device("auto")
+    assert (device.kind, device.reason) == ("cpu", _GPU_PROBLEM)
+
+
+def test_what_a_gpu_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package, then the library, then the probe run."""
+    monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "install the GPU package" in str(gpu_problem(0))
+    monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(sessions, "_provider_libraries", lambda: ["libappliance_none.so.13"])
+    monkeypatch.setattr(sessions, "_missing_library", lambda name: name if "appliance" in name else None)
+    assert "The library libappliance_none.so.13 cannot be loaded" in str(gpu_problem(0))
+    monkeypatch.setattr(sessions, "_missing_library", lambda name: None)
+    problem = str(gpu_problem(0))
+    if _GPU_PROBLEM is not None:
+        assert "GPU 0" in problem
+
+
+def test_a_missing_library_is_named_and_a_present_one_is_not() -> None:
+    """By the loader's own words."""
+    assert sessions._missing_library("libappliance_none.so.13") == "libappliance_none.so.13"
+    assert sessions._missing_library("libc.so.6") is None
+
+
+@pytest.mark.skipif(_GPU_PROBLEM is None, reason="a GPU works here")
+def test_a_session_that_did_not_get_its_gpu_is_refused(recwarn: pytest.WarningsRecorder) -> None:
+    """onnxruntime falls back to the CPU with no more than a warning."""
+    with pytest.raises((DeviceError, BundleInvalid)):
+        Session(graphs.identity_model().SerializeToString(), Path("/nowhere"), Device("gpu", 0), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(_GPU_PROBLEM is not None, reason=f"no GPU: {_GPU_PROBLEM}")
+def test_a_gpu_gives_the_answers_of_the_cpu() -> None:
+    """Within single precision: TF32 is off."""
+    device = resolve_device("gpu")
+    model = graphs.image_classifier_model().SerializeToString()
+    pixels = np.random.default_rng(0).random((16, 3, 8, 8), np.float32)
+    on_gpu = Session(model, Path("/nowhere"), device, 1)
+    assert on_gpu.providers[0] == "CUDAExecutionProvider"
+    np.testing.assert_allclose(
+        on_gpu.run(["logits"], {"image": pixels})[0],
+        Session(model, Path("/nowhere"), CPU, 1).run(["logits"], {"image": pixels})[0],
+        atol=1e-5,
+    )
