@@ -4,6 +4,8 @@ A plain SHA-256 is enough: a key is random and as long as the hash, so there is 
 would protect.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -11,6 +13,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +55,21 @@ def read_keys(path: Path) -> list[KeyEntry]:
     """All keys in the file; none when there is no file. Raises: ConfigError: it cannot be read or is not ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return [KeyEntry(**entry) for entry in content["keys"]]
+        entries = [KeyEntry(**entry) for entry in content["keys"]]
+        if not isinstance(content["keys"], list) or not all(_sound(entry) for entry in entries):
+            raise ValueError("not a list of keys")
+        return entries
     except FileNotFoundError:
         return []
     except OSError as error:
         raise ConfigError(f"The keys file {path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a keys file written by `appliance keys`; put a backup back.") from error
+
+
+def _sound(entry: KeyEntry) -> bool:
+    texts = (entry.id, entry.sha256, entry.principal, entry.note)
+    return all(isinstance(text, str) for text in texts) and isinstance(entry.created_at, int | float)
 
 
 def create_key(path: Path, principal: str, note: str) -> tuple[str, KeyEntry]:
@@ -69,25 +80,41 @@ def create_key(path: Path, principal: str, note: str) -> tuple[str, KeyEntry]:
     key = secrets.token_hex(32)
     sha256 = digest(key)
     entry = KeyEntry(sha256[:8], sha256, principal, note, time.time())
-    _write(path, [*read_keys(path), entry])
+    with _alone(path):
+        _write(path, [*read_keys(path), entry])
     return key, entry
 
 
 def revoke_key(path: Path, key_id: str) -> KeyEntry:
     """Take a key out. Raises: ConfigError: no such id; the file cannot be written."""
-    entries = read_keys(path)
-    found = next((entry for entry in entries if entry.id == key_id), None)
-    if found is None:
-        known = ", ".join(entry.id for entry in entries) or "none"
-        raise ConfigError(f"There is no key with id {key_id!r} in {path}; ids: {known}.")
-    _write(path, [entry for entry in entries if entry is not found])
+    with _alone(path):
+        entries = read_keys(path)
+        found = next((entry for entry in entries if entry.id == key_id), None)
+        if found is None:
+            known = ", ".join(entry.id for entry in entries) or "none"
+            raise ConfigError(f"There is no key with id {key_id!r} in {path}; ids: {known}.")
+        _write(path, [entry for entry in entries if entry is not found])
     return found
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep two commands that change the keys at once from undoing each other: a lock on the file's folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConfigError(f"The keys file {path} cannot be written: {error.strerror}.") from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _write(path: Path, entries: list[KeyEntry]) -> None:
     content = {"keys": [asdict(entry) for entry in entries]}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=1) + "\n")
         if os.geteuid() == 0:
             try:
@@ -124,7 +151,8 @@ class KeyStore:
         """Read the file again if it is another one than last time: one stat a call."""
         try:
             stat = os.stat(self.path)
-            stamp: tuple[Any, ...] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            # The time of change too: a file that could not be read is tried again once its rights are mended.
+            stamp: tuple[Any, ...] = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         except FileNotFoundError:
             stamp = ("missing",)
         except OSError as error:

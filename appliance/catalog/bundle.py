@@ -56,7 +56,7 @@ def _inside(value: str) -> str:
     path = Path(value)
     if path.is_absolute() or ".." in path.parts or not value:
         raise ValueError(f"{value!r} must be a path inside the version's folder")
-    if path.suffix in FORBIDDEN_SUFFIXES:
+    if path.suffix.lower() in FORBIDDEN_SUFFIXES:
         raise ValueError(f"{value!r} is a kind of file that may run code; only ONNX, JSON and text files are read")
     return value
 

@@ -178,6 +178,7 @@ class Repository(Generic[S]):
             raise ConfigError(f"catalog.state_dir {settings.state_dir} is not a folder; make it, or name another one.")
         self._memory = Memory(settings.state_dir)
         self._held = read_held(settings.state_dir)
+        self._held_problem = ""
 
     # ---- asking ----
 
@@ -306,8 +307,11 @@ class Repository(Generic[S]):
     async def _look(self) -> None:
         try:
             self._held = await asyncio.to_thread(read_held, self.settings.state_dir)
+            self._held_problem = ""
         except ConfigError as error:
-            _log.error("%s What was held back before stays so.", error)
+            if str(error) != self._held_problem:
+                _log.error("%s What was held back before stays so.", error)
+            self._held_problem = str(error)
         held = self._held
         paths = await asyncio.to_thread(_bundle_paths, self.settings.root)
         for name in sorted(set(self._bundles) - set(paths)):

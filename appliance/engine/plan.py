@@ -5,7 +5,6 @@ are picked. So the host moves a quarter of the bytes in and a few hundred out, a
 output is defined in one place. `plan: raw` leaves the graph alone: the task then does the same on the host.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from appliance.catalog.bundle import BundleConfig, EmbeddingOutput, ImageInput, OnnxSection, VersionFolder, check_inside
-from appliance.catalog.graph import axes, graph_inputs, read_graph
+from appliance.catalog.graph import axes, every_node, graph_inputs, read_graph
 from appliance.core.errors import BundleInvalid
 from appliance.engine.session import TensorSpec
 
@@ -128,20 +127,11 @@ def _pools(section: OnnxSection) -> bool:
 
 
 def _mixes_rows(model: ModelProto) -> str:
-    for nodes in (model.graph.node, *(function.node for function in model.functions)):
-        for node in _with_branches(nodes):
-            if node.op_type in _MIXES_ROWS:
-                return f"the operator {node.op_type} {_MIXES_ROWS[node.op_type]}"
+    # Branches count too: the probes may take another one than a caller.
+    for node in every_node((*model.graph.node, *(node for function in model.functions for node in function.node))):
+        if node.op_type in _MIXES_ROWS:
+            return f"the operator {node.op_type} {_MIXES_ROWS[node.op_type]}"
     return ""
-
-
-def _with_branches(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """The nodes, and those in the bodies of If, Loop and Scan: the probes may take another branch than a caller."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _with_branches(graph.node)
 
 
 # ---- in front --------------------------------------------------------------------------------------------------------
