@@ -11,7 +11,15 @@ from appliance.api.context import Context
 from appliance.catalog.bundle import RAW_TYPE
 from appliance.catalog.repository import Bundle, Repository, Version
 from appliance.core.config import Config
-from appliance.core.errors import InvalidRequest, NotPermitted, NotReady, UnknownStatusCode, UnknownType, UnknownUser
+from appliance.core.errors import (
+    InvalidRequest,
+    NotDeployed,
+    NotPermitted,
+    NotReady,
+    UnknownStatusCode,
+    UnknownType,
+    UnknownUser,
+)
 from appliance.tasks.servable import Servable
 
 _PAGE = 20
@@ -229,6 +237,12 @@ class Catalogue:
 
 
 def _loaded(version: Version[Servable]) -> Servable:
+    if version.servable is None and version.problem:
+        raise NotDeployed(
+            f"Model {version.config.key} version {version.id} could not be loaded; the operator sees why with "
+            "`appliance models list`.",
+            detail=version.problem,
+        )
     if version.servable is None:
         raise NotReady(f"Model {version.config.key} version {version.id} is not loaded; try again.")
     return version.servable

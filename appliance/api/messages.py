@@ -266,7 +266,8 @@ def version_status(version: Version[Servable]) -> status_pb2.Status:
     """21100 for a version that answers; otherwise what a prediction would be told."""
     if version.ready:
         return status.of_row(status.READY_VERSION, "")
-    row = status.TABLE[NotDeployed if version.problem else NotReady]
+    died = version.servable is not None and version.servable.problem
+    row = status.TABLE[NotDeployed if version.problem or died else NotReady]
     return status.of_row(row, "")
 
 
@@ -293,5 +294,6 @@ def multi_response(
     details = note
     if good < len(outputs):
         first = next(output.status for output in outputs if output.status.code != status.SUCCESS.code)
-        details = f"{len(outputs) - good} of {len(outputs)} inputs failed; the first one with {status.name_of(first.code)}: {first.details}"
+        failed = f"{len(outputs) - good} of {len(outputs)} inputs failed"
+        details = f"{failed}; the first one with {status.name_of(first.code)}: {first.details}"
     return service_pb2.MultiOutputResponse(status=status.of_row(row, details, req_id), outputs=outputs)

@@ -166,7 +166,10 @@ class OnnxSection(_Part):
 
 
 class ModelSection(BaseModel):
-    """The `model:` section; Clarifai's key names. Keys we do not use are let be."""
+    """The `model:` section; Clarifai's key names. Keys we do not use are let be.
+
+    `inference_compute_info` stands beside the section in the file, and is put in here for the importer.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -176,6 +179,7 @@ class ModelSection(BaseModel):
     model_type_id: str | None = None
     name: str = ""
     description: str = ""
+    inference_compute_info: dict[str, Any] = {}
 
 
 class _ConceptEntry(BaseModel):
@@ -272,7 +276,7 @@ def read_config(
     if problems:
         raise BundleInvalid(f"{path} has problems: {'; '.join(problems)}.")
     if file.onnx is None:
-        return None, file.model, concepts
+        return None, file.model.model_copy(update={"inference_compute_info": file.inference_compute_info}), concepts
     model = file.model
     config = BundleConfig(
         key=ModelKey(model.user_id or user_id, model.app_id or app_id, model.id),
@@ -490,5 +494,7 @@ def as_yaml(config: BundleConfig) -> str:
         content["model"]["description"] = config.description
     if not config.concepts:
         del content["concepts"]
+    if config.compute:
+        content["inference_compute_info"] = config.compute
     header = f"# {config.sentence}\n" if config.sentence else ""
     return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)

@@ -76,7 +76,7 @@ def infer_config(
         name=(model and model.name) or identity,
         description=model.description if model else "",
         concepts=finding.concepts,
-        compute={},
+        compute=model.inference_compute_info if model else {},
         onnx=section,
         sentence=f"Understood without an onnx section as {finding.sentence}.",
     )

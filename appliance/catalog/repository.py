@@ -313,7 +313,7 @@ class Repository(Generic[S]):
                 _log.error("%s What was held back before stays so.", error)
             self._held_problem = str(error)
         held = self._held
-        paths = await asyncio.to_thread(_bundle_paths, self.settings.root)
+        paths = await asyncio.to_thread(bundle_paths, self.settings.root)
         for name in sorted(set(self._bundles) - set(paths)):
             self._forget_bundle(name)
         for name, path in paths.items():
@@ -490,7 +490,7 @@ async def _drain(running: _Running[S]) -> None:
     running.servable.close()
 
 
-def _bundle_paths(root: Path) -> dict[str, Path]:
+def bundle_paths(root: Path) -> dict[str, Path]:
     """Folders and `.onnx` files under the root; hidden names are work in progress. Raises: OSError."""
     paths: dict[str, Path] = {}
     for path in sorted(root.iterdir(), key=lambda path: (path.is_file(), path.name)):

@@ -1,5 +1,7 @@
 """Talking to the running daemon over its admin socket."""
 
+import contextlib
+import socket as sockets
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ def ask(socket: Path, page: str, *, post: bool = False) -> dict[str, Any]:
     """One page of the admin socket as JSON. Raises: NotRunning."""
     transport = httpx.HTTPTransport(uds=str(socket))
     try:
+        # httpx leaves its own socket open when nobody listens.
+        with contextlib.closing(sockets.socket(sockets.AF_UNIX)) as knock:
+            knock.connect(str(socket))
         with httpx.Client(transport=transport, base_url="http://appliance", timeout=120.0) as client:
             reply = client.request("POST" if post else "GET", page)
             content: dict[str, Any] = reply.json()

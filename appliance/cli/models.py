@@ -11,6 +11,7 @@ from rich.table import Table
 
 from appliance.catalog import bundle as bundles
 from appliance.catalog import changes, importer
+from appliance.catalog.repository import bundle_paths
 from appliance.catalog.state import read_held
 from appliance.cli import admin
 from appliance.core import config as configuration
@@ -130,8 +131,7 @@ def _catalog(config: Config) -> list[dict[str, Any]]:
 def _on_disk(config: Config) -> list[dict[str, Any]]:
     held = read_held(config.catalog.state_dir)
     rows = []
-    for path in sorted(config.catalog.root.glob("[!.]*")):
-        name = path.stem if path.is_file() else path.name
+    for name, path in sorted(_paths(config).items()):
         row: dict[str, Any] = {"bundle": name, "model": "", "problem": "", "versions": []}
         try:
             explicit, _, _ = bundles.read_config(path, config.catalog.user_id, config.catalog.app_id)
@@ -140,10 +140,17 @@ def _on_disk(config: Config) -> list[dict[str, Any]]:
                 {"version": v.id, "state": "held" if v.id in held.get(name, ()) else "on disk", "problem": ""}
                 for v in bundles.find_versions(path, explicit.onnx.file if explicit else "model.onnx")
             ]
-        except BundleInvalid as error:
+        except (BundleInvalid, OSError) as error:
             row["problem"] = str(error)
         rows.append(row)
     return rows
+
+
+def _paths(config: Config) -> dict[str, Path]:
+    try:
+        return bundle_paths(config.catalog.root)
+    except OSError as error:
+        raise ConfigError(f"catalog.root {config.catalog.root} cannot be read: {error.strerror}.") from error
 
 
 def _settle(config: Config, name: str, wait_s: float) -> None:

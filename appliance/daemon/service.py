@@ -278,7 +278,8 @@ class Daemon:
             if bundle.key is not None
         }
         self._api.health.publish(self.readiness()[0], models)
-        self._metrics.model_state.clear()
+        for gauge in (self._metrics.model_state, self._metrics.model_load_seconds, self._metrics.queue_rows):
+            gauge.clear()  # a version that is gone leaves no sample, and no reference to its session
         for bundle in self._repository.bundles:
             for version in bundle.versions.values():
                 state = State.READY if version.ready else version.state
@@ -318,9 +319,15 @@ class Daemon:
         """Run something beside; on the stack, it is cancelled when the daemon stops."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         if stack is not None:
             stack.push_async_callback(_cancelled, task)
+
+    def _ended(self, task: asyncio.Task[object]) -> None:
+        """A task beside the daemon is over; one that failed is not passed over in silence."""
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.critical("a task of the daemon failed", exc_info=task.exception())
 
 
 def _described_servable(servable: Servable) -> dict[str, object]:

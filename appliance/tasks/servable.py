@@ -179,6 +179,8 @@ class Servable:
             # One refused or cancelled: nobody reads the others any more.
             for future in futures:
                 future.cancel()
+        # The arrays become the reply, which is held until it is sent.
+        ticket.memory.grow(sum(array.nbytes for outcome in outcomes for array in outcome.arrays.values()))
         for members, outcome in zip(groups, outcomes, strict=True):
             if not outcome.arrays:
                 results: Sequence[Answer] = [next(iter(outcome.errors.values()))] * len(members)

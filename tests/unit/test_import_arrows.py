@@ -56,7 +56,7 @@ def violations(package: Path) -> list[str]:
 
 
 def _imports(file: Path, package: Path) -> Iterator[str]:
-    """Dotted names that a file imports; `from a import b` is a.b when that is a module, and relative ones are resolved."""
+    """Dotted names that a file imports; `from a import b` is a.b, and relative ones are resolved."""
     base = [package.name, *file.relative_to(package).parent.parts]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,7 @@ def test_a_new_key_is_known_at_once(world: World) -> None:
     authenticator.grant(keyed(world.key()))
 
 
-def test_a_keys_file_that_became_bad_keeps_the_keys_read_before(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_keys_file_that_became_bad_keeps_the_keys_read_before(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """Half-written, emptied or gone: nobody is locked out, and the log says so."""
     key = world.key()
     authenticator = world.authenticator()
@@ -229,18 +228,16 @@ def test_a_certificate_without_a_principal_is_refused(world: World, pem: Any) ->
 def test_a_certificate_out_of_its_time_is_refused(world: World, pem: Any, days: int) -> None:
     """On every request: a live connection outlives its certificate."""
     authenticator = world.authenticator(Principal(name="line", identities=("cn:line-3",)), require="certificate")
-    profile = DEFAULTS["client"].model_copy(update={"days": 5}) if hasattr(DEFAULTS["client"], "model_copy") else None
-    if profile is None:
-        from dataclasses import replace
-
-        profile = replace(DEFAULTS["client"], days=5)
+    profile = replace(DEFAULTS["client"], days=5)
     with pytest.raises(NotPermitted, match="is valid from"):
         authenticator.grant(call(certificate=pem(at=NOW + timedelta(days=days), profile=profile)))
 
 
 def test_a_certificate_for_servers_is_refused(world: World, pem: Any) -> None:
     """Its extended key usage says what it is for."""
-    authenticator = world.authenticator(Principal(name="line", identities=("dns:line-3.plant.example",)), require="either")
+    authenticator = world.authenticator(
+        Principal(name="line", identities=("dns:line-3.plant.example",)), require="either"
+    )
     with pytest.raises(NotPermitted, match="lacks the extended key usage clientAuth"):
         authenticator.grant(call(certificate=pem(DNS, profile=DEFAULTS["server"])))
 
@@ -431,9 +428,8 @@ def test_requests_at_once_are_limited(world: World) -> None:
     with grant.admitted():
         with pytest.raises(KeyError), grant.admitted():
             raise KeyError
-        with grant.admitted():
-            with pytest.raises(RateLimited, match="2 requests at once"), grant.admitted():
-                pass
+        with grant.admitted(), pytest.raises(RateLimited, match="2 requests at once"), grant.admitted():
+            pass
     assert requests_let_through(world, grant, 5) == 5
     assert grant.meters[0].in_flight == 0
 

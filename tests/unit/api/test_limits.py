@@ -74,7 +74,7 @@ def test_min_value_is_kept_as_single_precision(asked: float) -> None:
 @pytest.mark.parametrize("asked", [-0.1, 1.0001, float("nan"), float("inf"), float("-inf"), 1e30])
 def test_min_value_out_of_range_is_refused(asked: float) -> None:
     """Nothing compares with NaN."""
-    with pytest.raises(InvalidArgument, match="min_value is .*; it must be from 0 to 1"):
+    with pytest.raises(InvalidArgument, match=r"min_value is .*; it must be from 0 to 1"):
         options(min_value=asked)
 
 
@@ -92,8 +92,18 @@ def test_min_value_out_of_range_is_refused(asked: float) -> None:
         ((("c-dog", ""), ("", "dog"), ("c-dog", "dog")), (1,)),
         ((("c-dog", ""), ("c-cat", "")), (1, 0)),
     ],
-    ids=["id", "name", "id wins", "name when the id is unknown", "an id that is a name too", "first of equal names"]
-    + ["case of a name", "case of an id", "duplicates collapse", "several"],
+    ids=[
+        "id",
+        "name",
+        "id wins",
+        "name when the id is unknown",
+        "an id that is a name too",
+        "first of equal names",
+        "case of a name",
+        "case of an id",
+        "duplicates collapse",
+        "several",
+    ],
 )
 def test_concepts_are_selected_by_id_or_name(select: tuple[tuple[str, str], ...], found: tuple[int, ...]) -> None:
     """Either alone, exact and case-sensitive."""
@@ -110,7 +120,7 @@ def test_nothing_selected_is_everything() -> None:
 @pytest.mark.parametrize("select", [(("c-DOG", ""),), (("", "Dog"),), (("", ""),), (("", "do"),)])
 def test_when_no_selected_concept_is_known_the_request_is_refused(select: tuple[tuple[str, str], ...]) -> None:
     """With their names, and where the model's are."""
-    with pytest.raises(InvalidArgument, match="the model has none of .*GetModelOutputInfo"):
+    with pytest.raises(InvalidArgument, match=r"the model has none of .*GetModelOutputInfo"):
         options(select=select)
 
 

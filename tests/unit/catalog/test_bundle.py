@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,14 @@ def test_a_complete_bundle_is_read_as_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "write", [graphs.write_uint8_classifier, graphs.write_image_embedder, graphs.write_text_classifier, graphs.write_text_embedder, graphs.write_raw]
+    "write",
+    [
+        graphs.write_uint8_classifier,
+        graphs.write_image_embedder,
+        graphs.write_text_classifier,
+        graphs.write_text_embedder,
+        graphs.write_raw,
+    ],
 )
 def test_every_type_of_bundle_is_read(tmp_path: Path, write: Any) -> None:
     assert config_of(write(tmp_path / "b")).key.model_id == "b"
@@ -162,7 +170,10 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     ("section", "word"),
     [
         ({"image": IMAGE, "text": {}, "scores": {"output": "y", "activation": "none"}}, "cannot both"),
-        ({"image": IMAGE, "scores": {"output": "y", "activation": "none"}, "embedding": {"output": "y"}}, "cannot both"),
+        (
+            {"image": IMAGE, "scores": {"output": "y", "activation": "none"}, "embedding": {"output": "y"}},
+            "cannot both",
+        ),
         ({"scores": {"output": "y", "activation": "none"}}, "need an image or text"),
         ({"image": IMAGE, "embedding": {"output": "y", "pooling": "mean"}}, "pooling is for text"),
         ({"text": {}, "embedding": {"output": "y", "pooling": "mean"}, "plan": "raw"}, "plan must be"),
@@ -436,7 +447,9 @@ def test_checksums_are_those_of_sha256sum_and_verify(tmp_path: Path) -> None:
     folder = graphs.write_external(tmp_path / "b")
     (version,) = find_versions(folder)
     write_checksums(version)
-    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=version.path, check=True, capture_output=True)
+    subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=version.path, check=True, capture_output=True
+    )
     found = verify_checksums(version)
     assert set(found) == {"model.onnx", "weights.bin"}
     assert found["model.onnx"] == hashlib.sha256((version.path / "model.onnx").read_bytes()).hexdigest()
@@ -521,8 +534,6 @@ def test_a_config_written_down_is_read_as_itself(tmp_path: Path, write: Any) -> 
 
 def test_odd_texts_survive_being_written_down(tmp_path: Path) -> None:
     config = config_of(graphs.write_raw(tmp_path / "b"))
-    from dataclasses import replace
-
     odd = replace(
         config,
         name="no: yes # 'x'",

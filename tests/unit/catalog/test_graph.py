@@ -90,11 +90,11 @@ def hidden_models() -> dict[str, ModelProto]:
     nested = graphs.if_model()
     branch = nested.graph.node[0].attribute[0].g
     branch.node.insert(0, helper.make_node("Constant", [], ["extra"], value=outside_tensor()))
-    function = graphs.make([helper.make_node("Plus", ["x"], ["y"], domain="local")], {"x": shape}, {"y": shape}, domains=["local"])
-    body = [helper.make_node("Constant", [], ["c"], value=outside_tensor()), helper.make_node("Add", ["a", "c"], ["b"])]
-    function.functions.append(
-        helper.make_function("local", "Plus", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
+    function = graphs.make(
+        [helper.make_node("Plus", ["x"], ["y"], domain="local")], {"x": shape}, {"y": shape}, domains=["local"]
     )
+    body = [helper.make_node("Constant", [], ["c"], value=outside_tensor()), helper.make_node("Add", ["a", "c"], ["b"])]
+    function.functions.append(helper.make_function("local", "Plus", ["a"], ["b"], body, [helper.make_opsetid("", 17)]))
     sparse = graphs.identity_model()
     sparse.graph.sparse_initializer.add().values.CopyFrom(outside_tensor())
     return {

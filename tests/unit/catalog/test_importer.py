@@ -1,4 +1,4 @@
-"""Bundles that do not say what they are: understood when the files beside them say so, else raw tensors, never guessed."""
+"""Bundles that do not say what they are: understood from the files beside them, else raw tensors."""
 
 import json
 from pathlib import Path
@@ -27,10 +27,8 @@ PREPROCESSOR = {
 LABELS = {"id2label": {"0": "cat", "1": "dog"}}
 
 
-def understood(
-    folder: Path, model: ModelProto, *, config: dict[str, Any] | None = None, **files: Any
-) -> BundleConfig:
-    """What the importer makes of a bundle; `files` are named `config_json` for config.json, dicts are written as JSON."""
+def understood(folder: Path, model: ModelProto, *, config: dict[str, Any] | None = None, **files: Any) -> BundleConfig:
+    """What the importer makes of a bundle; `config_json` is config.json, dicts are written as JSON."""
     named = {
         name.replace("__", "/").replace("_json", ".json").replace("_txt", ".txt"): json.dumps(content)
         if isinstance(content, dict)
@@ -62,7 +60,12 @@ TOKENIZER = graphs.make_tokenizer().to_str()
 
 
 def test_a_transformers_folder_with_labels_is_a_text_classifier(tmp_path: Path) -> None:
-    config = understood(tmp_path / "b", graphs.text_classifier_model(2), tokenizer_json=TOKENIZER, config_json={**LABELS, "max_position_embeddings": 128})
+    config = understood(
+        tmp_path / "b",
+        graphs.text_classifier_model(2),
+        tokenizer_json=TOKENIZER,
+        config_json={**LABELS, "max_position_embeddings": 128},
+    )
     assert config.key == ModelKey("owner", "app", "b")
     assert config.model_type_id == "text-classifier"
     assert config.concepts == (Concept("cat", "cat"), Concept("dog", "dog"))
@@ -152,7 +155,12 @@ def test_a_preprocessor_config_says_how_a_picture_is_made(tmp_path: Path) -> Non
 
 
 def test_a_centre_crop_is_taken_over(tmp_path: Path) -> None:
-    made = {**PREPROCESSOR, "size": {"shortest_edge": 10}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
+    made = {
+        **PREPROCESSOR,
+        "size": {"shortest_edge": 10},
+        "do_center_crop": True,
+        "crop_size": {"height": 8, "width": 8},
+    }
     config = understood(
         tmp_path / "b", graphs.image_classifier_model(2), preprocessor_config_json=made, config_json=LABELS
     )
@@ -328,8 +336,6 @@ def test_names_from_a_graph_cannot_write_lines_into_the_config(tmp_path: Path) -
 
 def test_sequences_and_scalars_are_no_pictures(tmp_path: Path) -> None:
     model = graphs.identity_model()
-    model.graph.output.append(
-        helper.make_tensor_sequence_value_info("many", TensorProto.FLOAT, None)
-    )
+    model.graph.output.append(helper.make_tensor_sequence_value_info("many", TensorProto.FLOAT, None))
     assert raw(understood(tmp_path / "b", model))
     assert raw(understood(tmp_path / "c", graphs.no_batch_axis_model()))

@@ -41,9 +41,7 @@ def origin(loaded: LoadedConfig, key: str) -> str:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
-def test_without_any_file_the_defaults_are_secure(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_any_file_the_defaults_are_secure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(configuration, "VENDOR_FILE", tmp_path / "none")
     monkeypatch.setattr(configuration, "MAIN_FILE", tmp_path / "none.toml")
     config = load(None, {}).config
@@ -275,7 +273,9 @@ def test_the_mtls_port_counts_too_when_nobody_need_authenticate(write: Callable[
     assert set(problems_of(main)) == {"server.mtls_listen"}
 
 
-@pytest.mark.parametrize("url", ["https://edge.example.com", "https://edge:8443", "https://[::1]:8443", "https://10.0.0.7"])
+@pytest.mark.parametrize(
+    "url", ["https://edge.example.com", "https://edge:8443", "https://[::1]:8443", "https://10.0.0.7"]
+)
 def test_a_base_url_is_scheme_host_and_port(write: Callable[..., Path], url: str) -> None:
     assert load(write(f'[server]\nbase_url = "{url}"\n'), {}).config.server.base_url == url
 
@@ -362,7 +362,9 @@ def test_a_passphrase_from_the_environment_is_its_text(write: Callable[..., Path
 
 def uncommented(text: str) -> dict[str, Any]:
     """The example with the # of its keys and tables removed; comments have a space behind their #."""
-    lines = [line.removeprefix("#") if line[:1] == "#" and line[1:2] not in (" ", "") else line for line in text.splitlines()]
+    lines = [
+        line.removeprefix("#") if line[:1] == "#" and line[1:2] not in (" ", "") else line for line in text.splitlines()
+    ]
     return tomllib.loads("\n".join(lines))
 
 

@@ -10,12 +10,11 @@ from appliance.core.errors import ApplianceError
 
 
 def classes() -> dict[str, type[ApplianceError]]:
-    found = {
+    return {
         name: kind
         for name, kind in inspect.getmembers(errors, inspect.isclass)
         if issubclass(kind, ApplianceError) and kind.__module__ == errors.__name__
     }
-    return found
 
 
 def written_tree() -> dict[str, str]:

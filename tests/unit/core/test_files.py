@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,6 @@ def test_a_link_is_replaced_and_what_it_led_to_is_untouched(tmp_path: Path) -> N
 
 def test_readers_never_see_a_half_written_file(tmp_path: Path) -> None:
     """Every read while a writer replaces the file over and over is one whole content."""
-    import threading
-
     path = tmp_path / "a"
     contents = ["0" * 50_000, "1" * 70_000]
     write_atomically(path, contents[0])

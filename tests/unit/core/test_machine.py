@@ -33,7 +33,9 @@ def test_without_limits_affinity_and_physical_memory_count(tree: Path) -> None:
     assert machine.usable_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@pytest.mark.parametrize(("quota", "cpus"), [("200000 100000", 2), ("250000 100000", 3), ("1000 100000", 1), ("9900000 100000", 8)])
+@pytest.mark.parametrize(
+    ("quota", "cpus"), [("200000 100000", 2), ("250000 100000", 3), ("1000 100000", 1), ("9900000 100000", 8)]
+)
 def test_a_quota_is_rounded_up_to_whole_cpus_and_never_over_affinity(tree: Path, quota: str, cpus: int) -> None:
     (tree / "cpu.max").write_text(f"{quota}\n")
     assert machine.usable_cpus() == cpus

@@ -21,7 +21,9 @@ def test_what_is_held_is_used_until_it_is_released() -> None:
 def test_beyond_the_limit_a_request_is_refused_and_nothing_is_taken() -> None:
     budget = MemoryBudget(10 * MIB)
     kept = budget.hold(8 * MIB)
-    with pytest.raises(Overloaded, match=r"needs 3.0 MiB .* 2.0 MiB of limits.memory_in_flight \(10.0 MiB\).*Try again"):
+    with pytest.raises(
+        Overloaded, match=r"needs 3.0 MiB .* 2.0 MiB of limits.memory_in_flight \(10.0 MiB\).*Try again"
+    ):
         budget.hold(3 * MIB)
     assert budget.used == 8 * MIB
     kept.release()

@@ -276,7 +276,9 @@ def test_pooling_of_half_precision_gives_float32(tmp_path: Path) -> None:
 def test_token_vectors_without_pooling_are_refused(tmp_path: Path) -> None:
     """One embedding must not be as long as its text."""
     folder = graphs.write_text_embedder(tmp_path / "b", pooling="none")
-    with pytest.raises(BundleInvalid, match=r"\['\?', '\?', 4\], which is not one vector a row; set .*pooling to mean or cls"):
+    with pytest.raises(
+        BundleInvalid, match=r"\['\?', '\?', 4\], which is not one vector a row; set .*pooling to mean or cls"
+    ):
         planned(folder)
 
 

@@ -289,9 +289,7 @@ async def test_all_addresses_of_a_host_must_be_public(monkeypatch: pytest.Monkey
         await fetch("http://images.example.com/a", Urls(hosts=("*.example.com",)), LIMIT)
 
 
-async def test_the_address_that_was_checked_is_the_one_connected_to(
-    port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_address_that_was_checked_is_the_one_connected_to(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name is resolved once; a second, other answer would have no effect."""
     asked = []
 
@@ -306,7 +304,10 @@ async def test_the_address_that_was_checked_is_the_one_connected_to(
     assert Handler.asked[0][1]["host"] == f"images.example.com:{port}"
 
 
-@pytest.mark.parametrize("target", ["http://10.0.0.1/x", "http://images.example.com/x", "file:///etc/passwd", "ftp://127.0.0.1/x", "//10.0.0.1/x"])
+@pytest.mark.parametrize(
+    "target",
+    ["http://10.0.0.1/x", "http://images.example.com/x", "file:///etc/passwd", "ftp://127.0.0.1/x", "//10.0.0.1/x"],
+)
 async def test_a_redirect_off_the_list_is_refused(port: int, target: str) -> None:
     with pytest.raises(UrlRefused):
         await fetch(f"http://127.0.0.1:{port}/to/{target}", LOCAL, LIMIT)

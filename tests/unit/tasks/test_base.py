@@ -62,7 +62,9 @@ def test_an_input_without_a_picture_says_what_it_has(payload: Payload, words: st
         image_side().cost(payload, LIMITS)
 
 
-@pytest.mark.parametrize("data", [b"\0" * 100, b"GIF89a", pictures.png()[:20]])
+@pytest.mark.parametrize(
+    "data", [b"\0" * 100, b"GIF89a", pictures.png()[:20]], ids=["zeros", "a header too short", "a header cut off"]
+)
 def test_bytes_that_are_no_picture_are_refused(data: bytes) -> None:
     """By their header."""
     with pytest.raises(UnsupportedFormat):

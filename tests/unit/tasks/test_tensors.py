@@ -31,10 +31,12 @@ def payload(**arrays: Any) -> Payload:
 
 def refusal(wanted: RawTensors, given: Payload) -> str:
     """The sentence with which the payload is refused."""
-    with pytest.raises(InvalidInput) as error:
+    try:
         wanted.cost(given, LIMITS)
         wanted.decode(given)
-    return str(error.value)
+    except InvalidInput as error:
+        return str(error)
+    pytest.fail("it was taken")
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -171,14 +173,12 @@ def test_a_float_that_does_not_fit_is_infinite() -> None:
     assert np.isinf(decoded.feeds["x"][0, 0])
 
 
-@pytest.mark.parametrize("where", ["input", "output"])
-def test_what_is_no_numeric_tensor_is_refused_at_load(where: str) -> None:
+def test_what_is_no_numeric_tensor_is_refused_at_load() -> None:
     """Strings, sequences, maps: the sentence says which and what to do."""
-    with pytest.raises(BundleInvalid, match="not numeric tensors" if where == "input" else "zipmap=False"):
-        if where == "input":
-            task(spec("x", None))
-        else:
-            task(outputs=(spec("labels", None),))
+    with pytest.raises(BundleInvalid, match="The inputs x are not numeric tensors"):
+        task(spec("x", None))
+    with pytest.raises(BundleInvalid, match="zipmap=False"):
+        task(outputs=(spec("labels", None),))
 
 
 def test_outputs_that_are_no_tensors_are_left_out() -> None:
