@@ -1,4 +1,4 @@
-"""grpc.health.v1 and reflection, as handlers like all others: any transport can serve them.
+"""grpc.health.v1 as handlers like all others: any transport can serve them. No credentials are needed.
 
 Service names: "" and `clarifai.api.V2` for the appliance as a whole, `user/app/model` for one model.
 Source: grpc/grpc doc/health-checking.md; Watch ends never, and sends each change once.
@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 
@@ -39,14 +38,11 @@ class Health:
         changed.set()
 
     def endpoints(self) -> dict[str, Endpoint]:
-        """Health and reflection by full method name."""
-        info = Endpoint(stream=_reflect)
+        """Health by full method name."""
         return {
             "/grpc.health.v1.Health/Check": Endpoint(unary=self._check),
             "/grpc.health.v1.Health/List": Endpoint(unary=self._list),
             "/grpc.health.v1.Health/Watch": Endpoint(stream=self._watch),
-            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": info,
-            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": info,
         }
 
     def _status(self, service: str) -> int:
@@ -87,18 +83,3 @@ def _request(body: bytes) -> health_pb2.HealthCheckRequest:
         return health_pb2.HealthCheckRequest.FromString(body)
     except DecodeError as error:
         raise RpcAbort(RpcStatus.INTERNAL, "The health request cannot be read.") from error
-
-
-_SERVICES = ("clarifai.api.V2", "grpc.health.v1.Health", reflection.SERVICE_NAME)
-_REFLECTION = reflection.ReflectionServicer(service_names=_SERVICES)
-
-
-async def _reflect(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Answer each question by itself: the library's servicer keeps nothing between them."""
-    async for body in requests:
-        try:
-            question = reflection_pb2.ServerReflectionRequest.FromString(body)
-        except DecodeError as error:
-            raise RpcAbort(RpcStatus.INTERNAL, "The reflection request cannot be read.") from error
-        for answer in _REFLECTION.ServerReflectionInfo(iter([question]), None):
-            yield answer.SerializeToString()

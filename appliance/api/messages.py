@@ -1,7 +1,7 @@
 """Between Clarifai's messages and our own types: inputs to payloads, answers to data, servables to models."""
 
+import os
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -168,16 +168,17 @@ def _fill_array(message: resources_pb2.NDArray, array: Array) -> None:
 def fill_input(output: resources_pb2.Output, given: resources_pb2.Input) -> None:
     """Echo an input: its id (or a new one) and its URL; bytes are not sent back."""
     output.input.id = given.id or new_id()
-    for field in ("image", "text", "audio", "video"):
-        if given.data.HasField(field):
-            url = getattr(given.data, field).url
+    data = given.data
+    for field in ("image", "text"):
+        if data.HasField(field):
+            url = getattr(data, field).url
             if url:
                 getattr(output.input.data, field).url = url
 
 
 def new_id() -> str:
     """32 hex digits, as Clarifai's own ids."""
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 def timestamp(seconds: float) -> Timestamp:
@@ -279,21 +280,21 @@ def _set_if_fits(message: resources_pb2.ComputeInfo, name: str, value: str | int
         return
 
 
-def error_output(given: resources_pb2.Input, error: ApplianceError, req_id: str) -> resources_pb2.Output:
-    """The output of an input that failed: its id, its own status, no data."""
-    output = resources_pb2.Output(id=new_id(), status=status.of_error(error, req_id), created_at=now())
+def fill_error(output: resources_pb2.Output, given: resources_pb2.Input, error: ApplianceError, req_id: str) -> None:
+    """Make the output of an input that failed: its id, its own status, no data."""
+    output.id = new_id()
+    output.status.CopyFrom(status.of_error(error, req_id))
+    output.created_at.CopyFrom(now())
     fill_input(output, given)
-    return output
 
 
-def multi_response(
-    outputs: Sequence[resources_pb2.Output], good: int, note: str, req_id: str
-) -> service_pb2.MultiOutputResponse:
-    """All good → SUCCESS, some → MIXED_STATUS, none → FAILURE; each output has its own status."""
+def conclude(response: service_pb2.MultiOutputResponse, good: int, note: str, req_id: str) -> None:
+    """Set the top status: all good → SUCCESS, some → MIXED_STATUS, none → FAILURE."""
+    outputs = response.outputs
     row = status.SUCCESS if good == len(outputs) and not note else status.MIXED if good else status.FAILURE
     details = note
     if good < len(outputs):
         first = next(output.status for output in outputs if output.status.code != status.SUCCESS.code)
         failed = f"{len(outputs) - good} of {len(outputs)} inputs failed"
         details = f"{failed}; the first one with {status.name_of(first.code)}: {first.details}"
-    return service_pb2.MultiOutputResponse(status=status.of_row(row, details, req_id), outputs=outputs)
+    response.status.CopyFrom(status.of_row(row, details, req_id))

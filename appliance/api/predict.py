@@ -101,11 +101,20 @@ class Predictions:
             groups.setdefault(question.options, []).append(index)
         ticket = Ticket(context.grant.name, context.deadline, context.memory)
         answers: list[Answer | None] = [None] * len(questions)
-        for options, members in groups.items():
+
+        async def answer(options: PredictOptions, members: list[int]) -> None:
             payloads = [_payload(questions[index]) for index in members]
             results = await servable.predict(payloads, options, ticket, self.config.limits)
             for index, result in zip(members, results, strict=True):
                 answers[index] = result
+
+        # Groups share the queue, so that inputs with options of their own are still one batch.
+        jobs = [asyncio.ensure_future(answer(options, members)) for options, members in groups.items()]
+        try:
+            await asyncio.gather(*jobs)
+        finally:
+            for job in jobs:
+                job.cancel()
         return answers  # type: ignore[return-value]  # every place has been filled
 
     async def _fetch_all(self, context: Context, questions: Sequence[_Question]) -> None:
@@ -155,13 +164,13 @@ class Predictions:
     ) -> service_pb2.MultiOutputResponse:
         template.created_at.CopyFrom(messages.now())
         template.status.CopyFrom(status.success(context.req_id))
-        outputs = []
+        response = service_pb2.MultiOutputResponse()
         good = 0
         for given, question, answer in zip(request.inputs, questions, answers, strict=True):
+            output = response.outputs.add()
             if isinstance(answer, ApplianceError):
-                output = messages.error_output(given, answer, context.req_id)
+                messages.fill_error(output, given, answer, context.req_id)
             else:
-                output = resources_pb2.Output()
                 output.CopyFrom(template)
                 output.id = messages.new_id()
                 messages.fill_input(output, given)
@@ -169,9 +178,9 @@ class Predictions:
                 fill(output.data, answer, servable.concepts, servable.key.app_id)
                 good += 1
             context.inputs[output.status.code] += 1
-            outputs.append(output)
         note = f"The model has no concept {', '.join(unknown[:20])}." if unknown else ""
-        return messages.multi_response(outputs, good, note, context.req_id)
+        messages.conclude(response, good, note, context.req_id)
+        return response
 
 
 def _payload(question: _Question) -> Payload | ApplianceError:

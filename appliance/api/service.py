@@ -25,6 +25,7 @@ from appliance.api.catalogue import RPCS, Catalogue
 from appliance.api.context import Context
 from appliance.api.health import Health
 from appliance.api.predict import Predictions
+from appliance.api.reflection import reflection_endpoints
 from appliance.catalog.repository import Repository
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, DeadlineExceeded, Draining, InvalidRequest
@@ -123,7 +124,8 @@ class Api:
             # Both answer message by message here: a generate request is a stream of one.
             found[name] = Endpoint(stream=self._stream(_Rpc.named(name), predictions.post))
         assert set(found) == set(RPCS)
-        return {f"/{_SERVICE.full_name}/{name}": endpoint for name, endpoint in found.items()} | self.health.endpoints()
+        served = {f"/{_SERVICE.full_name}/{name}": endpoint for name, endpoint in found.items()}
+        return served | self.health.endpoints() | reflection_endpoints(self._authenticator)
 
     # ---- stopping ----
 

@@ -197,7 +197,7 @@ class Repository(Generic[S]):
     def find(self, user_id: str, app_id: str, model_id: str) -> Bundle[S]:
         """The bundle of a model; an empty user or app id matches any.
 
-        Raises: UnknownModel: there is none, or several.
+        Raises: UnknownModel: there is none, or several. NotReady: there may be one that was not read yet.
         """
         found = [
             bundle
@@ -210,6 +210,8 @@ class Repository(Generic[S]):
         asked = "/".join(part or "*" for part in (user_id, app_id, model_id))
         if len(found) > 1:
             raise UnknownModel(f"Several models match {asked}; name the user id and app id too.")
+        if not found and (not self._looked.is_set() or any(b.done is None for b in self._bundles.values())):
+            raise NotReady(f"Bundles are still being read; whether there is a model {asked} shows soon. Try again.")
         if not found:
             raise UnknownModel(f"There is no model {asked} on this appliance; ListModels names those there are.")
         return found[0]

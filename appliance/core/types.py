@@ -65,6 +65,7 @@ class RpcStatus(enum.IntEnum):
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
 
 
 class RpcAbort(Exception):

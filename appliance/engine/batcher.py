@@ -382,7 +382,11 @@ class Batcher:
             results = self._model.run(names, pieces[0].submission.feeds)
             return [(pieces[0], dict(zip(names, results, strict=True)))]
         rows = sum(piece.count for piece in pieces)
-        results = self._model.run(names, _gather(pieces, _padded(rows, self.max_rows) if self._pad else rows))
+        try:
+            feeds = _gather(pieces, _padded(rows, self.max_rows) if self._pad else rows)
+        except MemoryError as error:
+            raise OutOfMemory(f"no memory to put {rows} rows together") from error
+        results = self._model.run(names, feeds)
         for name, result in zip(names, results, strict=True):
             if not isinstance(result, np.ndarray) or result.ndim == 0 or len(result) < rows:
                 raise InferenceFailed(f"The output {name!r} does not have one entry for each row.")

@@ -19,7 +19,10 @@ class TextTokenizer:
         """Raises: BundleInvalid: the file is not one that the `tokenizers` library wrote, or needs more tokens."""
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for any bad file
+            self._tokenizer.encode("a first text")
+        except BaseException as error:
+            if not _of_the_library(error):
+                raise
             raise BundleInvalid(f"{path} is not a tokenizer.json: {error}") from error
         padding = self._tokenizer.padding
         self.pad_id = int(padding["pad_id"]) if padding else (self._tokenizer.token_to_id("[PAD]") or 0)
@@ -40,7 +43,9 @@ class TextTokenizer:
         """
         try:
             encoding = self._tokenizer.encode(text)
-        except Exception as error:  # the library raises plain Exception, for a word that its vocabulary cannot say
+        except BaseException as error:
+            if not _of_the_library(error):
+                raise
             raise InvalidInput("The model's tokenizer cannot read this text.", detail=str(error)) from error
         if not encoding.ids:
             raise InvalidInput("The text is empty for this model: its tokenizer finds nothing in it.")
@@ -53,6 +58,14 @@ class TextTokenizer:
         mask[:length] = 1
         types[:length] = encoding.type_ids
         return ids, mask, types
+
+
+def _of_the_library(error: BaseException) -> bool:
+    """Whether the tokenizers library raised this for a bad file or an odd text.
+
+    That is a plain Exception, or a Rust panic, which pyo3 derives from BaseException and which would end the daemon.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def decode_text(data: bytes) -> str:

@@ -55,9 +55,7 @@ results = {
             DIGIT, input_type="image", output_config={"select_concepts": [resources_pb2.Concept(id="4")]}
         )
     ),
-    "max_201": failure(
-        lambda: digits.predict_by_bytes(DIGIT, input_type="image", output_config={"max_concepts": 201})
-    ),
+    "max_201": failure(lambda: digits.predict_by_bytes(DIGIT, input_type="image", output_config={"max_concepts": 201})),
     "text": ids(topics.predict_by_bytes(text, input_type="text")),
     "version": ids(model("digits", "1").predict_by_bytes(DIGIT, input_type="image")),
     "unknown_version": failure(lambda: model("digits", "9").predict_by_bytes(DIGIT, input_type="image")),

@@ -40,7 +40,7 @@ results = {
     "select": sorted(concept.id for concept in digits.predict(image=PICTURE, select_concepts=["4", "five"])),
     "truth": [path.stem.rsplit("-", 1)[1] for path in PATHS],
     "batch": [concepts[0].id for concepts in batch],
-    "text": [concept.id for concept in topics.predict(text="k-means clusters the samples into groups")][0],
+    "text": topics.predict(text="k-means clusters the samples into groups")[0].id,
     "max_201": failure(lambda: digits.predict(image=PICTURE, max_concepts=201)),
     "missing": failure(lambda: digits.predict(max_concepts=2)),
 }

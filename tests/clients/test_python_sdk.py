@@ -1,4 +1,4 @@
-"""The stock Python SDKs, each in an environment of its own, over TLS from a custom root: nothing but base_url changes."""
+"""The stock Python SDKs, each in its own environment, over TLS from a custom root: only base_url changes."""
 
 import json
 import os

@@ -203,7 +203,7 @@ class TestCertificates:
                 assert code(client) == StatusCode.CONN_INSUFFICIENT_SCOPES
 
 
-def test_health_and_reflection_need_no_credentials(shared: Appliance, pki: Pki) -> None:
+def test_health_needs_no_credentials_and_reflection_does(shared: Appliance, pki: Pki) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -217,7 +217,11 @@ def test_health_and_reflection_need_no_credentials(shared: Appliance, pki: Pki) 
             health.Check(health_pb2.HealthCheckRequest(service="nobody"))
         assert error.value.code() is grpc.StatusCode.NOT_FOUND
         question = reflection_pb2.ServerReflectionRequest(list_services="")
-        answers = reflection_pb2_grpc.ServerReflectionStub(client.channel).ServerReflectionInfo(iter([question]))
+        reflect = reflection_pb2_grpc.ServerReflectionStub(client.channel).ServerReflectionInfo
+        with pytest.raises(grpc.RpcError) as error:
+            next(iter(reflect(iter([question]))))
+        assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        answers = reflect(iter([question]), metadata=(("authorization", f"Key {shared.key}"),))
         services = {service.name for service in next(iter(answers)).list_services_response.service}
         assert {"clarifai.api.V2", "grpc.health.v1.Health"} <= services
 

@@ -69,9 +69,7 @@ class TestSwap:
         assert set(load.ends) == {"answered"}, f"{load.ends} {load.odd}"
         assert "inference_appliance_requests_lost_total 0.0" in appliance.metrics()
 
-    def test_versions_are_served_side_by_side_and_the_newest_by_default(
-        self, appliance: Appliance, pki: Pki
-    ) -> None:
+    def test_versions_are_served_side_by_side_and_the_newest_by_default(self, appliance: Appliance, pki: Pki) -> None:
         shutil.copytree(appliance.models / "digits" / "1", appliance.home / "next")
         (appliance.home / "next").rename(appliance.models / "digits" / "7")
         appliance.wait(lambda: appliance.state_of("digits", "7") == "ready")
@@ -273,7 +271,8 @@ class TestStart:
         appliance.spawn()
         appliance.wait(lambda: "late" in appliance.admin("/readyz")["not_ready"])
         with Client(appliance.port(), pki.ca, key) as client:
-            assert client.predict(request_for("late", [text_input("x")])).status.code != StatusCode.SUCCESS
+            reply = client.predict(request_for("late", [text_input("x")]))
+            assert reply.status.code == StatusCode.MODEL_DEPLOYING
 
     def test_probes_and_metrics_are_served_on_loopback(self, appliance: Appliance, pki: Pki) -> None:
         with Client(appliance.port(), pki.ca, appliance.key) as client:

@@ -250,7 +250,7 @@ class TestMethods:
         reply = client.predict(request_for("digits", [resources_pb2.Input(data=data)]))
         part = reply.outputs[0].data.parts[0]
         assert part.id == "return"
-        assert [concept.id for concept in part.data.concepts][0] == SAMPLES[0].stem.rsplit("-", 1)[1]
+        assert part.data.concepts[0].id == SAMPLES[0].stem.rsplit("-", 1)[1]
         assert len(part.data.concepts) == 3
 
     def test_generate_and_stream_answer_message_by_message(self, client: Client) -> None:

@@ -1,21 +1,15 @@
-"""grpc.health.v1 and reflection: no credentials, the whole appliance and each model."""
+"""grpc.health.v1: no credentials, the whole appliance and each model."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from appliance.api.health import Health
 from appliance.core.types import Call, RpcAbort, RpcStatus
 
 SERVICE = "/grpc.health.v1.Health/"
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 SERVING, NOT_SERVING, UNKNOWN = 1, 2, 3
 CALL = Call("/m", {}, "peer")
 
@@ -129,51 +123,3 @@ async def test_a_request_that_cannot_be_read_ends_with_a_grpc_status(method: str
     reply = endpoint.unary(CALL, b"\xff") if endpoint.unary else anext(endpoint.stream(CALL, once(b"\xff")))  # type: ignore[misc]
     with pytest.raises(RpcAbort):
         await reply
-
-
-# ---- reflection ------------------------------------------------------------------------------------------------------
-
-
-async def reflect(*bodies: bytes) -> list[Any]:
-    """The answers to these questions."""
-
-    async def requests() -> AsyncIterator[bytes]:
-        for body in bodies:
-            yield body
-
-    endpoint = Health().endpoints()[REFLECTION].stream
-    assert endpoint is not None
-    return [reflection_pb2.ServerReflectionResponse.FromString(body) async for body in endpoint(CALL, requests())]
-
-
-async def test_reflection_lists_the_services() -> None:
-    """For grpcurl; under the old name and the new one."""
-    (reply,) = await reflect(reflection_pb2.ServerReflectionRequest(list_services="*").SerializeToString())
-    names = {service.name for service in reply.list_services_response.service}
-    assert {"clarifai.api.V2", "grpc.health.v1.Health"} <= names
-    assert "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo" in Health().endpoints()
-
-
-@pytest.mark.parametrize("symbol", ["clarifai.api.V2", "clarifai.api.MultiOutputResponse", "grpc.health.v1.Health"])
-async def test_reflection_describes_the_services(symbol: str) -> None:
-    """With the file they are in."""
-    request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
-    (reply,) = await reflect(request.SerializeToString())
-    assert reply.file_descriptor_response.file_descriptor_proto
-
-
-async def test_each_question_is_answered_by_itself() -> None:
-    """An unknown one in between ends nothing."""
-    questions = ["clarifai.api.V2", "no.such.Thing", "grpc.health.v1.Health"]
-    replies = await reflect(
-        *(reflection_pb2.ServerReflectionRequest(file_containing_symbol=q).SerializeToString() for q in questions)
-    )
-    assert [reply.HasField("error_response") for reply in replies] == [False, True, False]
-
-
-@given(st.binary(max_size=40))
-@settings(max_examples=150, deadline=None)
-def test_any_bytes_are_answered_or_refused(body: bytes) -> None:
-    """Never anything else."""
-    with contextlib.suppress(RpcAbort):
-        asyncio.run(reflect(body))

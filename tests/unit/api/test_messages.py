@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clarifai_grpc.grpc.api import resources_pb2
+from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -268,11 +268,12 @@ def test_an_input_is_echoed_without_its_bytes() -> None:
 def test_the_top_status_sums_the_outputs_up(good: int, note: str, code: int) -> None:
     """All, some, none; a note makes success mixed."""
     error = InferenceFailed("The model failed.")
-    outputs = [messages.error_output(resources_pb2.Input(), error, "r") for _ in range(3 - good)]
+    reply = service_pb2.MultiOutputResponse()
+    for _ in range(3 - good):
+        messages.fill_error(reply.outputs.add(), resources_pb2.Input(), error, "r")
     for _ in range(good):
-        outputs.append(resources_pb2.Output())
-        outputs[-1].status.code = 10000
-    reply = messages.multi_response(outputs, good, note, "r")
+        reply.outputs.add().status.code = 10000
+    messages.conclude(reply, good, note, "r")
     assert (reply.status.code, reply.status.req_id, len(reply.outputs)) == (code, "r", 3)
     if good < 3:
         assert f"{3 - good} of 3 inputs failed" in reply.status.details
@@ -283,7 +284,8 @@ def test_the_top_status_sums_the_outputs_up(good: int, note: str, code: int) -> 
 
 def test_a_failed_output_has_its_input_id_and_no_data() -> None:
     """PROTOCOL 3.2."""
-    output = messages.error_output(resources_pb2.Input(id="mine"), InferenceFailed("no", detail="secret"), "r-1")
+    output = resources_pb2.Output()
+    messages.fill_error(output, resources_pb2.Input(id="mine"), InferenceFailed("no", detail="secret"), "r-1")
     assert (output.input.id, output.status.code, output.status.req_id) == ("mine", 21313, "r-1")
     assert not output.HasField("data")
     assert "secret" not in str(output)

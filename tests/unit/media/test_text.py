@@ -117,6 +117,15 @@ def test_a_mutated_tokenizer_is_read_or_is_the_bundles_fault(
         TextTokenizer(path, 64).encode("the quick dog")
 
 
+def test_a_tokenizer_that_makes_its_library_panic_is_the_bundles_fault(tmp_path: Path) -> None:
+    """A panic is no Exception: it would pass every handler and end the daemon."""
+    content = json.loads(graphs.make_tokenizer().to_str())
+    del content["post_processor"]["special_tokens"]["[SEP]"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(BundleInvalid, match=r"not a tokenizer\.json"):
+        TextTokenizer(tmp_path / "tokenizer.json", 64)
+
+
 def test_a_tokenizer_that_names_a_token_it_lacks_is_the_bundles_fault(tmp_path: Path) -> None:
     content = json.loads(graphs.make_tokenizer().to_str())
     content["model"]["unk_token"] = "[NONE]"

@@ -1,0 +1,36 @@
+"""gRPC server reflection, for tools such as grpcurl; for callers with credentials."""
+
+from collections.abc import AsyncIterator
+
+from google.protobuf.message import DecodeError
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from appliance.api.auth import Authenticator
+from appliance.core.errors import AccessError
+from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
+
+_SERVICES = ("clarifai.api.V2", "grpc.health.v1.Health", reflection.SERVICE_NAME)
+_SERVICER = reflection.ReflectionServicer(service_names=_SERVICES)
+
+
+def reflection_endpoints(authenticator: Authenticator) -> dict[str, Endpoint]:
+    """Both versions of the service by full method name; their messages are the same."""
+
+    async def reflect(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Answer each question by itself: the library's servicer keeps nothing between them."""
+        try:
+            authenticator.grant(call)
+        except AccessError as error:
+            raise RpcAbort(RpcStatus.UNAUTHENTICATED, str(error)) from error
+        async for body in requests:
+            try:
+                question = reflection_pb2.ServerReflectionRequest.FromString(body)
+            except DecodeError as error:
+                raise RpcAbort(RpcStatus.INTERNAL, "The reflection request cannot be read.") from error
+            for answer in _SERVICER.ServerReflectionInfo(iter([question]), None):
+                yield answer.SerializeToString()
+
+    return {
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo": Endpoint(stream=reflect)
+        for version in ("v1alpha", "v1")
+    }
