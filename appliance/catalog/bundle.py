@@ -477,8 +477,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def as_yaml(config: BundleConfig) -> str:
-    """The explicit `config.yaml` for this config, which an operator can freeze into the bundle."""
+def as_yaml(config: BundleConfig, before: Path | None = None) -> str:
+    """The explicit `config.yaml` for this config, which an operator can freeze into the bundle.
+
+    Args:    before: the file it takes the place of; keys of it that we do not read are kept.
+    Raises:  BundleInvalid: that file cannot be read.
+    """
+    kept = _read_yaml(before) if before and before.is_file() else {}
     content: dict[str, Any] = {
         "model": {
             "id": config.key.model_id,
@@ -496,5 +501,6 @@ def as_yaml(config: BundleConfig) -> str:
         del content["concepts"]
     if config.compute:
         content["inference_compute_info"] = config.compute
+    content = {**kept, **content, "model": {**kept.get("model", {}), **content["model"]}}
     header = f"# {config.sentence}\n" if config.sentence else ""
     return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)

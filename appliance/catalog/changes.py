@@ -111,7 +111,8 @@ def _stage(source: Path, folder: Path, settings: Catalog) -> tuple[list[VersionF
         versions = bundles.find_versions(folder, config.onnx.file if config else "model.onnx")
     if config is None:
         config = importer.infer_config(folder, versions[0], model, concepts, settings.user_id, settings.app_id)
-        (folder / CONFIG_FILE).write_text(bundles.as_yaml(config), encoding="utf-8")
+        explicit = bundles.as_yaml(config, folder / CONFIG_FILE)
+        (folder / CONFIG_FILE).write_text(explicit, encoding="utf-8")
     for version in versions:
         read_graph(folder, bundles.check_inside(folder, version.model_file))
         bundles.write_checksums(version)

@@ -11,6 +11,7 @@ from appliance.core import config as configuration
 from appliance.core import logs
 from appliance.core.errors import ConfigError
 from appliance.daemon.service import Daemon
+from appliance.media.images import ignore_warnings
 
 
 @click.command()
@@ -19,6 +20,7 @@ def serve(config_file: Path | None) -> None:
     """Run the daemon in the foreground (systemd starts it this way)."""
     loaded = configuration.load(config_file)
     logs.set_up(loaded.config.log.level)
+    ignore_warnings()
 
     async def run() -> None:
         await Daemon(loaded, config_file).run()

@@ -88,11 +88,13 @@ class Payload:
         image: encoded file bytes (JPEG, PNG, …).
         text: decoded text.
         arrays: tensors by graph input name; "" for a tensor that came without a name.
+        opened: what looking at the header left for the decoder; the task's own.
     """
 
     image: bytes | None = None
     text: str | None = None
     arrays: dict[str, Array] = field(default_factory=dict)
+    opened: object = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ What a picture will cost is known from its header, so a bomb is refused before a
 import io
 import struct
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -38,16 +38,29 @@ FILTERS = {
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What a picture says of itself before it is decoded; width and height in pixels."""
+    """What a picture says of itself before it is decoded; width and height in pixels.
+
+    Attributes:
+        opened: the file, read as far as its header, so that decoding need not begin anew.
+    """
 
     format: str
     width: int
     height: int
+    opened: ImageFile.ImageFile = field(repr=False, compare=False)
 
     @property
     def pixels(self) -> int:
         """Pixels once decoded."""
         return self.width * self.height
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Memory that decoding takes at its peak: transparency is composited through several 4-byte copies."""
+        mode = self.opened.mode
+        if mode == "P" or self.opened.has_transparency_data:
+            return 16 * self.pixels
+        return (8 if mode.startswith(("I", "F")) else 4) * self.pixels
 
 
 def read_header(data: bytes, max_bytes: int, max_pixels: int) -> ImageHeader:
@@ -69,7 +82,7 @@ def read_header(data: bytes, max_bytes: int, max_pixels: int) -> ImageHeader:
         )
     if width == 0 or height == 0:
         raise UnsupportedFormat(f"The image is {width} × {height} pixels: there is nothing in it.")
-    return ImageHeader(image.format or "", width, height)
+    return ImageHeader(image.format or "", width, height, image)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +104,19 @@ class ImageRecipe:
     filter: str
 
 
-def decode_image(data: bytes, recipe: ImageRecipe) -> NDArray[np.uint8]:
+def decode_image(source: bytes | ImageHeader, recipe: ImageRecipe) -> NDArray[np.uint8]:
     """Decode in full (no scaled JPEG decoding: scores equal the training framework's) and fit to the recipe.
 
+    Args:    source: the file's bytes, or what `read_header` made of them.
     Returns: uint8 (height, width, channels), contiguous; 1 channel for grey, else 3.
     Raises: UnsupportedFormat: the file is broken behind its header.
     """
-    image: Image.Image = _open(data)
+    image: Image.Image = _open(source) if isinstance(source, bytes) else source.opened
     try:
-        with warnings.catch_warnings():
-            # A caller's odd file is no news to us: what cannot be read raises.
-            warnings.simplefilter("ignore")
-            image.load()
-            # `in_place` would lose nothing here, but a copy is only made when there is a rotation.
-            image = ImageOps.exif_transpose(image)
-            image = _eight_bit(image, "L" if recipe.color == "grey" else "RGB")
-            image = _fit(image, recipe)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        image = _eight_bit(image, "L" if recipe.color == "grey" else "RGB")
+        image = _fit(image, recipe)
     except (OSError, ValueError, SyntaxError, struct.error, IndexError, TypeError, OverflowError) as error:
         # Pillow's decoders raise any of these for broken data; the list grew from fuzzing.
         raise UnsupportedFormat(f"The image is broken: {_reason(error)}. Send a whole {_READS} file.") from error
@@ -118,11 +128,17 @@ def decode_image(data: bytes, recipe: ImageRecipe) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels)
 
 
+def ignore_warnings() -> None:
+    """Let Pillow's warnings about odd files be: a caller's file is no news for the log, and what is broken raises.
+
+    For the whole process, at its start: changing filters around each decode is not safe between threads.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 def _open(data: bytes) -> ImageFile.ImageFile:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except (OSError, ValueError, SyntaxError, struct.error, IndexError, TypeError, OverflowError) as error:
         raise UnsupportedFormat(f"The bytes are not an image we can read; send a {_READS} file.") from error
 
@@ -150,7 +166,7 @@ def _scaled(values: NDArray[np.generic], full: float | None) -> NDArray[np.uint8
     if full is None:
         full = max([1.0, *(float(row[np.isfinite(row)].max(initial=1.0)) for row in values)])
     for row, target in zip(values, result, strict=True):
-        wide = np.nan_to_num(row.astype(np.float64), posinf=full)
+        wide = np.nan_to_num(row.astype(np.float64), posinf=full, neginf=0.0)
         target[:] = np.clip(wide * (255.0 / full), 0, 255).round()
     return result
 

@@ -96,15 +96,18 @@ class ImageSide:
         self._dtype = dtype or np.dtype(np.float32)
 
     def cost(self, payload: Payload, limits: Limits) -> int:
-        """Bytes of the decoded picture: 4 a pixel, as transparency is composited."""
+        """Bytes that decoding the picture takes; what its header tells."""
         if payload.image is None:
             raise InvalidInput(f"This model takes images, and the input has {_found(payload)}; set data.image.base64.")
-        return 4 * images.read_header(payload.image, limits.image_size, limits.image_pixels).pixels
+        header = images.read_header(payload.image, limits.image_size, limits.image_pixels)
+        payload.opened = header
+        return header.decoding_bytes
 
     def decode(self, payload: Payload) -> Decoded:
         """Pixels, uint8 (1, h, w, c); for a raw plan in the graph's own layout and dtype."""
         assert payload.image is not None
-        return self._row(images.decode_image(payload.image, self._recipe))
+        source = payload.opened if isinstance(payload.opened, images.ImageHeader) else payload.image
+        return self._row(images.decode_image(source, self._recipe))
 
     def examples(self) -> Sequence[Sequence[dict[str, Array]]]:
         """Noise, a gradient, black; white as the outlier."""

@@ -29,6 +29,8 @@ from appliance.tasks.tensors import RawTensors
 
 _SMALL_WORK = 256 * 1024
 """Bytes of decoded inputs below which a request is decoded on the loop: a hop to a thread costs more than the work."""
+_FEW = 8
+"""Headers that are looked at on the loop; more would make its other callers wait."""
 
 Answer = Result | ApplianceError
 _T = TypeVar("_T")
@@ -142,7 +144,7 @@ class Servable:
         costs = await self._pool.map(
             partial(_tried, lambda payload: self.task.cost(payload, limits)),
             [payload for _, payload in present],
-            body < _SMALL_WORK,
+            body < _SMALL_WORK and len(present) <= _FEW,
         )
         sound = []
         for (index, payload), cost in zip(present, costs, strict=True):

@@ -66,10 +66,12 @@ def test_a_model_at_the_top_of_a_folder_gets_its_version_folder(appliance: Comma
 
 def test_what_clarifais_config_says_survives_the_explicit_one(appliance: Command, tmp_path: Path) -> None:
     config = {"model": {"id": "m", "user_id": "u", "app_id": "a"}, "inference_compute_info": {"cpu_limit": "2"}}
+    config["build_info"] = {"python_version": "3.12"}  # a key of Clarifai's that we do not read
     graphs.write_bundle(tmp_path / "m", graphs.identity_model(), config)
     appliance.good("models", "add", tmp_path / "m")
     written = yaml.safe_load((appliance.root / "m" / "config.yaml").read_text())
     assert written["inference_compute_info"] == {"cpu_limit": "2"}
+    assert written["build_info"] == {"python_version": "3.12"}
     assert written["model"]["user_id"] == "u"
     assert written["onnx"]["file"] == "model.onnx"
 

@@ -219,8 +219,9 @@ async def test_a_batch_of_tensors_with_a_bad_row_is_one_error(tmp_path: Path, lo
 async def test_what_decoding_needs_is_reserved(tmp_path: Path, load: Any, ticket: Ticket, budget: MemoryBudget) -> None:
     """Pixels of the largest pictures that are decoded at once, the rows, the answers; released with the request."""
     servable = await load(graphs.write_image_classifier(tmp_path / "b"))
-    large = Payload(image=pictures.png(np.zeros((600, 500, 3), np.uint8)))
-    await servable.predict([large, picture(0), large, large], OPTIONS, ticket, LIMITS)
+    large = pictures.png(np.zeros((600, 500, 3), np.uint8))
+    payloads = [Payload(image=large), picture(0), Payload(image=large), Payload(image=large)]
+    await servable.predict(payloads, OPTIONS, ticket, LIMITS)
     values_and_indices = 4 * 3 * (4 + 8)
     assert budget.used == 2 * 600 * 500 * 4 + 4 * 8 * 8 * 3 + values_and_indices
     ticket.memory.release()
