@@ -9,7 +9,7 @@ APT := python3-venv gcc pkg-config libsystemd-dev
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format lock clean system
+.PHONY: help demo test check gpu-check bench format lock clean system
 
 help: ## What there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ check: $(VENV)/ready ## Lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-check: $(VENV)/ready ## The tests that need an NVIDIA GPU, alone.
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: $(VENV)/ready ## Raw ONNX Runtime against what is served, in one run.
 	$(BIN)/python -m bench $(ARGS)
@@ -48,6 +51,10 @@ $(VENV)/ready: requirements/dev.txt requirements/systemd.txt pyproject.toml | sy
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install $(PIP) -r requirements/dev.txt
+	@# With an NVIDIA driver the GPU build of onnxruntime takes the CPU build's place: they are the same module.
+	if [ -e /proc/driver/nvidia/version ]; then \
+	  $(BIN)/pip uninstall --quiet --yes onnxruntime && $(BIN)/pip install $(PIP) -r requirements/run-gpu.txt; \
+	fi
 	$(BIN)/pip install $(PIP) --no-build-isolation -r requirements/systemd.txt \
 	  || echo "systemd-python cannot be built here: tests that need it will be skipped" >&2
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
