@@ -4,7 +4,9 @@ Telemetry is switched off before the import: onnxruntime's Linux wheels since 1.
 database otherwise, and `disable_telemetry_events()` comes too late to prevent the database.
 """
 
+import contextlib
 import ctypes
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,6 +159,12 @@ def gpu_problem(index: int) -> str | None:
         return "This onnxruntime has no CUDA; install the GPU package (extra `gpu`)."
     for library in ("libcuda.so.1", *_provider_libraries()):
         missing = _missing_library(library)
+        if missing and library != "libcuda.so.1":
+            # CUDA's user libraries may lie beside onnxruntime as Python packages, where the loader does not look by
+            # itself. What this prints about those it misses is said better below.
+            with contextlib.redirect_stdout(io.StringIO()):
+                ort.preload_dlls()
+            missing = _missing_library(library)
         if missing:
             return f"The library {missing} cannot be loaded; install the NVIDIA driver and CUDA 13 libraries."
     try:
