@@ -191,6 +191,12 @@ class Api:
             if self._ended:
                 raise _abort(Draining()) from None
             raise
+        except RpcAbort:
+            raise
+        except BaseException:
+            # `_answer` makes a status of everything; what comes through all the same is a call without an end.
+            self._metrics.lost.inc()
+            raise
         finally:
             self._running.discard(task)
             if not self._running:

@@ -169,6 +169,11 @@ class Daemon:
             _log.warning("calls were told to try again", extra={"count": self._api.in_flight})
         self._api.end()
         await self._server.stop(_LAST_REPLIES_S)
+        if self._api.in_flight:
+            self._metrics.lost.inc(self._api.in_flight)
+            _log.critical(
+                "calls were lost: they ended without a result or a status", extra={"count": self._api.in_flight}
+            )
 
     async def _unless_now(self, wait: Coroutine[Any, Any, object], seconds: float) -> None:
         """Wait for something, at most so long, and not beyond a second signal."""

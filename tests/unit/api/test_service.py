@@ -680,6 +680,22 @@ async def test_an_unforeseen_error_is_a_stock_sentence(
     assert client.count("requests_total", model="colours", version="2", method="PostModelOutputs", code="98004") == 1
 
 
+async def test_a_call_that_ends_without_an_end_is_counted_as_lost(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counter that must stay 0 is one that can move: here the error table itself breaks."""
+
+    def fail(*arguments: Any) -> Any:
+        raise ZeroDivisionError
+
+    client = world.api()
+    assert client.count("requests_lost_total") == 0
+    monkeypatch.setattr("appliance.api.status.of_error", fail)
+    with pytest.raises(ZeroDivisionError):
+        await client.predict("no-such-model", PICTURE)
+    assert client.count("requests_lost_total") == 1
+
+
 async def test_the_detail_of_a_failure_is_for_the_log(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """The caller learns that its input failed, the operator why the bundle did."""
     reply = await world.api().predict("broken", PICTURE)
