@@ -118,6 +118,7 @@ class Server(Section):
     )
     mtls_listen: Address | None = Field(
         None,
+        examples=["[::]:8444"],
         description='Port that demands a client certificate signed by tls.client_ca, e.g. "[::]:8444". Unset: no '
         "such port.",
         json_schema_extra={"restart": True},
@@ -149,7 +150,9 @@ class Tls(Section):
         description="PEM file: the server's certificate, then the intermediates.",
     )
     key: FilePath = Field(Path("/etc/inference-appliance/tls/server.key"), description="PEM file: its private key.")
-    key_passphrase: SecretStr | None = Field(None, description="Passphrase of the private key, if it has one.")
+    key_passphrase: SecretStr | None = Field(
+        None, examples=["…"], description="Passphrase of the private key, if it has one."
+    )
     client_ca: FilePath = Field(
         Path("/etc/inference-appliance/tls/ca.crt"),
         description="PEM file: the authorities whose client certificates are trusted (used by server.mtls_listen).",
@@ -173,7 +176,9 @@ class Auth(Section):
 class Principal(Section):
     """One who calls, what they may reach, and how fast. Written as [[principal]]."""
 
-    name: Name = Field(description="Short name, used in logs and by `appliance keys create --principal`.")
+    name: Name = Field(
+        examples=["line-3"], description="Short name, used in logs and by `appliance keys create --principal`."
+    )
     identities: tuple[str, ...] = Field(
         (),
         description='Client certificates that are this principal: "uri:…", "dns:…", "email:…" or "cn:…".',
@@ -181,7 +186,9 @@ class Principal(Section):
     users: tuple[str, ...] = Field(("*",), description='User ids whose models it may use; "*" matches any text.')
     apps: tuple[str, ...] = Field(("*",), description='App ids whose models it may use; "*" matches any text.')
     models: tuple[str, ...] = Field(("*",), description='Model ids it may use; "*" matches any text.')
-    user_id: Name | None = Field(None, description='Who the caller is for GetUser("me"); unset: catalog.user_id.')
+    user_id: Name | None = Field(
+        None, examples=["line-3"], description='Who the caller is for GetUser("me"); unset: catalog.user_id.'
+    )
     requests_per_second: float = Field(
         0, ge=0, allow_inf_nan=False, description="Requests a second on average; 0: no limit."
     )
@@ -252,6 +259,7 @@ class Engine(Section):
     )
     gpu_memory: Size | None = Field(
         None,
+        examples=["4GiB"],
         description="Bytes of GPU memory one session's arena may take; unset: no bound.",
         json_schema_extra={"restart": True},
     )
@@ -273,6 +281,7 @@ class Limits(Section):
     text_size: Size = Field(20 * 2**20, le=128 * 2**20, description="Bytes of one text.")
     memory_in_flight: Size | None = Field(
         None,
+        examples=["2GiB"],
         description="Bytes that requests may hold at once (bodies, decoded inputs, replies); unset: a quarter of the "
         "memory this service may use.",
     )
@@ -529,7 +538,11 @@ def example() -> str:
             restart = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("restart")
             lines += _comment((field.description or "") + (" Needs a restart." if restart else ""))
             default = None if field.is_required() else field.get_default(call_default_factory=True)
-            lines.append(f"#{key} = {_toml(default)}")
+            if default is None and field.examples:
+                note = "" if field.is_required() else "  # unset by default"
+                lines.append(f"#{key} = {_toml(field.examples[0])}{note}")
+            else:
+                lines.append(f"#{key} = {_toml(default)}")
     return "\n".join(lines) + "\n"
 
 

@@ -381,8 +381,14 @@ def test_the_example_uncommented_is_the_defaults() -> None:
         assert set(keys) == set(type(defaults).model_fields)
         with_default = {key: value for key, value in keys.items() if getattr(defaults, key) is not None}
         assert type(defaults).model_validate(with_default) == defaults
-    with_default = {key: value for key, value in principal.items() if value != ""}
-    assert configuration.Principal.model_validate({**with_default, "name": "x"}) == configuration.Principal(name="x")
+        type(defaults).model_validate(keys)  # what is unset by default is shown as something that is valid
+    shown = configuration.Principal.model_validate(principal)
+    assert shown.model_copy(update={"user_id": None}) == configuration.Principal(name=shown.name)
+
+
+def test_the_shipped_example_file_is_the_one_that_the_command_prints() -> None:
+    shipped = Path(__file__).parents[3] / "packaging" / "appliance.toml"
+    assert shipped.read_text(encoding="utf-8") == configuration.example()
 
 
 def test_every_key_is_documented() -> None:
