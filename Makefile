@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
-APT := python3-venv gcc pkg-config libsystemd-dev
+APT := python3-venv gcc pkg-config libsystemd-dev iproute2
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help

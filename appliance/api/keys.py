@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,8 +24,6 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_PRINCIPAL = "default"
 """Whose a key is that was made without naming a principal; may reach everything unless a [[principal]] says less."""
-
-SERVICE_GROUP = "inference-appliance"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +113,6 @@ def _write(path: Path, entries: list[KeyEntry]) -> None:
     content = {"keys": [asdict(entry) for entry in entries]}
     try:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
-        if os.geteuid() == 0:
-            try:
-                shutil.chown(path, group=SERVICE_GROUP)
-            except LookupError:
-                os.chmod(path, 0o600)  # no service group on this machine: nobody but root
     except OSError as error:
         raise ConfigError(f"The keys file {path} cannot be written: {error.strerror}.") from error
 

@@ -6,7 +6,7 @@ from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from appliance.api.auth import Authenticator
-from appliance.core.errors import AccessError
+from appliance.core.errors import AccessError, NotPermitted
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 
 _SERVICES = ("clarifai.api.V2", "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -20,6 +20,8 @@ def reflection_endpoints(authenticator: Authenticator) -> dict[str, Endpoint]:
         """Answer each question by itself: the library's servicer keeps nothing between them."""
         try:
             authenticator.grant(call)
+        except NotPermitted as error:
+            raise RpcAbort(RpcStatus.PERMISSION_DENIED, str(error)) from error
         except AccessError as error:
             raise RpcAbort(RpcStatus.UNAUTHENTICATED, str(error)) from error
         async for body in requests:

@@ -87,6 +87,7 @@ class Api:
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = False  # new calls are refused
+        self._refused_at = 0.0
         self._ended = False  # running calls are cut short
         self.configure(config)
         metrics.watch(metrics.in_flight, lambda: len(self._running))
@@ -141,6 +142,11 @@ class Api:
     def refuse_new(self) -> None:
         """Answer new calls that they should be tried elsewhere; running ones go on."""
         self._closed = True
+        self._refused_at = time.monotonic()
+
+    def refused_ago(self) -> float:
+        """Seconds since the last call was refused, or since refusing began."""
+        return time.monotonic() - self._refused_at
 
     def end(self) -> None:
         """Answer running calls too that they should be tried elsewhere."""
@@ -180,6 +186,7 @@ class Api:
     def _counted(self) -> Iterator[None]:
         """Count a call as in flight. Cancelled by `end`, it is told to try elsewhere; by its caller, it just ends."""
         if self._closed:
+            self._refused_at = time.monotonic()
             raise _abort(Draining())
         task = asyncio.current_task()
         assert task is not None
@@ -273,7 +280,7 @@ class Api:
     @staticmethod
     def _error_response(rpc: _Rpc, error: Exception, req_id: str, body: bytes) -> Message:
         response = rpc.response(status=status.of_error(error, req_id))
-        if isinstance(response, service_pb2.MultiOutputResponse) and methods.GET_SIGNATURES.encode() in body[:4096]:
+        if isinstance(response, service_pb2.MultiOutputResponse) and _asks_for_signatures(body):
             # The SDK reads outputs[0] of a failed _GET_SIGNATURES and breaks without one (PROTOCOL 2.2).
             response.outputs.add(status=response.status)
         return response
@@ -309,6 +316,17 @@ def _request_id(call: Call) -> str:
     prefix = call.metadata.get(_PREFIX_HEADER, "")
     random_part = uuid.uuid4().hex
     return f"{prefix}-{random_part}" if _PREFIX.fullmatch(prefix) else random_part
+
+
+def _asks_for_signatures(body: bytes) -> bool:
+    """Whether that is a request for a model's signatures; looked at closely only when the word is in it."""
+    if methods.GET_SIGNATURES.encode() not in body[:4096]:
+        return False
+    try:
+        inputs = service_pb2.PostModelOutputsRequest.FromString(body).inputs
+    except DecodeError:
+        return False
+    return bool(inputs) and methods.method_name(inputs[0].data) == methods.GET_SIGNATURES
 
 
 async def _parse(rpc: _Rpc, body: bytes) -> Message:

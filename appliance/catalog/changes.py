@@ -34,6 +34,8 @@ def add(source: Path, settings: Catalog, *, name: str = "", replace: bool = Fals
         raise ConfigError(f"{name!r} cannot be a bundle's name; use letters, digits and . _ - inside (--name).")
     if (settings.root / f"{name}.onnx").exists():
         raise ConfigError(f"{settings.root / name}.onnx is bundle {name!r} already; remove it, or say --name.")
+    with _os_errors(settings.root):
+        settings.root.mkdir(parents=True, exist_ok=True)
     with _os_errors(settings.root), _staging(settings.root) as staged:
         folder = staged / name
         versions, config = _stage(source, folder, settings)

@@ -78,8 +78,16 @@ def infer_config(
         concepts=finding.concepts,
         compute=model.inference_compute_info if model else {},
         onnx=section,
-        sentence=f"Understood without an onnx section as {finding.sentence}.",
+        sentence=f"Understood without an onnx section as {finding.sentence}.{_overruled(model, finding)}",
     )
+
+
+def _overruled(model: ModelSection | None, finding: _Finding) -> str:
+    """A sentence when the config names another model type than what was found."""
+    declared = model.model_type_id if model else None
+    if declared in (None, finding.model_type_id):
+        return ""
+    return f" Its config.yaml says {declared}, which takes an onnx section that says how to feed the graph."
 
 
 def _text(graph: ModelProto, version: VersionFolder, labels: tuple[Concept, ...]) -> _Finding | None:

@@ -225,8 +225,16 @@ class Catalog(Section):
     start_wait_s: float = Field(
         60.0, ge=0, le=3600, description="Seconds that start waits for bundles to load before it says ready."
     )
-    user_id: Name = Field("appliance", description="Owner of bundles whose config.yaml names no user_id.")
-    app_id: Name = Field("main", description="App of bundles whose config.yaml names no app_id.")
+    user_id: Name = Field(
+        "appliance",
+        description="Owner of bundles whose config.yaml names no user_id.",
+        json_schema_extra={"restart": True},
+    )
+    app_id: Name = Field(
+        "main",
+        description="App of bundles whose config.yaml names no app_id.",
+        json_schema_extra={"restart": True},
+    )
 
 
 class Engine(Section):
@@ -269,16 +277,22 @@ class Limits(Section):
     """What one request may ask; each may be lowered, the API's own maxima are never exceeded."""
 
     inputs_per_request: int = Field(128, ge=1, le=128, description="Inputs in one request.")
-    concepts_default: int = Field(20, ge=1, le=200, description="Concepts returned when the caller does not say.")
+    concepts_default: int = Field(
+        20,
+        ge=1,
+        le=200,
+        description="Concepts returned when the caller does not say.",
+        json_schema_extra={"restart": True},
+    )
     concepts_max: int = Field(200, ge=1, le=200, description="Concepts that a caller may ask for.")
     request_size: Size = Field(
-        128 * 2**20, le=2**30, description="Bytes of one request.", json_schema_extra={"restart": True}
+        128 * 2**20, le=128 * 2**20, description="Bytes of one request.", json_schema_extra={"restart": True}
     )
-    image_size: Size = Field(20 * 2**20, le=128 * 2**20, description="Bytes of one image file.")
+    image_size: Size = Field(20 * 2**20, le=20 * 2**20, description="Bytes of one image file.")
     image_pixels: int = Field(
         85_000_000, ge=1, le=85_000_000, description="Pixels of one image, checked before it is decoded."
     )
-    text_size: Size = Field(20 * 2**20, le=128 * 2**20, description="Bytes of one text.")
+    text_size: Size = Field(20 * 2**20, le=20 * 2**20, description="Bytes of one text.")
     memory_in_flight: Size | None = Field(
         None,
         examples=["2GiB"],

@@ -19,7 +19,7 @@ class MemoryBudget:
     def hold(self, count: int) -> "Reservation":
         """Reserve `count` bytes until the reservation is released.
 
-        Raises: Overloaded: they are not free now; or InputTooLarge-like sizes that never fit (the sentence says so).
+        Raises: Overloaded: they are not free now; the sentence says when they never will be.
         """
         reservation = Reservation(self)
         reservation.grow(count)

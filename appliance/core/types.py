@@ -61,6 +61,7 @@ class RpcStatus(enum.IntEnum):
     CANCELLED = 1
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     UNIMPLEMENTED = 12
     INTERNAL = 13

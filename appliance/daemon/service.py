@@ -23,7 +23,7 @@ from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.repository import Repository, State, describe
 from appliance.core import config as configuration
 from appliance.core import logs
-from appliance.core.config import LoadedConfig
+from appliance.core.config import Config, LoadedConfig
 from appliance.core.errors import ApplianceError, ConfigError
 from appliance.core.machine import usable_memory
 from appliance.core.memory import MemoryBudget
@@ -41,6 +41,9 @@ _log = logging.getLogger(__name__)
 
 _LAST_REPLIES_S = 2.0
 """Seconds in which the last replies may reach their callers before connections are cut."""
+
+_LAST_CALLERS_S, _QUIET_S = 2.0, 0.3
+"""Seconds in which callers are refused before the port closes: at most so many, and until nobody came for a while."""
 
 
 class Phase(enum.IntEnum):
@@ -107,8 +110,8 @@ class Daemon:
             lambda model: self._metrics.swaps.labels(model).inc(),
         )
         stack.push_async_callback(self._repository.close)
-        budget = MemoryBudget(config.limits.memory_in_flight or usable_memory() // 4)
-        self._api = Api(config, self._repository, Authenticator(config, self._keys), budget, self._metrics)
+        self._budget = MemoryBudget(_memory_for_requests(config))
+        self._api = Api(config, self._repository, Authenticator(config, self._keys), self._budget, self._metrics)
         self._metrics.watch(self._metrics.keys, lambda: len(self._keys))
         self._warn()
 
@@ -165,6 +168,7 @@ class Daemon:
         # that arrive in its very moment, which clients do not try again.
         self._api.refuse_new()
         await self._unless_now(self._api.wait_idle(), settings.drain_s)
+        await self._unless_now(self._callers_gone(), _LAST_CALLERS_S)
         if self._api.in_flight:
             _log.warning("calls were told to try again", extra={"count": self._api.in_flight})
         self._api.end()
@@ -174,6 +178,11 @@ class Daemon:
             _log.critical(
                 "calls were lost: they ended without a result or a status", extra={"count": self._api.in_flight}
             )
+
+    async def _callers_gone(self) -> None:
+        """Return when nobody was refused for a while: those who were have heard it, and went elsewhere."""
+        while self._api.refused_ago() < _QUIET_S:  # noqa: ASYNC110  # what is waited for is that nothing happens
+            await asyncio.sleep(_QUIET_S / 4)
 
     async def _unless_now(self, wait: Coroutine[Any, Any, object], seconds: float) -> None:
         """Wait for something, at most so long, and not beyond a second signal."""
@@ -217,7 +226,14 @@ class Daemon:
                 _log.error("reload failed, the old state goes on: %s", error)
                 self._notifier.ready(f"reload failed: {str(error).splitlines()[0]}")
                 raise
+            except Exception as error:
+                # systemd must hear that the reload is over, whatever it was.
+                self._metrics.reloads.labels("failed").inc()
+                _log.exception("reload failed unexpectedly, the old state goes on")
+                self._notifier.ready("reload failed unexpectedly")
+                raise ConfigError("The reload failed unexpectedly; the daemon's log tells more.") from error
             self._api.configure(self._config)
+            self._budget.limit = _memory_for_requests(self._config)
             self._repository.settings = self._config.catalog
             self._repository.wake()
             self._warn()
@@ -231,6 +247,9 @@ class Daemon:
         fresh = configuration.load(self._main_file).config
         needs_restart = configuration.restart_needed(self._config, fresh)
         config = configuration.keeping(self._config, fresh, needs_restart)
+        problems = configuration.cross_problems(config)
+        if problems:  # the new file is sound, but not together with what only a restart can change
+            raise configuration.ConfigInvalid(problems)
         keys = KeyStore(config.auth.keys_file)
         self._certificates.reload(config)
         self._keys.adopt(keys)
@@ -303,13 +322,17 @@ class Daemon:
         healthy = None
         while True:
             self._notifier.alive()
-            await asyncio.to_thread(self._certificates.refresh)
+            try:
+                await asyncio.to_thread(self._certificates.refresh)
+                state = self._repository.not_ready()
+                if state != healthy:
+                    healthy = state
+                    self._publish()
+            except Exception:
+                # The watchdog must not bark because a certificate file was odd.
+                _log.exception("the daemon's second-by-second look failed")
             for role, expires in self._certificates.expiry.items():
                 self._metrics.certificate_expiry.labels(role).set(expires)
-            state = self._repository.not_ready()
-            if state != healthy:
-                healthy = state
-                self._publish()
             await asyncio.sleep(pause)
 
     def _warn(self) -> None:
@@ -333,6 +356,11 @@ class Daemon:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.critical("a task of the daemon failed", exc_info=task.exception())
+
+
+def _memory_for_requests(config: Config) -> int:
+    """Bytes that requests may hold at once."""
+    return config.limits.memory_in_flight or usable_memory() // 4
 
 
 def _described_servable(servable: Servable) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import grp
 import os
 import re
 import secrets
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Final, Literal
 
 from appliance.core.errors import CertificateError
+from appliance.core.files import service_group
 from appliance.pki.profiles import Role
 
 DEFAULT_DIR: Final = Path("/etc/inference-appliance/tls")
-SERVICE_GROUP: Final = "inference-appliance"
 
 CLIENT_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}", re.ASCII)
 MAX_FILE_BYTES: Final = 4 * 1024 * 1024
@@ -172,16 +171,6 @@ def too_open(path: Path, access: Access) -> str | None:
     return None
 
 
-def service_gid() -> int | None:
-    """Return the service group's id when we are root and it exists: only then can a file be handed to it."""
-    if os.geteuid() != 0:
-        return None
-    try:
-        return grp.getgrnam(SERVICE_GROUP).gr_gid
-    except KeyError:
-        return None
-
-
 def _ownership(file: NewFile) -> tuple[int, int, int]:
     """Return uid, gid (-1: as it comes) and mode.
 
@@ -196,7 +185,7 @@ def _ownership(file: NewFile) -> tuple[int, int, int]:
             old = file.path.lstat()
             if old.st_uid != 0 or old.st_gid != 0:
                 return old.st_uid, old.st_gid, (stat.S_IMODE(old.st_mode) & 0o640) | 0o400
-    gid = service_gid()
+    gid = service_group()
     return (-1, gid, 0o640) if gid is not None else (-1, -1, 0o600)
 
 
@@ -207,7 +196,7 @@ def _make_directory(directory: Path, cleanup: contextlib.ExitStack) -> None:
         missing.append(probe)
         probe = probe.parent
     for path in reversed(missing):
-        gid = service_gid()
+        gid = service_group()
         try:
             path.mkdir(mode=0o700)
             cleanup.callback(_remove_directory_if_empty, path)

@@ -146,8 +146,10 @@ class TextSide:
         if payload.text is None:
             raise InvalidInput(f"This model takes texts, and the input has {_found(payload)}; set data.text.raw.")
         size = len(payload.text)
+        if 4 * size > limits.text_size:  # a character has four bytes at most: count only where it may matter
+            size = len(payload.text.encode("utf-8", "surrogatepass"))
         if size > limits.text_size:
-            raise InputTooLarge(f"The text has {size} characters; the limit is {limits.text_size} (limits.text_size).")
+            raise InputTooLarge(f"The text has {size} bytes; the limit is {limits.text_size} (limits.text_size).")
         return 16 * size
 
     def decode(self, payload: Payload) -> Decoded:

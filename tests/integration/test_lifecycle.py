@@ -139,6 +139,24 @@ class TestReload:
         assert "engine.queue_rows" in said
         assert "log.level" not in said
 
+    def test_what_only_a_restart_changes_is_checked_together_with_the_rest(
+        self, appliance: Appliance, pki: Pki
+    ) -> None:
+        """Certificates would be demanded on a port that is not there yet, and nobody could call."""
+        appliance.stop()
+        appliance.write_config(server={"mtls_listen": None})
+        appliance.start()
+        appliance.write_config(server={"mtls_listen": "127.0.0.1:0"}, auth={"require": "certificate"})
+        refused = appliance.command("reload", check=False)
+        assert refused.returncode == 2
+        assert "auth.require" in refused.stderr
+        assert answers(appliance, pki.ca)
+
+    def test_the_memory_budget_follows_a_reload(self, appliance: Appliance) -> None:
+        appliance.write_config(limits={"memory_in_flight": "100MiB"})
+        appliance.command("reload")
+        assert metric(appliance, "inference_appliance_memory_in_flight_limit_bytes") == 100 * 2**20
+
     def test_a_rotated_certificate_is_shown_to_new_connections(
         self, appliance: Appliance, pki: Pki, tmp_path: Path
     ) -> None:
@@ -174,9 +192,11 @@ class TestStop:
             appliance.signal(signal.SIGTERM)
             load.wait_for(1, "UNAVAILABLE")
             assert appliance.stop() == 0
-        # grpcio resets a call that arrives in the very moment of its shutdown: never accepted, so never lost.
+        # grpcio resets a call that arrives in the very moment of its shutdown: at most one a caller, never accepted.
         assert set(load.ends) - {"CANCELLED"} == {"answered", "UNAVAILABLE"}, f"{load.ends} {load.odd}"
-        print(f"answered {load.ends['answered']}, UNAVAILABLE {load.ends['UNAVAILABLE']}, lost 0")
+        assert load.ends["CANCELLED"] <= 4
+        assert "calls were lost" not in appliance.log
+        print(", ".join(f"{count} {end}" for end, count in sorted(load.ends.items())))
 
     def test_a_call_in_flight_is_finished_while_draining(self, slow: Appliance, pki: Pki) -> None:
         with Client(slow.port(), pki.ca, slow.key) as client:

@@ -175,8 +175,16 @@ def test_a_source_that_is_not_there_is_told(appliance: Command, tmp_path: Path) 
     assert "There is no" in appliance.bad("models", "add", tmp_path / "none")
 
 
-def test_a_root_that_is_not_there_is_told(appliance: Command, source: Path) -> None:
+def test_a_root_that_is_not_there_is_made(appliance: Command, source: Path) -> None:
+    """The README's first commands need no mkdir."""
     appliance.root.rmdir()
+    appliance.good("models", "add", source)
+    assert (appliance.root / "cats" / "1" / "model.onnx").is_file()
+
+
+def test_a_root_that_cannot_be_made_is_told(appliance: Command, source: Path) -> None:
+    appliance.root.rmdir()
+    appliance.root.write_text("a file")
     assert str(appliance.root) in appliance.bad("models", "add", source)
 
 

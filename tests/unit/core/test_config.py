@@ -413,6 +413,49 @@ def test_keys_that_need_a_restart_are_named_and_kept(write: Callable[..., Path])
     assert configuration.restart_needed(old, kept) == []
 
 
+TAKEN_OVER_LIVE = {
+    "server.base_url": "only told and checked",
+    "tls.certificate": "integration: a rotated certificate is shown to new connections",
+    "tls.key": "as the certificate",
+    "tls.key_passphrase": "as the certificate",
+    "tls.client_ca": "as the certificate",
+    "auth.require": "Authenticator.configure",
+    "auth.keys_file": "Daemon._reloaded reads it anew",
+    "catalog.scan_interval_s": "read at every look",
+    "catalog.settle_s": "read at every look",
+    "catalog.start_wait_s": "only matters at the next start",
+    "limits.inputs_per_request": "integration: SIGHUP under load takes over",
+    "limits.concepts_max": "read for every request",
+    "limits.image_size": "read for every request",
+    "limits.image_pixels": "read for every request",
+    "limits.text_size": "read for every request",
+    "limits.memory_in_flight": "integration: the memory budget follows a reload",
+    "limits.request_timeout_s": "read for every request",
+    "urls.hosts": "read for every request",
+    "urls.private_addresses": "read for every request",
+    "urls.timeout_s": "read for every request",
+    "log.level": "logs.set_level",
+    "log.sample": "read for every request",
+    "shutdown.lame_duck_s": "read when draining",
+    "shutdown.drain_s": "read when draining",
+}
+
+
+def test_every_other_key_is_known_to_act_without_a_restart() -> None:
+    """Whoever adds a key says which of the two it is."""
+    live = set()
+    for section, info in Config.model_fields.items():
+        if section == "principal":
+            continue
+        assert isinstance(info.annotation, type)
+        assert issubclass(info.annotation, configuration.Section)
+        for key, field in info.annotation.model_fields.items():
+            extra = field.json_schema_extra
+            if not (isinstance(extra, dict) and extra.get("restart")):
+                live.add(f"{section}.{key}")
+    assert live == set(TAKEN_OVER_LIVE)
+
+
 def test_nothing_needs_a_restart_when_nothing_changed() -> None:
     assert configuration.restart_needed(Config(), Config()) == []
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance.core import files
 from appliance.core.files import write_atomically
 
 
@@ -14,16 +15,27 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_the_content_is_there_with_the_mode_asked_for(tmp_path: Path) -> None:
-    old = os.umask(0o077)
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_only_the_writer_reads_it_where_there_is_no_service_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    monkeypatch.setattr(files, "service_group", lambda: None)
+    old = os.umask(umask)
     try:
         write_atomically(tmp_path / "a", "text é")
-        write_atomically(tmp_path / "b", "secret", 0o600)
     finally:
         os.umask(old)
     assert (tmp_path / "a").read_text(encoding="utf-8") == "text é"
+    assert mode_of(tmp_path / "a") == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can hand a file to another group")
+def test_what_root_writes_the_service_group_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the daemon could not read what `sudo appliance models rollback` wrote."""
+    monkeypatch.setattr(files, "service_group", lambda: 65534)
+    write_atomically(tmp_path / "a", "text")
     assert mode_of(tmp_path / "a") == 0o640
-    assert mode_of(tmp_path / "b") == 0o600
+    assert (tmp_path / "a").stat().st_gid == 65534
 
 
 def test_an_existing_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -32,7 +44,7 @@ def test_an_existing_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -
     inode = (tmp_path / "a").stat().st_ino
     write_atomically(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "new"
-    assert mode_of(tmp_path / "a") == 0o640
+    assert mode_of(tmp_path / "a") == 0o600
     assert (tmp_path / "a").stat().st_ino != inode
     assert os.listdir(tmp_path) == ["a"]
 

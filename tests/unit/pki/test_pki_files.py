@@ -47,7 +47,7 @@ def listing(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("umask")
 def test_modes_do_not_depend_on_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "service_gid", lambda: None)
+    monkeypatch.setattr(files, "service_group", lambda: None)
     write_all(
         [
             NewFile(tmp_path / "tls" / "clients" / "a.key", b"key", "service"),
@@ -66,7 +66,7 @@ def test_modes_do_not_depend_on_the_umask(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_service_group_reads_leaf_keys_and_never_the_ca_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "service_gid", lambda: NOBODY)
+    monkeypatch.setattr(files, "service_group", lambda: NOBODY)
     write_all(
         [
             NewFile(tmp_path / "tls" / "server.key", b"key", "service"),

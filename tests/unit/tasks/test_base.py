@@ -157,7 +157,7 @@ def test_an_input_without_a_text_says_what_it_has(text_side: TextSide) -> None:
 def test_a_text_costs_some_of_its_size_and_has_a_limit(text_side: TextSide) -> None:
     """Named in the refusal."""
     assert text_side.cost(Payload(text="good"), LIMITS) > 4
-    with pytest.raises(InputTooLarge, match=r"4 characters; the limit is 3 \(limits\.text_size\)"):
+    with pytest.raises(InputTooLarge, match=r"4 bytes; the limit is 3 \(limits\.text_size\)"):
         text_side.cost(Payload(text="good"), Limits(text_size=3))
 
 
