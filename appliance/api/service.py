@@ -28,7 +28,7 @@ from appliance.api.predict import Predictions
 from appliance.api.reflection import reflection_endpoints
 from appliance.catalog.repository import Repository
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError, DeadlineExceeded, Draining, InvalidRequest
+from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, InvalidRequest
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
@@ -120,10 +120,15 @@ class Api:
             "ListStatusCodes": catalogue.list_status_codes,
             "GetStatusCode": catalogue.get_status_code,
         }
-        found = {name: Endpoint(unary=self._unary(_Rpc.named(name), handler)) for name, handler in unary.items()}
+        found = {
+            name: Endpoint(unary=self._unary(_Rpc.named(name), handler), admit=self._admission(_Rpc.named(name)))
+            for name, handler in unary.items()
+        }
         for name in ("GenerateModelOutputs", "StreamModelOutputs"):
             # Both answer message by message here: a generate request is a stream of one.
-            found[name] = Endpoint(stream=self._stream(_Rpc.named(name), predictions.post))
+            found[name] = Endpoint(
+                stream=self._stream(_Rpc.named(name), predictions.post), admit=self._admission(_Rpc.named(name))
+            )
         assert set(found) == set(RPCS)
         served = {f"/{_SERVICE.full_name}/{name}": endpoint for name, endpoint in found.items()}
         return served | self.health.endpoints() | reflection_endpoints(self._authenticator)
@@ -155,6 +160,20 @@ class Api:
             task.cancel()
 
     # ---- the steps around each handler ----
+
+    def _admission(self, rpc: _Rpc) -> Callable[[Call], bytes | None]:
+        """Whoever has no credentials is refused before the appliance takes in a byte of a body."""
+
+        def admit(call: Call) -> bytes | None:
+            try:
+                self._authenticator.grant(call)
+            except AccessError as error:
+                response = self._refuse(rpc, call, _request_id(call), error, None, b"")
+                self._record(rpc, None, int(response.status.code), 0.0)  # type: ignore[attr-defined]
+                return bytes(response.SerializeToString())
+            return None
+
+        return admit
 
     def _unary(self, rpc: _Rpc, handler: Handler) -> Callable[[Call, bytes], Awaitable[bytes]]:
         async def endpoint(call: Call, body: bytes) -> bytes:

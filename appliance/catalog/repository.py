@@ -10,7 +10,7 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeAlias, TypeVar
@@ -31,6 +31,9 @@ from appliance.core.errors import (
 from appliance.core.types import ModelKey
 
 _log = logging.getLogger(__name__)
+
+_TURN_S = 10.0
+"""Seconds for which a load keeps the next one waiting."""
 
 Signature: TypeAlias = tuple[object, ...]
 
@@ -412,10 +415,10 @@ class Repository(Generic[S]):
         version.task = asyncio.create_task(self._load_version(bundle, version))
 
     async def _load_version(self, bundle: Bundle[S], version: Version[S]) -> None:
-        """Load aside, then switch. One load at a time, so that a heavy model does not slow down every other one."""
-        async with self._loads:
+        """Load aside, then switch."""
+        fields = {"model": str(bundle.key), "version": version.id}
+        async with self._turn():
             begun = time.monotonic()
-            fields = {"model": str(bundle.key), "version": version.id}
             _log.info("loading", extra=fields)
             try:
                 checksums = await asyncio.to_thread(bundles.verify_checksums, version.folder)
@@ -443,6 +446,20 @@ class Repository(Generic[S]):
                     version.task = None
             self._save_memory()
             self._changed()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One load at a time, so that a heavy model does not slow down every other one; but only for a while, so that
+        one that takes for ever does not keep the others from being served."""
+        await self._loads.acquire()
+        ends = contextlib.ExitStack()
+        ends.callback(self._loads.release)
+        timer = asyncio.get_running_loop().call_later(_TURN_S, ends.close)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            ends.close()
 
     def _failed(self, version: Version[S], problem: str, fields: Mapping[str, str]) -> None:
         version.problem = problem

@@ -41,7 +41,7 @@ def check(ctx: click.Context, skip_models: bool) -> None:
     if keys is not None:
         needed = config.auth.require in ("key", "either", "both") and not len(keys)
         report.line("warn" if needed else "ok", "keys", f"{len(keys)} in {config.auth.keys_file}")
-    engine = report.attempt("device", lambda: _engine(config))
+    engine = report.attempt("device", lambda: LocalEngine(config.engine, Metrics()))
     if engine is not None:
         report.ok("device", f"{engine.device}: {engine.device.reason}")
     if engine is not None and not skip_models:
@@ -75,16 +75,6 @@ class _Report:
         except ApplianceError as error:
             self.fail(what, str(error))
             return None
-
-
-def _engine(config: Config) -> LocalEngine:
-    return LocalEngine(
-        config.engine.device,
-        threads=config.engine.threads,
-        queue_rows=config.engine.queue_rows,
-        gpu_memory=config.engine.gpu_memory,
-        metrics=Metrics(),
-    )
 
 
 async def _check_models(config: Config, engine: LocalEngine, report: _Report) -> None:

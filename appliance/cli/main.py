@@ -1,7 +1,11 @@
 """The `appliance` command: groups of verbs, each in a module of its own. Arguments in, exit code out."""
 
+import os
 import sys
 from pathlib import Path
+
+# Read once, when grpc is imported below: its own lines about every failed handshake would fill the journal.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import click
 

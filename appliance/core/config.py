@@ -265,6 +265,13 @@ class Engine(Section):
         description="Inputs that may wait for one model; more are refused as overload.",
         json_schema_extra={"restart": True},
     )
+    load_timeout_s: float = Field(
+        300.0,
+        gt=0,
+        le=86400,
+        description="Seconds in which a model must be loaded and warmed up.",
+        json_schema_extra={"restart": True},
+    )
     gpu_memory: Size | None = Field(
         None,
         examples=["4GiB"],

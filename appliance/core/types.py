@@ -39,19 +39,23 @@ class Call:
     certificate: bytes | None = None
 
 
+Admission: TypeAlias = Callable[[Call], bytes | None]
 UnaryHandler: TypeAlias = Callable[[Call, bytes], Awaitable[bytes]]
 StreamHandler: TypeAlias = Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A handler and the shape of its call; exactly one of the two is set. Bytes in, bytes out.
+    """A handler and the shape of its call; exactly one of the first two is set. Bytes in, bytes out.
 
-    `stream` serves server-, client- and bidirectional streaming: it reads what messages there are.
+    Attributes:
+        stream: serves server-, client- and bidirectional streaming: it reads what messages there are.
+        admit: asked with the headers alone, before a body is read; returns the reply that refuses the call, or None.
     """
 
     unary: UnaryHandler | None = None
     stream: StreamHandler | None = None
+    admit: Admission | None = None
 
 
 class RpcStatus(enum.IntEnum):

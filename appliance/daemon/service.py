@@ -93,13 +93,7 @@ class Daemon:
         self._keys = KeyStore(config.auth.keys_file)
         self._metrics = Metrics()
         self._metrics.build.info({"version": __version__, "onnxruntime": session.version()})
-        self._engine = LocalEngine(
-            config.engine.device,
-            threads=config.engine.threads,
-            queue_rows=config.engine.queue_rows,
-            gpu_memory=config.engine.gpu_memory,
-            metrics=self._metrics,
-        )
+        self._engine = LocalEngine(config.engine, self._metrics)
         _log.info("device %s: %s", self._engine.device, self._engine.device.reason)
         self._pool = DecodePool(config.engine.decode_threads)
         stack.callback(self._pool.close)
@@ -121,7 +115,7 @@ class Daemon:
         self._admin = AdminServer(config.admin, self, self._metrics.registry)
         self._admin.start()
         stack.push_async_callback(self._admin.stop)
-        self._server = GrpcioServer(self._api.endpoints(), config.limits.request_size)
+        self._server = GrpcioServer(self._api.endpoints(), config.limits.request_size, config.limits.request_timeout_s)
         stack.push_async_callback(self._server.stop, 0.0)
         self._server.listen("server.listen", config.server.listen, self._certificates.tls)
         if config.server.mtls_listen:
@@ -396,8 +390,9 @@ def _lock(state_dir: Path) -> Iterator[None]:
             raise ConfigError(
                 f"Another appliance (process {owner}) uses {state_dir} already; stop it, or set catalog.state_dir."
             ) from None
-        os.truncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # a courtesy to whoever is refused; a full disk must not stop the start
+            os.truncate(handle, 0)
+            os.write(handle, f"{os.getpid()}\n".encode())
         yield
     finally:
         os.close(handle)

@@ -4,7 +4,8 @@ The law. Admission is a permit, refused at once when the queue is full. A batch 
 ran: no timer. Only rows of one shape share a run; principals take turns, within a run and among the shapes, and within
 a principal the nearest deadline goes first. Who left or expired is skipped while the batch is formed. A failed batch is
 halved until the rows at fault stand alone; the others are answered. When the device runs out of memory the batch is
-halved and the smaller size is kept. A worker thread that dies answers everybody and makes the model not ready, loudly.
+halved and the smaller size is kept. A run that nobody waits for any more is ended. A worker thread that dies, or a run
+that cannot be ended, makes the model not ready, loudly; everybody is answered.
 
 Rows, not requests: a big submission is cut into several runs, small ones share one.
 """
@@ -32,12 +33,21 @@ ShapeKey: TypeAlias = tuple[tuple[str, tuple[int, ...], str], ...]
 
 _NEVER = float("inf")
 
+_LOOK_S = 1.0
+"""Seconds between two looks at a run: one that nobody waits for any more is ended."""
+
+_DEAF_S = 30.0
+"""Seconds after which a run that was told to end and did not makes the model not ready."""
+
 
 class Runs(Protocol):
     """What the batcher runs; `Session` is one."""
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         """Compute the named outputs for all rows of `feeds`."""
+
+    def terminate(self) -> None:
+        """End the runs in progress soon; they raise InferenceFailed."""
 
 
 @dataclass(slots=True)
@@ -161,6 +171,9 @@ class Batcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
+        self._running: list[_Piece] | None = None
+        self._told_to_end_at: float | None = None
+        self._look: asyncio.TimerHandle | None = None
         self.death: str | None = None
         self._condition = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -211,6 +224,8 @@ class Batcher:
         submission.future.add_done_callback(lambda _: self._forget(submission))
         self._unfinished.add(submission)
         self._idle.clear()
+        if self._look is None:
+            self._look = self._loop.call_later(_LOOK_S, self._look_at_run)
         with self._condition:
             queue = self._queues.setdefault(submission.key, {}).setdefault(principal, [])
             heapq.heappush(queue, (submission.deadline, next(self._order), submission))
@@ -230,6 +245,25 @@ class Batcher:
                 if submission.taken == 0:
                     self._fail(submission, error or Draining())
             self._condition.notify()
+
+        self._end_run_for_nobody()
+
+    def _look_at_run(self) -> None:
+        """While there is work: end a run that nobody waits for, and give the model up when it does not obey."""
+        self._look = None
+        self._end_run_for_nobody()
+        told_at = self._told_to_end_at
+        if told_at is not None and self.death is None and self._clock() - told_at > _DEAF_S:
+            self._die("a run cannot be ended")
+        elif self.death is None and (self._unfinished or self._running is not None):
+            self._look = self._loop.call_later(_LOOK_S, self._look_at_run)
+
+    def _end_run_for_nobody(self) -> None:
+        running = self._running
+        if running is not None and all(piece.submission.left for piece in running):
+            self._model.terminate()
+            if self._told_to_end_at is None:
+                self._told_to_end_at = self._clock()
 
     def _forget(self, submission: _Submission) -> None:
         """The future is done: answered here, or its caller went away; what still waited makes room at once."""
@@ -360,10 +394,17 @@ class Batcher:
         started = self._clock()
         waits = [started - piece.submission.queued_at for piece in pieces]
         rows = sum(piece.count for piece in pieces)
-        done = self._attempt(pieces)
+        self._running = pieces
+        try:
+            done = self._attempt(pieces)
+        finally:
+            self._running = self._told_to_end_at = None
         self._to_loop(self._deliver, done, RunRecord(rows, self._clock() - started, waits))
 
     def _attempt(self, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
+        pieces = [piece for piece in pieces if not piece.submission.left]
+        if not pieces:
+            return []
         try:
             return self._compute(pieces)
         except InferenceFailed as error:

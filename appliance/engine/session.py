@@ -21,7 +21,7 @@ import onnxruntime as ort  # after the variable above
 from appliance.core.errors import BundleInvalid, DeviceError, InferenceFailed
 from appliance.core.types import Array
 
-ort.set_default_logger_severity(3)  # errors only: its warnings about graphs are not the operator's
+ort.set_default_logger_severity(4)  # what fails is raised, and logged by us at a bounded rate
 
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
@@ -111,6 +111,8 @@ class Session:
             )
         except Exception as error:  # onnxruntime raises classes of its own, and RuntimeError, for bad graphs
             raise BundleInvalid(f"onnxruntime {ort.__version__} cannot load the graph: {_first_line(error)}") from error
+        self._runs: set[Any] = set()
+        self._ended = False
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         if device.kind == "gpu" and self.providers[0] != "CUDAExecutionProvider":
             raise DeviceError(gpu_problem(device.index) or "onnxruntime fell back from the GPU to the CPU.")
@@ -122,14 +124,28 @@ class Session:
 
         Raises: OutOfMemory: fewer rows may fit. InferenceFailed: the graph cannot compute these inputs.
         """
+        options = ort.RunOptions()
+        self._runs.add(options)
+        options.terminate = self._ended
         try:
-            results: list[Array] = self._session.run(list(outputs), dict(feeds))
+            results: list[Array] = self._session.run(list(outputs), dict(feeds), options)
         except Exception as error:  # as above
             text = str(error)
             if any(mark in text.lower() for mark in _OUT_OF_MEMORY):
                 raise OutOfMemory(text) from error
             raise InferenceFailed("The model failed on this input.", detail=text) from error
+        finally:
+            self._runs.discard(options)
         return results
+
+    def terminate(self, *, for_good: bool = False) -> None:
+        """End the runs in progress soon: they raise InferenceFailed. Called from any thread.
+
+        Args:    for_good: later runs fail at once too.
+        """
+        self._ended = self._ended or for_good
+        for options in tuple(self._runs):
+            options.terminate = True
 
 
 def version() -> str:

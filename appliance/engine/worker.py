@@ -1,9 +1,13 @@
 """The engine inside this process: sessions, and a batcher with its own thread for each."""
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+from appliance.core.config import Engine as EngineSettings
 from appliance.core.errors import BundleInvalid, InferenceFailed
 from appliance.core.machine import usable_cpus
 from appliance.core.metrics import Metrics
@@ -14,6 +18,8 @@ from appliance.engine.session import Device, Session, TensorSpec, resolve_device
 from appliance.engine.transport import Batching, LoadRequest
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 class LocalModel:
@@ -55,22 +61,32 @@ class LocalModel:
 class LocalEngine:
     """Loads graphs into this process; implements `Engine`."""
 
-    def __init__(self, device: str, *, threads: int, queue_rows: int, gpu_memory: int | None, metrics: Metrics) -> None:
+    def __init__(self, settings: EngineSettings, metrics: Metrics) -> None:
         """Find the device.
 
-        Args:    device: "auto", "cpu", "gpu" or "gpu:N". threads: for one run; 0: all CPUs we may use.
         Raises:  DeviceError: the device is required and cannot be used.
         """
-        self.device = resolve_device(device)
-        self._threads = threads or usable_cpus()
-        self._queue_rows = queue_rows
-        self._gpu_memory = gpu_memory
+        self.device = resolve_device(settings.device)
+        self._threads = settings.threads or usable_cpus()
+        self._queue_rows = settings.queue_rows
+        self._gpu_memory = settings.gpu_memory
+        self._load_timeout_s = settings.load_timeout_s
         self._metrics = metrics
 
     async def load(self, request: LoadRequest) -> LocalModel:
         """Load, probe and warm up a graph; see `Engine.load`."""
         device = self.device if request.device in (None, "auto") else resolve_device(request.device or "auto")
-        session, batching = await asyncio.to_thread(self._prepare, request, device)
+        loading = _Loading()
+        try:
+            async with asyncio.timeout(self._load_timeout_s):
+                session, batching = await _on_own_thread(lambda: self._prepare(request, device, loading))
+                loading.succeeded()
+        except TimeoutError as error:
+            raise BundleInvalid(
+                f"The model was not loaded and warmed up within {self._load_timeout_s:g} s (engine.load_timeout_s)."
+            ) from error
+        finally:
+            loading.end()
         batcher = Batcher(
             session,
             max_rows=batching.max_rows,
@@ -83,10 +99,11 @@ class LocalEngine:
         )
         return LocalModel(session, batcher, device, batching)
 
-    def _prepare(self, request: LoadRequest, device: Device) -> tuple[Session, Batching]:
+    def _prepare(self, request: LoadRequest, device: Device, loading: "_Loading") -> tuple[Session, Batching]:
         """The slow part, on a thread of its own: session, probes, warm-up of every bucket."""
         plan = request.plan
         session = Session(plan.model or plan.file, plan.file.parent, device, self._threads, self._gpu_memory)
+        loading.take(session)
         buckets = request.examples
         batching = _batching(session, request)
         if batching.mode == "whole":
@@ -113,6 +130,56 @@ class LocalEngine:
                 queue.observe(wait)
 
         return observe
+
+
+class _Loading:
+    """A load in progress: when nobody waits for it any more, its runs are ended."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self._ended = False
+
+    def take(self, session: Session) -> None:
+        """The session exists now. Called on the load's thread."""
+        self._session = session
+        if self._ended:
+            session.terminate(for_good=True)
+
+    def succeeded(self) -> None:
+        """The session is somebody's now."""
+        self._session = None
+
+    def end(self) -> None:
+        """Nobody waits any more."""
+        self._ended = True
+        if self._session is not None:
+            self._session.terminate(for_good=True)
+
+
+async def _on_own_thread(work: Callable[[], _T]) -> _T:
+    """The result of `work`, on a daemon thread: a graph that never ends must not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def end(result: _T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # without an error there is a result
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except BaseException as error:  # handed to whoever waits
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(end, result, failure)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await future
 
 
 def _batching(session: Session, request: LoadRequest) -> Batching:

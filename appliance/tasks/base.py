@@ -107,6 +107,7 @@ class ImageSide:
         """Pixels, uint8 (1, h, w, c); for a raw plan in the graph's own layout and dtype."""
         assert payload.image is not None
         source = payload.opened if isinstance(payload.opened, images.ImageHeader) else payload.image
+        payload.opened = None  # once decoded it would hold all its pixels until the request ends
         return self._row(images.decode_image(source, self._recipe))
 
     def examples(self) -> Sequence[Sequence[dict[str, Array]]]:

@@ -40,10 +40,10 @@ class Credentials:
 class GrpcioServer:
     """Both ports of the grpcio transport."""
 
-    def __init__(self, endpoints: Mapping[str, Endpoint], max_message: int) -> None:
+    def __init__(self, endpoints: Mapping[str, Endpoint], max_message: int, body_timeout_s: float) -> None:
         """Make a server that is not listening yet.
 
-        Args:    max_message: bytes of one request.
+        Args:    max_message: bytes of one request. body_timeout_s: seconds in which it must arrive.
         """
         self._server = aio.server(
             options=[
@@ -55,9 +55,10 @@ class GrpcioServer:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", 300_000),
                 ("grpc.max_metadata_size", 16 * 1024),
+                ("grpc.max_concurrent_streams", 1024),
             ],
         )
-        self._server.add_generic_rpc_handlers((_Handlers(endpoints),))
+        self._server.add_generic_rpc_handlers((_Handlers(endpoints, body_timeout_s),))
         self.ports: dict[str, int] = {}
 
     def listen(self, name: str, address: str, read: Callable[[], Credentials]) -> None:
@@ -113,33 +114,44 @@ def _certificates(credentials: Credentials) -> grpc.ServerCertificateConfigurati
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no types
     """Endpoints as grpcio's method handlers, without (de)serialisers."""
 
-    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
-        self._handlers = {name: _handler(name, endpoint) for name, endpoint in endpoints.items()}
+    def __init__(self, endpoints: Mapping[str, Endpoint], body_timeout_s: float) -> None:
+        self._handlers = {name: _handler(name, endpoint, body_timeout_s) for name, endpoint in endpoints.items()}
 
     def service(self, handler_call_details: Any) -> Any:
         """The handler of a method, or None, which grpcio answers with UNIMPLEMENTED."""
         return self._handlers.get(handler_call_details.method)
 
 
-def _handler(name: str, endpoint: Endpoint) -> Any:
+def _handler(name: str, endpoint: Endpoint, body_timeout_s: float) -> Any:
+    """An endpoint as grpcio's handler. Unary calls are taken as streams of one, so that a caller is admitted before its
+    body is read; on the wire they are the same."""
     if endpoint.unary is not None:
         unary = endpoint.unary
 
-        async def serve_unary(body: bytes, context: Any) -> bytes:
+        async def serve_unary(requests: AsyncIterator[bytes], context: Any) -> bytes:
             try:
-                return await unary(_call(name, context), body)
+                call = _call(name, context)
+                refusal = endpoint.admit(call) if endpoint.admit else None
+                if refusal is not None:
+                    return refusal
+                return await unary(call, await _body(requests, body_timeout_s))
             except RpcAbort as abort:
                 return await _end(context, abort)
             except Exception:
                 return await _end(context, _unforeseen(name))
 
-        return grpc.unary_unary_rpc_method_handler(serve_unary)
+        return grpc.stream_unary_rpc_method_handler(serve_unary)
     stream = endpoint.stream
     assert stream is not None
 
     async def serve_stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         try:
-            async for reply in stream(_call(name, context), requests):
+            call = _call(name, context)
+            refusal = endpoint.admit(call) if endpoint.admit else None
+            if refusal is not None:
+                yield refusal
+                return
+            async for reply in stream(call, requests):
                 yield reply
         except RpcAbort as abort:
             await _end(context, abort)
@@ -147,6 +159,17 @@ def _handler(name: str, endpoint: Endpoint) -> Any:
             await _end(context, _unforeseen(name))
 
     return grpc.stream_stream_rpc_method_handler(serve_stream)
+
+
+async def _body(requests: AsyncIterator[bytes], timeout_s: float) -> bytes:
+    """The one message of a unary call. Raises: RpcAbort: there is none, or it does not come."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for body in requests:
+                return body
+    except TimeoutError as error:
+        raise RpcAbort(RpcStatus.DEADLINE_EXCEEDED, f"The request did not arrive within {timeout_s:g} s.") from error
+    raise RpcAbort(RpcStatus.INTERNAL, "The call ended without a message.")
 
 
 def _unforeseen(name: str) -> RpcAbort:

@@ -4,6 +4,7 @@ import http.server
 import json
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,7 +13,8 @@ import pytest
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from clarifai_grpc.grpc.api.status.status_code_pb2 import StatusCode
 from google.protobuf import json_format, struct_pb2
-from support import graphs
+from PIL import Image
+from support import graphs, pictures
 from support.appliance import MODELS, Appliance, Client, Pki, array_input, image_input, request_for, text_input
 
 Make = Callable[..., Appliance]
@@ -228,6 +230,24 @@ class TestLimitsOfTheAppliance:
             assert client.predict(request_for("digits", [image_input(DIGIT)])).status.code == StatusCode.SUCCESS
             assert "inference_appliance_memory_in_flight_bytes 0.0" in appliance.metrics()
 
+    def test_memory_stays_near_the_budget_whatever_the_pictures_decode_to(self, make_appliance: Make, pki: Pki) -> None:
+        """Small files of many pixels: 32 of 36 megapixels are 3.5 GB decoded, of which few are held at once."""
+        appliance = make_appliance("digits", limits={"memory_in_flight": "600MiB"})
+        picture = pictures.encoded(Image.new("RGB", (6000, 6000)), "PNG")
+        with appliance, Client(appliance.port(), pki.ca, appliance.new_key()) as client:
+            assert client.predict(request_for("digits", [image_input(DIGIT)])).status.code == StatusCode.SUCCESS
+            reply = client.predict(request_for("digits", [image_input(picture)] * 32))
+            assert reply.status.code == StatusCode.SUCCESS
+            assert peak_memory(appliance) < 1000 * 2**20
+
+    def test_a_body_without_credentials_is_not_read(self, make_appliance: Make, pki: Pki) -> None:
+        """The refusal comes on the headers; a hundred MB behind them stay with the caller."""
+        appliance = make_appliance("digits")
+        body = request_for("digits", [image_input(b"x" * 100 * 2**20)])
+        with appliance, Client(appliance.port(), pki.ca) as client:
+            assert client.predict(body).status.code == StatusCode.CONN_INVALID_REQUEST
+            assert peak_memory(appliance) < 300 * 2**20
+
     def test_a_listed_host_is_fetched_from(self, make_appliance: Make, pki: Pki) -> None:
         class Pictures(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -252,3 +272,10 @@ class TestLimitsOfTheAppliance:
         finally:
             server.shutdown()
             server.server_close()
+
+
+def peak_memory(appliance: Appliance) -> int:
+    """The most memory that the daemon has had, bytes (`VmHWM`, proc(5))."""
+    assert appliance.process is not None
+    status = Path(f"/proc/{appliance.process.pid}/status").read_text(encoding="utf-8")
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

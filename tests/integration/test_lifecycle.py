@@ -110,6 +110,48 @@ class TestSwap:
             assert client.predict(PREDICT).outputs[0].model.model_version.id == "1"
 
 
+class TestEndless:
+    """Graphs that never end: they cost their own bundle, and nothing else."""
+
+    def test_a_bundle_that_never_loads_fails_and_the_others_are_served(self, make_appliance: Make, pki: Pki) -> None:
+        appliance = make_appliance("digits", engine={"load_timeout_s": 2})
+        graphs.write_raw(appliance.models / "aaa-endless", graphs.endless_model())
+        appliance.key = appliance.new_key()
+        with appliance, Client(appliance.port(), pki.ca, appliance.key) as client:
+            assert client.predict(PREDICT).status.code == StatusCode.SUCCESS
+            appliance.wait(lambda: appliance.state_of("aaa-endless") == "failed")
+            assert "engine.load_timeout_s" in str(appliance.admin("/readyz")["not_ready"])
+        assert appliance.stop() == 0
+
+    def test_a_run_that_never_ends_is_ended_with_its_callers_deadline(self, make_appliance: Make, pki: Pki) -> None:
+        appliance = make_appliance()
+        graphs.write_raw(appliance.models / "moody", graphs.endless_model(only_above=1000.0))
+        appliance.key = appliance.new_key()
+        good = request_for("moody", [array_input(np.ones((1, 2), np.float32))], user="", app="")
+        bad = request_for("moody", [array_input(np.full((1, 2), 5000, np.float32))], user="", app="")
+        with appliance, Client(appliance.port(), pki.ca, appliance.key) as client:
+            assert client.predict(good).status.code == StatusCode.SUCCESS
+            with pytest.raises(grpc.RpcError) as error:
+                client.stub.PostModelOutputs(bad, metadata=client.metadata, timeout=1)
+            assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert client.predict(good).status.code == StatusCode.SUCCESS
+        assert appliance.stop() == 0
+
+    def test_stopping_does_not_wait_for_a_run_that_never_ends(self, make_appliance: Make, pki: Pki) -> None:
+        appliance = make_appliance(shutdown={"drain_s": 0.5})
+        graphs.write_raw(appliance.models / "moody", graphs.endless_model(only_above=1000.0))
+        appliance.key = appliance.new_key()
+        bad = request_for("moody", [array_input(np.full((1, 2), 5000, np.float32))], user="", app="")
+        with appliance, Client(appliance.port(), pki.ca, appliance.key) as client:
+            future = client.stub.PostModelOutputs.future(bad, metadata=client.metadata)
+            appliance.wait(lambda: appliance.admin("/status")["in_flight"] == 1)
+            appliance.signal(signal.SIGTERM)
+            with pytest.raises(grpc.RpcError) as error:
+                future.result(100)
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert appliance.stop() == 0
+
+
 class TestReload:
     def test_sighup_under_load_loses_nothing_and_takes_over(self, appliance: Appliance, pki: Pki) -> None:
         with Load(appliance.port(), pki.ca, appliance.key, PREDICT) as load:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from appliance.catalog.bundle import BundleConfig, VersionFolder, concepts_of, find_versions, read_config
+from appliance.core.config import Engine as EngineSettings
 from appliance.core.config import Limits
 from appliance.core.metrics import Metrics
 from appliance.core.types import Concept
@@ -150,7 +151,8 @@ def plain(folder: Path) -> Session:
 
 def engine(metrics: Metrics | None = None, queue_rows: int = 1000) -> LocalEngine:
     """An engine on one CPU thread."""
-    return LocalEngine("cpu", threads=1, queue_rows=queue_rows, gpu_memory=None, metrics=metrics or Metrics())
+    settings = EngineSettings(device="cpu", threads=1, queue_rows=queue_rows)
+    return LocalEngine(settings, metrics or Metrics())
 
 
 async def loaded(folder: Path, pool: DecodePool | None = None, limits: Limits | None = None) -> Servable:

@@ -25,6 +25,8 @@ class FakeModel:
         poison: values whose presence makes a run fail.
         room: rows from which on a run is out of memory, None for all the room in the world.
         crash: raised by the next run instead of anything else.
+        obeys: whether a run ends when it is told to.
+        terminated: how often it was told to.
     """
 
     def __init__(self) -> None:
@@ -35,8 +37,16 @@ class FakeModel:
         self.room: int | None = None
         self.crash: BaseException | None = None
         self.gated = False
+        self.obeys = True
+        self.terminated = 0
         self._entered = threading.Semaphore(0)
         self._go = threading.Semaphore(0)
+
+    def terminate(self) -> None:
+        self.terminated += 1
+        if self.gated and self.obeys:
+            self.crash = InferenceFailed("The model failed on this input.", detail="terminated")
+            self._go.release()
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         x = feeds["x"]

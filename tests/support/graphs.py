@@ -497,3 +497,31 @@ def if_model(then_weight: TensorProto | None = None, domain: str = "") -> ModelP
         "If", ["yes"], ["y"], then_branch=branch("then", weight, domain), else_branch=branch("else", other, "")
     )
     return make([node], {"x": shape}, {"y": shape}, {"yes": np.array(True)}, domains=[domain] if domain else [])
+
+
+def endless_model(*, only_above: float | None = None) -> ModelProto:
+    """`x` → `y` float32 (batch, 2), through a loop that never ends unless x is at most `only_above` everywhere."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Identity", ["v"], ["v_out"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v", TensorProto.FLOAT, ["batch", 2]),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v_out", TensorProto.FLOAT, ["batch", 2]),
+        ],
+    )
+    limit = np.array(-np.inf if only_above is None else only_above, np.float32)
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Greater", ["largest", "limit"], ["for_ever"]),
+        helper.make_node("Loop", ["", "for_ever", "x"], ["y"], body=body),
+    ]
+    shape = (TensorProto.FLOAT, ["batch", 2])
+    return make(nodes, {"x": shape}, {"y": shape}, {"limit": limit})

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.fake_model import FakeModel, rows, submitter
+from support.waiting import eventually_async
 
 from appliance.core.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
 from appliance.engine.batcher import Batcher, RunRecord
@@ -675,3 +676,58 @@ async def _play(events: Any, max_rows: int, mode: str, end: str) -> None:
     await asyncio.to_thread(batcher._thread.join, 5)
     assert not batcher._thread.is_alive()
     assert batcher.waiting_rows == 0 or batcher.death is not None
+
+
+# ---- runs that do not end --------------------------------------------------------------------------------------------
+
+
+async def test_a_run_that_nobody_waits_for_is_ended_and_the_next_one_answered(
+    model: FakeModel, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its callers' deadlines are over, or they went away; their neighbours in the queue must not wait for ever."""
+    monkeypatch.setattr("appliance.engine.batcher._LOOK_S", 0.01)
+    batcher = make()
+    plug = await plugged(model, batcher)
+    model.gated = False
+    waiting = submitter(batcher)(1)
+    model.gated = True
+    plug.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await plug
+    await eventually_async(lambda: model.terminated > 0)
+    model.crash, model.gated = None, False
+    assert batcher.death is None
+    model.open_gate()
+    assert doubled(await asyncio.wait_for(waiting, 5)) == [2]
+
+
+async def test_a_run_that_does_not_obey_makes_the_model_not_ready(
+    model: FakeModel, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody who waits is answered, and the model says why it cannot go on."""
+    monkeypatch.setattr("appliance.engine.batcher._LOOK_S", 0.01)
+    monkeypatch.setattr("appliance.engine.batcher._DEAF_S", 0.02)
+    model.obeys = False
+    batcher = make()
+    plug = await plugged(model, batcher)
+    waiting = submitter(batcher)(1)
+    plug.cancel()
+    with pytest.raises(InferenceFailed):
+        await asyncio.wait_for(waiting, 5)
+    assert batcher.death == "a run cannot be ended"
+    model.open_gate()
+
+
+async def test_a_run_that_somebody_waits_for_is_let_be(
+    model: FakeModel, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.engine.batcher._LOOK_S", 0.001)
+    batcher = make()
+    looks = []
+    look = batcher._end_run_for_nobody
+    monkeypatch.setattr(batcher, "_end_run_for_nobody", lambda: looks.append(look()))
+    plug = await plugged(model, batcher)
+    await eventually_async(lambda: len(looks) > 3)
+    assert not model.terminated
+    model.open_gate()
+    assert doubled(await plug) == [-2]
