@@ -1,6 +1,7 @@
 """What there is: models, versions, concepts, model types, users, scopes and status codes."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
@@ -21,6 +22,8 @@ from appliance.core.errors import (
     UnknownUser,
 )
 from appliance.tasks.servable import Servable
+
+_log = logging.getLogger(__name__)
 
 _PAGE = 20
 _LARGEST_PAGE = 1000
@@ -86,9 +89,9 @@ class Catalogue:
         """The models of a user and app (of all, when not named) that the caller may use."""
         ids = request.user_app_id
         versions = [version for version in self._newest(context, ids.user_id, ids.app_id) if _listed(version, request)]
-        found = page(versions, request.page, request.per_page)
+        models = list(_rendered(messages.model_full, versions))
         return service_pb2.MultiModelResponse(
-            status=status.success(context.req_id), models=[messages.model_full(version) for version in found]
+            status=status.success(context.req_id), models=page(models, request.page, request.per_page)
         )
 
     async def get_model_version(
@@ -135,10 +138,10 @@ class Catalogue:
         """The concepts of all models of an app, each id once."""
         ids = request.user_app_id
         concepts: dict[tuple[str, str, str], resources_pb2.Concept] = {}
-        for version in self._newest(context, ids.user_id, ids.app_id):
-            if version.servable is not None:
-                for concept in messages.concept_messages(version.servable):
-                    concepts.setdefault((concept.user_id, concept.app_id, concept.id), concept)
+        versions = [version for version in self._newest(context, ids.user_id, ids.app_id) if version.servable]
+        for found in _rendered(lambda version: messages.concept_messages(_loaded(version)), versions):
+            for concept in found:
+                concepts.setdefault((concept.user_id, concept.app_id, concept.id), concept)
         wanted = [c for c in concepts.values() if request.id in ("", c.id)]
         return service_pb2.MultiConceptResponse(
             status=status.success(context.req_id), concepts=page(wanted, request.page, request.per_page)
@@ -234,6 +237,17 @@ class Catalogue:
             if context.grant.allows(key) and any(v.state.value != "held" for v in bundle.versions.values()):
                 found.append(self._repository.version(bundle, ""))
         return found
+
+
+def _rendered(render: Callable[[Version[Servable]], T], versions: Sequence[Version[Servable]]) -> Iterator[T]:
+    """The versions as messages; one that cannot be a message is logged and left out, so that the others are listed."""
+    for version in versions:
+        try:
+            yield render(version)
+        except Exception as error:
+            # Protobuf refuses what a bundle may have said, in more ways than one (text, numbers, sizes).
+            fields = {"model": str(version.config.key), "version": version.id}
+            _log.error("cannot be listed: %s: %s", type(error).__name__, error, extra=fields)
 
 
 def _loaded(version: Version[Servable]) -> Servable:

@@ -5,7 +5,6 @@ would protect.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.core.errors import ConfigError
-from appliance.core.files import write_atomically
+from appliance.core.files import alone, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -97,16 +96,13 @@ def revoke_key(path: Path, key_id: str) -> KeyEntry:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Keep two commands that change the keys at once from undoing each other: a lock on the file's folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ConfigError(f"The keys file {path} cannot be written: {error.strerror}.") from error
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(path.parent))
+        except OSError as error:
+            raise ConfigError(f"The keys file {path} cannot be written: {error.strerror}.") from error
         yield
-    finally:
-        os.close(folder)
 
 
 def _write(path: Path, entries: list[KeyEntry]) -> None:

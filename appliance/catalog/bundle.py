@@ -7,9 +7,12 @@ A folder without `config.yaml` (Triton's layout), a bare `model.onnx` in a folde
 too: `importer.py` then says what they are. Nothing outside the bundle is ever read.
 """
 
+import errno
 import hashlib
 import os
 import re
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from appliance.core.config import Name
 from appliance.core.errors import BundleInvalid
+from appliance.core.files import printable
 from appliance.core.types import NAME_PATTERN, Concept, ModelKey
 
 CONFIG_FILE = "config.yaml"
@@ -44,9 +48,19 @@ CLARIFAI_KEYS = frozenset(
 )
 """Top-level keys of Clarifai's own config.yaml (PROTOCOL 4.6); we read the first three and let the others be."""
 
+REPLACED = ".replaced-"
+"""Beginning of a hidden folder's name: a version that `models add --replace` has set aside; see changes.py."""
+
 MAX_CONFIG_BYTES = 2**20
+MAX_TEXT_BYTES = 16 * 2**20
+"""Largest text file that is read of a bundle; a tokenizer.json or a list of labels is a tenth of it at most."""
 MAX_ALIASES = 20
 """YAML aliases in one config.yaml: each level of them may multiply what comes out ("billion laughs")."""
+
+_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+_NO_LABEL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What no text may hold, as no reply, page or terminal could show it: lone surrogates, and control characters except
+tabs and ends of lines; a name or a concept is one line."""
 
 Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -254,11 +268,15 @@ def read_config(
     Returns: the complete config; or None, the model section and concepts, when the importer must look at the graph.
     Raises:  BundleInvalid: every problem of the file at once.
     """
+    _check_name(bundle)
     check_links(bundle)
     path = bundle / CONFIG_FILE
     if not path.is_file():
         return None, None, ()
     raw = _read_yaml(path)
+    unreadable = list(_unshowable(raw))
+    if unreadable:
+        raise BundleInvalid(f"{path} has problems: {'; '.join(unreadable[:20])}.")
     unknown = sorted(str(key) for key in raw if key not in CLARIFAI_KEYS and key != "onnx")
     problems = [f"{key}: is not a key we know" for key in unknown]
     try:
@@ -270,6 +288,9 @@ def read_config(
         ]
         raise BundleInvalid(f"{path} has problems: {'; '.join(problems)}.") from error
     concepts = tuple(Concept(entry.id, entry.name or entry.id) for entry in file.concepts)
+    if _NO_LABEL.search(file.model.name):
+        problems.append(f"model.name: {_WHY_NO_LABEL}")
+    problems += _concept_problems(concepts)
     problems += _duplicates(concepts)
     if file.onnx is not None:
         problems += _type_problems(file.model.model_type_id, file.onnx)
@@ -307,15 +328,54 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise BundleInvalid(f"{path} is over {MAX_CONFIG_BYTES} bytes; put labels into a labels.txt.")
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a SafeLoader
+        raw = yaml.load(read_text(path, MAX_CONFIG_BYTES), _Loader)  # noqa: S506  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: not UTF-8, or a date like 2024-99-99. RecursionError: thousands of brackets.
+        # ValueError: a date like 2024-99-99. RecursionError: thousands of brackets.
         raise BundleInvalid(f"{path} is not YAML: {' '.join(str(error).split())}. Mend that line.") from error
     except OSError as error:
         raise BundleInvalid(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(raw, dict):
         raise BundleInvalid(f"{path} must be a mapping with a `model:` section; see models/README.md.")
     return raw
+
+
+_WHY_NO_TEXT = "holds a control character or half of a surrogate pair; take it out"
+_WHY_NO_LABEL = "holds a line end, a control character or half of a surrogate pair; take it out"
+
+
+def _unshowable(raw: object) -> Iterator[str]:
+    """A problem for every key or text of a YAML document that nothing could show, with the place of it."""
+    seen: set[int] = set()  # an alias may lead to what was seen, even in a circle
+    waiting: list[tuple[str, object]] = [("", raw)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, str):
+            if _NO_TEXT.search(value):
+                yield f"{place}: {_WHY_NO_TEXT}"
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            pairs = list(value.items() if isinstance(value, dict) else enumerate(value))
+            for key, inner in reversed(pairs):
+                inside = f"{place}.{printable(key)}".removeprefix(".")
+                if isinstance(key, str) and _NO_TEXT.search(key):
+                    yield f"{inside}: this key {_WHY_NO_TEXT}"
+                waiting.append((inside, inner))
+
+
+def _concept_problems(concepts: tuple[Concept, ...]) -> list[str]:
+    return [
+        f"concepts.{index}: {_WHY_NO_LABEL}"
+        for index, concept in enumerate(concepts)
+        if _NO_LABEL.search(concept.id) or _NO_LABEL.search(concept.name)
+    ]
+
+
+def check_labels(concepts: tuple[Concept, ...], path: Path, key: str) -> tuple[Concept, ...]:
+    """The concepts that a file says there are. Raises: BundleInvalid: one of them could not be shown; names it."""
+    for index, concept in enumerate(concepts):
+        if _NO_LABEL.search(concept.name):
+            raise BundleInvalid(f"{path}: {key}{index} {_WHY_NO_LABEL}.")
+    return concepts
 
 
 def _type_problems(model_type_id: str | None, onnx: OnnxSection) -> list[str]:
@@ -342,8 +402,13 @@ def concepts_of(config: BundleConfig, version: VersionFolder) -> tuple[Concept, 
     for folder in () if version.bare else (version.path, version.path.parent):
         for name in LABEL_FILES:
             if (folder / name).is_file():
-                labels = read_text(folder / name).splitlines()
-                return tuple(Concept(label, label) for label in (line.strip() for line in labels) if label)
+                text = read_text(folder / name)
+                bad = _NO_TEXT.search(text)
+                if bad:
+                    line = text.count("\n", 0, bad.start()) + 1
+                    raise BundleInvalid(f"{folder / name}: line {line} {_WHY_NO_TEXT}.")
+                labels = (line.strip() for line in text.splitlines())
+                return tuple(Concept(label, label) for label in labels if label)
     return ()
 
 
@@ -369,28 +434,72 @@ def find_versions(bundle: Path, file: str = "model.onnx") -> list[VersionFolder]
     return found
 
 
-def read_text(path: Path) -> str:
-    """A text file of a bundle. Raises: BundleInvalid: it is not UTF-8, or cannot be read."""
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """A text file of a bundle. Raises: BundleInvalid: see `read_bytes`; or it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BundleInvalid(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+        raise BundleInvalid(f"{printable(path)} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+
+
+def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
+    """The bytes of a small file of a bundle; never waits for a pipe, nor for a device.
+
+    Raises: BundleInvalid: it cannot be read, is no regular file, or has more than `limit` bytes.
+    """
+    shown = printable(path)
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BundleInvalid(f"{shown} {_WHY_NO_FILE}")
+            content = file.read(limit + 1)
     except OSError as error:
-        raise BundleInvalid(f"{path} cannot be read: {error.strerror}.") from error
+        why = _WHY_NO_FILE if error.errno in (errno.ENXIO, errno.EISDIR) else f"cannot be read: {error.strerror}."
+        raise BundleInvalid(f"{shown} {why}") from error
+    if len(content) > limit:
+        raise BundleInvalid(f"{shown} is over {limit} bytes; no bundle needs that.")
+    return content
+
+
+_WHY_NO_FILE = "is not a regular file; put the file itself there, or take it away."
+
+
+def _check_name(bundle: Path) -> None:
+    """Raises: BundleInvalid: a folder or file of that name cannot be a bundle."""
+    name = bundle.stem if bundle.is_file() else bundle.name
+    if not NAME_PATTERN.fullmatch(name):
+        raise BundleInvalid(
+            f"{printable(bundle)} cannot be a bundle's name; use letters, digits and . _ - inside, at most 64 of them."
+        )
 
 
 def check_links(bundle: Path) -> None:
-    """See that no link in a bundle leads out of it. Raises: BundleInvalid: names the first that does."""
+    """See that what lies in a bundle can be named and read, and that no link leads out of it.
+
+    Raises: BundleInvalid: names the first whose name is not printable UTF-8, that leads out, or that is no file.
+    """
     if not bundle.is_dir():
         return
     root = bundle.resolve()
     for folder, folders, files in os.walk(bundle):
         for name in [*folders, *files]:
             path = Path(folder, name)
+            if _NO_LABEL.search(name):
+                raise BundleInvalid(f"{printable(path)}: the file's name is not printable UTF-8; rename it.")
             if path.is_symlink() and not _real(path).is_relative_to(root):
                 raise BundleInvalid(
                     f"{path} leads out of the bundle {bundle}; everything a bundle needs must lie inside it."
                 )
+            if name in files and not _is_regular(path):
+                raise BundleInvalid(f"{path} {_WHY_NO_FILE}")
+
+
+def _is_regular(path: Path) -> bool:
+    """Whether it is a regular file, or not there: a link to nowhere, removed meanwhile."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
 
 
 def _real(path: Path) -> Path:
@@ -407,7 +516,8 @@ def check_inside(bundle: Path, path: Path) -> Path:
     if not real.is_relative_to(root):
         raise BundleInvalid(f"{path} leads out of the bundle {bundle}; everything a bundle needs must lie inside it.")
     if not real.is_file():
-        raise BundleInvalid(f"{path} is missing; put it there or mend the config.")
+        why = _WHY_NO_FILE if real.exists() else "is missing; put it there or mend the config."
+        raise BundleInvalid(f"{printable(path)} {why}")
     return real
 
 
@@ -418,22 +528,24 @@ def signature(path: Path) -> tuple[tuple[str, int, int, int], ...]:
     that could not be read is tried again once they are mended.
     """
     if path.is_file():
-        stat = path.stat()
-        return ((path.name, stat.st_size, stat.st_mtime_ns, _identity(stat)),)
+        found = path.stat()
+        return ((path.name, found.st_size, found.st_mtime_ns, _identity(found)),)
     entries = []
-    for folder, _, files in os.walk(path):
+    for folder, folders, files in os.walk(path):
+        # A version set aside while another takes its place is not part of the bundle any more.
+        folders[:] = [name for name in folders if not name.startswith(REPLACED)]
         for name in files:
             file = Path(folder, name)
             try:
-                stat = file.stat()
+                found = file.stat()
             except OSError:
                 continue  # a link to nowhere, or removed meanwhile: the next look tells
-            entries.append((str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns, _identity(stat)))
+            entries.append((str(file.relative_to(path)), found.st_size, found.st_mtime_ns, _identity(found)))
     return tuple(sorted(entries))
 
 
-def _identity(stat: os.stat_result) -> int:
-    return hash((stat.st_ino, stat.st_mode, stat.st_uid, stat.st_gid))
+def _identity(found: os.stat_result) -> int:
+    return hash((found.st_ino, found.st_mode, found.st_uid, found.st_gid))
 
 
 def checksums(version: VersionFolder) -> dict[str, str]:

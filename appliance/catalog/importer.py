@@ -20,7 +20,9 @@ from appliance.catalog.bundle import (
     ModelSection,
     OnnxSection,
     VersionFolder,
+    check_labels,
     concepts_of,
+    read_bytes,
 )
 from appliance.catalog.graph import axes, graph_inputs, read_graph
 from appliance.core.errors import BundleInvalid
@@ -194,10 +196,12 @@ def _activation(graph: ModelProto, version: VersionFolder, output: str) -> str:
 
 
 def _hf_labels(version: VersionFolder) -> tuple[Concept, ...]:
-    labels = _json(version.path / "config.json").get("id2label")
+    path = version.path / "config.json"
+    labels = _json(path).get("id2label")
     if not isinstance(labels, dict) or set(labels) != {str(index) for index in range(len(labels))}:
         return ()
-    return tuple(Concept(str(labels[str(i)]), str(labels[str(i)])) for i in range(len(labels)))
+    names = [str(labels[str(index)]) for index in range(len(labels))]
+    return check_labels(tuple(Concept(name, name) for name in names), path, "id2label.")
 
 
 def _hf_image(made: dict[str, Any]) -> dict[str, Any] | None:
@@ -232,8 +236,14 @@ def _pooling(version: VersionFolder) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """What a file beside the model says; nothing when it is not there or not JSON.
+
+    Raises: BundleInvalid: it is no regular file, cannot be read, or is too large.
+    """
+    if not path.exists():
+        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_bytes(path))
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

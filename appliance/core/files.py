@@ -1,13 +1,55 @@
-"""Files that are replaced as a whole, for the service to read and nobody else."""
+"""Files that are replaced as a whole, for the service to read and nobody else; folders that one process changes at a
+time; and names of files as they may be shown."""
 
 import contextlib
+import errno
+import fcntl
 import grp
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 SERVICE_GROUP = "inference-appliance"
 """The group that the service runs in; what root writes for it is readable by that group."""
+
+_NO_LOCKS = frozenset({errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
+"""What flock(2) says of a folder where the file system has no locks for folders, NFS for one."""
+
+# Control characters, line and paragraph separators, direction overrides, lone surrogates.
+_UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """The text of anything on one line that every terminal, log and encoding takes: what they do not is escaped."""
+    return _UNSHOWABLE.sub(_escaped, str(text))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    # A byte of a file name that is not UTF-8 reaches Python as a surrogate (PEP 383): show that byte.
+    return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else found[0].encode("unicode_escape").decode()
+
+
+@contextlib.contextmanager
+def alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keep out others who want to change the same folder: a lock on it, freed too when the process is killed.
+
+    Without effect where the file system cannot lock a folder.
+
+    Raises: OSError: the folder cannot be opened; somebody has the lock (BlockingIOError) and `wait` is not wanted.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 def service_group() -> int | None:

@@ -5,6 +5,7 @@ What the `appliance` command asks for (/status, /reload, /look) is on the socket
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import stat
@@ -40,6 +41,13 @@ class Operations(Protocol):
         """Look at the catalog's root now."""
 
 
+class _Json(JSONResponse):
+    """JSON in ASCII, whatever a bundle put into a string: no page may fail for it."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, ensure_ascii=True, default=str, separators=(",", ":")).encode("ascii")
+
+
 def public_app(operations: Operations, registry: CollectorRegistry) -> Starlette:
     """The pages of the loopback port."""
 
@@ -48,7 +56,7 @@ def public_app(operations: Operations, registry: CollectorRegistry) -> Starlette
 
     async def readyz(request: Request) -> Response:
         ready, content = operations.readiness()
-        return JSONResponse(content, status_code=200 if ready else 503)
+        return _Json(content, status_code=200 if ready else 503)
 
     async def metrics(request: Request) -> Response:
         if "application/openmetrics-text" in request.headers.get("accept", ""):
@@ -65,17 +73,17 @@ def private_app(operations: Operations, registry: CollectorRegistry) -> Starlett
     """The pages of the unix socket: the public ones and the operator's."""
 
     async def status(request: Request) -> Response:
-        return JSONResponse(operations.describe())
+        return _Json(operations.describe())
 
     async def reload(request: Request) -> Response:
         try:
-            return JSONResponse({"ok": True, "message": await operations.reload()})
+            return _Json({"ok": True, "message": await operations.reload()})
         except ApplianceError as error:
-            return JSONResponse({"ok": False, "message": str(error)}, status_code=409)
+            return _Json({"ok": False, "message": str(error)}, status_code=409)
 
     async def look(request: Request) -> Response:
         await operations.look()
-        return JSONResponse(operations.describe())
+        return _Json(operations.describe())
 
     app = public_app(operations, registry)
     app.router.routes += [
@@ -107,6 +115,7 @@ class AdminServer:
             raise
         self.port: int = tcp.getsockname()[1]
         self._path = settings.socket
+        self._inode = settings.socket.stat().st_ino
         self._sockets = (tcp, unix)
         self._servers = (
             _server(public_app(operations, registry)),
@@ -128,7 +137,9 @@ class AdminServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for bound in self._sockets:
             bound.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if self._path.stat().st_ino == self._inode:  # nobody else's
+                self._path.unlink()
 
 
 def _server(app: Callable[..., Awaitable[None]]) -> uvicorn.Server:
@@ -165,12 +176,18 @@ def bind_unix(path: Path) -> socket.socket:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(path.lstat().st_mode):
                 raise ConfigError(f"admin.socket {path} is a file that is not a socket; remove it, or name another.")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    raise ConfigError(f"Another appliance answers on admin.socket {path}; stop it, or name another.")
             path.unlink()
         before = os.umask(0o117)
         try:
             bound.bind(str(path))
         finally:
             os.umask(before)
+    except ConfigError:
+        bound.close()
+        raise
     except OSError as error:
         bound.close()
         raise ConfigError(f"admin.socket {path} cannot be bound: {error.strerror or error}.") from error

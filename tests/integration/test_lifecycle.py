@@ -297,6 +297,21 @@ class TestStart:
         assert refused.returncode == 2
         assert "Another appliance" in refused.stderr
 
+    def test_another_daemons_admin_socket_is_left_alone(self, appliance: Appliance, make_appliance: Make) -> None:
+        socket_path = appliance.home / "admin.sock"
+        refused = make_appliance("digits", admin={"socket": str(socket_path)}).command("serve", check=False)
+        assert refused.returncode == 2
+        assert f"admin.socket {socket_path}" in refused.stderr
+        assert appliance.admin("/readyz")["ready"] is True
+
+    def test_after_a_kill_it_starts_again(self, appliance: Appliance, pki: Pki) -> None:
+        """What a killed daemon leaves (its socket, its lock file) is in nobody's way."""
+        assert appliance.process is not None
+        appliance.process.kill()
+        appliance.process.wait()
+        appliance.start()
+        assert answers(appliance, pki.ca)
+
     def test_a_taken_port_is_an_error_that_names_it(self, make_appliance: Make) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
