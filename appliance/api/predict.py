@@ -108,6 +108,9 @@ class Predictions:
             for index, result in zip(members, results, strict=True):
                 answers[index] = result
 
+        if len(groups) == 1:  # the usual case needs no tasks
+            await answer(*groups.popitem())
+            return answers  # type: ignore[return-value]  # every place has been filled
         # Groups share the queue, so that inputs with options of their own are still one batch.
         jobs = [asyncio.ensure_future(answer(options, members)) for options, members in groups.items()]
         try:

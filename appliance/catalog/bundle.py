@@ -269,6 +269,8 @@ def read_config(
     Raises:  BundleInvalid: every problem of the file at once.
     """
     _check_name(bundle)
+    if bundle.exists() and not (bundle.is_dir() or bundle.is_file()):
+        raise BundleInvalid(f"{bundle} {_WHY_NO_FILE}")
     check_links(bundle)
     path = bundle / CONFIG_FILE
     if not path.is_file():

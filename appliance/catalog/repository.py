@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from appliance.catalog import bundle as bundles
-from appliance.catalog import importer
+from appliance.catalog import changes, importer
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.state import Memory, read_held
 from appliance.core.config import Catalog
@@ -28,7 +28,8 @@ from appliance.core.errors import (
     NotReady,
     UnknownModel,
 )
-from appliance.core.types import ModelKey
+from appliance.core.files import printable
+from appliance.core.types import NAME_PATTERN, ModelKey
 
 _log = logging.getLogger(__name__)
 
@@ -182,6 +183,7 @@ class Repository(Generic[S]):
         self._memory = Memory(settings.state_dir)
         self._held = read_held(settings.state_dir)
         self._held_problem = ""
+        self._root_problem = ""
 
     # ---- asking ----
 
@@ -258,7 +260,7 @@ class Repository(Generic[S]):
 
     def not_ready(self) -> dict[str, str]:
         """Bundles and versions that do not answer, and why; empty when all is well."""
-        problems = {}
+        problems = {"catalog.root": self._root_problem} if self._root_problem else {}
         for bundle in self.bundles:
             if bundle.problem:
                 problems[bundle.name] = bundle.problem
@@ -282,6 +284,8 @@ class Repository(Generic[S]):
             self._wake.clear()
             try:
                 await self.look()
+            except ConfigError:
+                pass  # the root cannot be read: said when it was new
             except Exception:
                 # One bad look (a disk error, say) must not end the watch; the next one may be better.
                 _log.exception("looking at the catalog failed")
@@ -305,7 +309,10 @@ class Repository(Generic[S]):
                 return
 
     async def look(self) -> None:
-        """Compare the root with what is served, and start what is needed to make them equal."""
+        """Compare the root with what is served, and start what is needed to make them equal.
+
+        Raises: ConfigError: the root cannot be read; what is loaded goes on.
+        """
         async with self._looking:
             await self._look()
 
@@ -318,14 +325,22 @@ class Repository(Generic[S]):
                 _log.error("%s What was held back before stays so.", error)
             self._held_problem = str(error)
         held = self._held
-        paths = await asyncio.to_thread(bundle_paths, self.settings.root)
+        paths = await self._paths()
         for name in sorted(set(self._bundles) - set(paths)):
             self._forget_bundle(name)
         for name, path in paths.items():
             self._bundles.setdefault(name, Bundle(name, path)).path = path
         for name, path in sorted(paths.items()):
             bundle = self._bundles[name]
-            signature, changed_at = await asyncio.to_thread(_look_at, path)
+            try:
+                signature, changed_at = await asyncio.to_thread(_look_at, path)
+            except FileNotFoundError:
+                continue  # removed meanwhile: the next look tells
+            except OSError as error:
+                bundle.settling, bundle.done = False, None
+                if printable(error) != bundle.problem:
+                    self._unreadable(bundle, str(error))
+                continue
             signature = (path, *signature, held.get(name, frozenset()))
             now = time.monotonic()
             if signature != bundle.seen:
@@ -336,6 +351,26 @@ class Repository(Generic[S]):
                 await self._read_bundle(bundle, held.get(name, frozenset()))
                 bundle.done = signature
         self._looked.set()
+
+    async def _paths(self) -> dict[str, Path]:
+        """Where the bundles lie. Raises: ConfigError: the root cannot be read; logged when that is new."""
+        try:
+            if self._remember:
+                await asyncio.to_thread(changes.mend, self.settings.root)
+            paths = await asyncio.to_thread(bundle_paths, self.settings.root)
+        except OSError as error:
+            why = printable(error.strerror or error)
+            problem = f"catalog.root {self.settings.root} cannot be read ({why}); what is loaded goes on. Put it back."
+            if problem != self._root_problem:
+                self._root_problem = problem
+                _log.error("%s", problem)
+                self._changed()
+            raise ConfigError(problem) from error
+        if self._root_problem:
+            self._root_problem = ""
+            _log.info("catalog.root %s can be read again", self.settings.root)
+            self._changed()
+        return paths
 
     async def close(self) -> None:
         """Stop loading, and let every servable go."""
@@ -374,7 +409,7 @@ class Repository(Generic[S]):
         self._changed()
 
     def _unreadable(self, bundle: Bundle[S], problem: str) -> None:
-        bundle.problem = problem
+        bundle.problem = problem = printable(problem)
         _log.error("bundle cannot be read: %s", problem, extra={"bundle": bundle.name})
         self._changed()
 
@@ -510,13 +545,21 @@ async def _drain(running: _Running[S]) -> None:
 
 
 def bundle_paths(root: Path) -> dict[str, Path]:
-    """Folders and `.onnx` files under the root; hidden names are work in progress. Raises: OSError."""
+    """Folders and `.onnx` files under the root; hidden names are work in progress. Raises: OSError.
+
+    A name that no bundle may have (`read_config` refuses it) is there in a spelling that can be shown everywhere.
+    """
     paths: dict[str, Path] = {}
     for path in sorted(root.iterdir(), key=lambda path: (path.is_file(), path.name)):
         if not path.name.startswith(".") and (path.is_dir() or path.suffix == ".onnx"):
             name = path.stem if path.is_file() and path.stem not in paths else path.name
-            paths[name] = path
+            paths[name if NAME_PATTERN.fullmatch(name) else _spelled(name)] = path
     return paths
+
+
+def _spelled(name: str) -> str:
+    """A file's name in printable characters; backslashes are doubled, so that no two names become one."""
+    return printable(name.replace("\\", "\\\\"))
 
 
 def _look_at(path: Path) -> tuple[Signature, float]:

@@ -7,11 +7,13 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from appliance.api import keys as store
 from appliance.api.keys import DEFAULT_PRINCIPAL
 from appliance.core import config as configuration
 from appliance.core.errors import ConfigError
+from appliance.core.files import printable
 
 _KEYS_FILE = click.option(
     "--keys-file", type=click.Path(path_type=Path), help="Instead of the configured auth.keys_file."
@@ -57,7 +59,8 @@ def list_keys(config_file: Path | None, as_json: bool, keys_file: Path | None) -
     table = Table("id", "principal", "made", "note")
     for entry in entries:
         made = datetime.fromtimestamp(entry.created_at, UTC).strftime("%Y-%m-%d %H:%M")
-        table.add_row(entry.id, entry.principal, made, entry.note)
+        # What the file says is data: no markup for the table, and nothing that steers the terminal.
+        table.add_row(*(Text(printable(cell)) for cell in (entry.id, entry.principal, made, entry.note)))
     Console().print(table)
 
 

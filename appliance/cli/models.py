@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from appliance.catalog import bundle as bundles
 from appliance.catalog import changes, importer
@@ -17,6 +18,7 @@ from appliance.cli import admin
 from appliance.core import config as configuration
 from appliance.core.config import Config
 from appliance.core.errors import BundleInvalid, ConfigError
+from appliance.core.files import printable
 
 _WAIT = click.option("--wait", type=float, default=0.0, help="Seconds to wait until the daemon serves the change.")
 
@@ -39,9 +41,9 @@ def list_models(config_file: Path | None, as_json: bool) -> None:
     table = Table("bundle", "model", "version", "state", "why not")
     for row in rows:
         for entry in row["versions"]:
-            table.add_row(row["bundle"], row["model"], entry["version"], entry["state"], entry["problem"])
+            _add_row(table, row["bundle"], row["model"], entry["version"], entry["state"], entry["problem"])
         if row["problem"]:
-            table.add_row(row["bundle"], row["model"], "", "", row["problem"])
+            _add_row(table, row["bundle"], row["model"], "", "", row["problem"])
     Console().print(table)
 
 
@@ -54,9 +56,13 @@ def list_models(config_file: Path | None, as_json: bool) -> None:
 def add(config_file: Path | None, source: Path, name: str, replace: bool, wait: float) -> None:
     """Add a bundle, new versions of one, or a bare .onnx file."""
     config = configuration.load(config_file).config
-    name, versions, sentence = changes.add(source, config.catalog, name=name, replace=replace)
-    click.echo(f"added {name}, version {', '.join(versions)}" + (f"\n{sentence}" if sentence else ""))
-    _settle(config, name, wait)
+    added = changes.add(source, config.catalog, name=name, replace=replace)
+    click.echo(f"added {added.name}, version {', '.join(added.versions)}")
+    if added.released:
+        click.echo(f"no longer held back: {', '.join(added.released)}")
+    if added.sentence:
+        click.echo(printable(added.sentence))
+    _settle(config, added.name, wait)
 
 
 @models.command()
@@ -111,11 +117,16 @@ def inspect(config_file: Path | None, name: str, as_json: bool) -> None:
         click.echo(f"\nversion {version.id}: {entry.get('state', 'on disk')}")
         for key in ("problem", "device", "batching", "load_seconds"):
             if entry.get(key):
-                click.echo(f"  {key.replace('_', ' ')}: {entry[key]}")
+                click.echo(f"  {key.replace('_', ' ')}: {printable(entry[key])}")
         for note in entry.get("notes", ()):
-            click.echo(f"  note: {note}")
+            click.echo(f"  note: {printable(note)}")
         for file, digest in (entry.get("sha256") or bundles.checksums(version)).items():
-            click.echo(f"  sha256 {digest}  {file}")
+            click.echo(f"  sha256 {digest}  {printable(file)}")
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """What bundles say is data: no markup for the table, and nothing that steers the terminal."""
+    table.add_row(*(Text(printable(cell)) for cell in cells))
 
 
 def _catalog(config: Config) -> list[dict[str, Any]]:
@@ -141,7 +152,7 @@ def _on_disk(config: Config) -> list[dict[str, Any]]:
                 for v in bundles.find_versions(path, explicit.onnx.file if explicit else "model.onnx")
             ]
         except (BundleInvalid, OSError) as error:
-            row["problem"] = str(error)
+            row["problem"] = printable(error)
         rows.append(row)
     return rows
 
@@ -168,7 +179,9 @@ def _settle(config: Config, name: str, wait_s: float) -> None:
             return
         problem = row["problem"] or next((v["problem"] for v in row["versions"] if v["state"] == "failed"), "")
         if time.monotonic() >= deadline:
-            raise ConfigError(f"{name} is not served after {wait_s:g} s: {problem or 'still loading'}")
+            held = bool(row["versions"]) and all(v["state"] == "held" for v in row["versions"])
+            why = problem or ("all its versions are held back" if held else "still loading")
+            raise ConfigError(f"{name} is not served after {wait_s:g} s: {why}")
         if any(v["state"] == "failed" for v in row["versions"]):
             raise ConfigError(f"{name} cannot be served: {problem}")
         time.sleep(0.2)
@@ -176,4 +189,4 @@ def _settle(config: Config, name: str, wait_s: float) -> None:
 
 def _served(row: dict[str, Any]) -> bool:
     states = {entry["state"] for entry in row["versions"]}
-    return bool(states) and states <= {"ready", "held"} and not row["problem"]
+    return "ready" in states and states <= {"ready", "held"} and not row["problem"]

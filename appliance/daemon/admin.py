@@ -82,7 +82,8 @@ def private_app(operations: Operations, registry: CollectorRegistry) -> Starlett
             return _Json({"ok": False, "message": str(error)}, status_code=409)
 
     async def look(request: Request) -> Response:
-        await operations.look()
+        with contextlib.suppress(ApplianceError):  # the root cannot be read: the catalog and /readyz say so
+            await operations.look()
         return _Json(operations.describe())
 
     app = public_app(operations, registry)

@@ -8,6 +8,7 @@ from clarifai_grpc.grpc.api.status import status_code_pb2
 from support import graphs
 from support.api_world import IDS, World
 
+from appliance.api import messages
 from appliance.api.catalogue import RPCS, page
 from appliance.core.config import Principal
 from appliance.core.errors import InvalidRequest
@@ -156,6 +157,31 @@ async def test_models_are_listed(world: World) -> None:
     assert await listed(name="COL*") == ["colours"]
     assert await listed(search="vect") == ["vector"]
     assert await listed(name="no such") == []
+
+
+@pytest.mark.parametrize("rpc", ["ListModels", "ListConcepts"])
+async def test_what_cannot_be_shown_is_left_out_and_logged_and_the_others_are_listed(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rpc: str
+) -> None:
+    """One bundle must not empty the list for everybody."""
+    client = world.api()
+    kind = getattr(service_pb2, f"{rpc}Request")
+    (before,) = [value for field, value in (await client.ask(rpc, of(kind, per_page=1000))).ListFields()[1:]]
+    brief, concepts = messages.model_full, messages.concept_messages
+
+    def full(version: Any) -> Any:
+        return brief(version) if version.config.key.model_id != "wide" else resources_pb2.Model(name="\ud800")
+
+    def listed(servable: Any) -> Any:
+        return concepts(servable) if servable.key.model_id != "wide" else [resources_pb2.Concept(name="\ud800")]
+
+    monkeypatch.setattr(messages, "model_full", full)
+    monkeypatch.setattr(messages, "concept_messages", listed)
+    reply = await client.ask(rpc, of(kind, per_page=1000))
+    assert reply.status.code == 10000
+    (after,) = [value for field, value in reply.ListFields() if field.name != "status"]
+    assert 0 < len(after) < len(before)
+    assert "cannot be listed: " in caplog.text
 
 
 async def test_versions_are_listed_newest_first(world: World) -> None:

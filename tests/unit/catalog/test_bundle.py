@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+import socket
 import subprocess
 import time
 from dataclasses import replace
@@ -21,6 +23,7 @@ from appliance.catalog.bundle import (
     concepts_of,
     find_versions,
     read_config,
+    read_text,
     signature,
     verify_checksums,
     write_checksums,
@@ -267,12 +270,123 @@ def test_a_few_aliases_are_fine(tmp_path: Path) -> None:
     assert config_of(folder).key.model_id == "m"
 
 
-def test_a_folder_or_pipe_named_like_a_config_is_not_opened(tmp_path: Path) -> None:
+def test_a_folder_named_like_a_config_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "one" / "config.yaml").mkdir(parents=True)
-    (tmp_path / "two").mkdir()
-    os.mkfifo(tmp_path / "two" / "config.yaml")
-    for name in ("one", "two"):
-        assert read_config(tmp_path / name, "o", "a") == (None, None, ())
+    assert read_config(tmp_path / "one", "o", "a") == (None, None, ())
+
+
+# ---- names and texts that nothing could show -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["my model", "[red]", "-", "x" * 65, os.fsdecode(b"bad\xff"), "esc\x1b[31m"])
+def test_a_folder_whose_name_no_bundle_may_have_is_refused_by_a_printable_sentence(tmp_path: Path, name: str) -> None:
+    text = refusal(graphs.write_raw(tmp_path / "good").rename(tmp_path / name))
+    assert "cannot be a bundle's name" in text
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize("name", [b"note\xff.txt", b"a\x1b[31m", b"a\nb", b"deep\xff/file"])
+def test_a_file_whose_name_is_not_printable_utf_8_is_refused(tmp_path: Path, name: bytes) -> None:
+    folder = graphs.write_raw(tmp_path / "b")
+    path = Path(os.fsdecode(os.fsencode(folder / "1") + b"/" + name))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x")
+    text = refusal(folder)
+    assert "name is not printable UTF-8" in text
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize("bad", ["\\ud800", "\\e[31m", "\\x00", "\\x7f", "\\x9b", "\\b"])
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ('model: {id: m, name: "a%s"}', "model.name"),
+        ('model: {id: m, description: "a%s"}', "model.description"),
+        ('model: {id: m, model_type_id: "a%s"}', "model.model_type_id"),
+        ('model: {id: m}\nconcepts: [{id: a}, {id: b, name: "a%s"}]', "concepts.1.name"),
+        ('model: {id: m}\nconcepts: [{id: "a%s"}]', "concepts.0.id"),
+        ('model: {id: m}\nonnx: {scores: {output: "a%s"}}', "onnx.scores.output"),
+        ('model: {id: m}\nbuild_info: {deep: [&x [*x, "a%s"]]}', "build_info.deep.0.1"),
+        ('model: {id: m, "a%s": 1}', "this key"),
+    ],
+)
+def test_a_text_that_nothing_could_show_is_refused_with_its_key(
+    tmp_path: Path, content: str, key: str, bad: str
+) -> None:
+    text = refusal(written(tmp_path, content % bad))
+    assert key in text
+    assert "surrogate" in text
+    assert text.isprintable()
+
+
+def test_a_description_may_have_lines_and_a_name_or_concept_is_one_line(tmp_path: Path) -> None:
+    model: dict[str, Any] = {"id": "m", "description": "one\n\ttwo\r\n"}
+    assert config_of(written(tmp_path, {"model": model, "onnx": {}})).description == "one\n\ttwo\r\n"
+    assert "model.name" in refusal(written(tmp_path, {"model": {**model, "name": "a\nb"}, "onnx": {}}))
+    concepts = [{"id": "a"}, {"id": "b\nc"}]
+    assert "concepts.1" in refusal(written(tmp_path, {"model": model, "concepts": concepts, "onnx": {}}))
+
+
+def test_a_labels_file_with_a_control_character_is_refused_with_its_line(tmp_path: Path) -> None:
+    folder = graphs.write_raw(tmp_path / "b")
+    (folder / "1" / "labels.txt").write_bytes(b"cat\r\ndo\tg\r\n")
+    version = find_versions(folder)[0]
+    assert [concept.name for concept in concepts_of(config_of(folder), version)] == ["cat", "do\tg"]
+    (folder / "1" / "labels.txt").write_bytes(b"cat\ndog\x1b[31m\n")
+    with pytest.raises(BundleInvalid, match=r"labels\.txt: line 2 holds a control character"):
+        concepts_of(config_of(folder), version)
+
+
+# ---- files that are none ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "1/config.json", "1/labels.txt", "1/tokenizer.json", "1/SHA256SUMS"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_in_a_bundle_is_refused_and_not_waited_for(tmp_path: Path, name: str, linked: bool) -> None:
+    folder = graphs.write_raw(tmp_path / "b")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "pipe" if linked else folder / name)
+    if linked:
+        (folder / name).symlink_to(folder / "pipe")
+    assert "is not a regular file" in refusal(folder)
+
+
+def test_nothing_but_a_regular_file_of_a_bounded_size_is_read(tmp_path: Path) -> None:
+    """Also what took a file's place after the bundle was looked through."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"12345")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+    for name in ("pipe", "socket", "."):
+        with pytest.raises(BundleInvalid, match="is not a regular file"):
+            read_text(tmp_path / name)
+    with pytest.raises(BundleInvalid, match="is over 4 bytes"):
+        read_text(tmp_path / "large", 4)
+    assert read_text(tmp_path / "large", 5) == "12345"
+    os.truncate(tmp_path / "large", bundles.MAX_TEXT_BYTES + 1)
+    with pytest.raises(BundleInvalid, match="is over 16777216 bytes"):
+        read_text(tmp_path / "large")
+
+
+def test_a_pipe_named_like_a_bare_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "net.onnx")
+    assert "is not a regular file" in refusal(tmp_path / "net.onnx")
+
+
+def test_a_pipe_is_not_a_file_inside_a_bundle(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(BundleInvalid, match="is not a regular file"):
+            check_inside(tmp_path, tmp_path / name)
+
+
+def test_a_version_set_aside_does_not_change_what_a_bundle_looks_like(tmp_path: Path) -> None:
+    """Or every version were loaded again whenever one is replaced."""
+    folder = graphs.write_raw(tmp_path / "b")
+    before = signature(folder)
+    shutil.copytree(folder / "1", folder / ".replaced-1")
+    assert signature(folder) == before
 
 
 # ---- nothing outside -------------------------------------------------------------------------------------------------

@@ -253,6 +253,17 @@ def test_files_beside_the_model_that_are_not_json_say_nothing(tmp_path: Path, co
     assert raw(config)
 
 
+@pytest.mark.parametrize("bad", ["\ud800", "\x1b[31m", "a\nb"])
+def test_a_label_that_nothing_could_show_is_refused_with_its_key(tmp_path: Path, bad: str) -> None:
+    with pytest.raises(BundleInvalid, match=r"config\.json: id2label\.1 holds"):
+        understood(
+            tmp_path / "b",
+            graphs.image_classifier_model(2),
+            preprocessor_config_json=PREPROCESSOR,
+            config_json={"id2label": {"0": "cat", "1": bad}},
+        )
+
+
 @pytest.mark.parametrize("labels", [{"0": "a", "2": "b"}, {"1": "a", "2": "b"}, ["a", "b"], {"a": 0}, {}])
 def test_labels_that_do_not_count_from_zero_are_no_labels(tmp_path: Path, labels: object) -> None:
     config = understood(
@@ -315,7 +326,7 @@ def test_a_bare_file_is_named_after_itself(tmp_path: Path) -> None:
 
 
 def test_a_name_that_cannot_be_a_model_id_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleInvalid, match="cannot be a model id"):
+    with pytest.raises(BundleInvalid, match="cannot be a bundle's name"):
         understood(tmp_path / "my model", graphs.identity_model())
 
 

@@ -714,6 +714,90 @@ async def test_a_root_that_vanishes_for_a_while_stops_nothing(world: World) -> N
     await world.until("a", b"changed meanwhile")
 
 
+async def test_a_root_that_cannot_be_read_is_said_once_and_shown_until_it_is_back(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.put("a")
+    world.watch()
+    await world.until("a", b"good")
+    os.rename(world.root, world.root.with_name("away"))
+    await eventually_async(lambda: "catalog.root" in world.repository.not_ready(), what="the root's problem")
+    assert "No such file or directory" in world.repository.not_ready()["catalog.root"]
+    with pytest.raises(ConfigError, match=r"catalog\.root .* cannot be read"):
+        await world.repository.look()
+    assert len([record for record in caplog.records if "cannot be read" in record.message]) == 1
+    assert not any(record.exc_info for record in caplog.records)
+    assert world.content("a") == b"good"
+    os.rename(world.root.with_name("away"), world.root)
+    await eventually_async(lambda: not world.repository.not_ready(), what="the root is back")
+    assert world.content("a") == b"good"
+
+
+async def test_a_version_that_a_killed_add_set_aside_is_served_again(world: World) -> None:
+    folder = world.put("a")
+    (folder / "1").rename(folder / ".replaced-1")
+    world.watch()
+    await world.until("a", b"good")
+    assert not (folder / ".replaced-1").exists()
+
+
+async def test_only_looking_puts_nothing_back(world: World) -> None:
+    folder = world.put("a")
+    (folder / "1").rename(folder / ".replaced-1")
+    await Repository(world.settings(), world.load, remember=False).look()
+    assert (folder / ".replaced-1").exists()
+
+
+async def test_names_that_no_bundle_may_have_are_problems_under_printable_names(world: World) -> None:
+    """One folder must not keep `/readyz` and `/status` from being written."""
+    names = (b"bad\xff", b"esc\x1b[31m\nline", b"my model", rb"bad\xff")
+    for name in names:
+        os.mkdir(os.fsencode(world.root) + b"/" + name)
+    world.put("a")
+    os.mkfifo(os.fsencode(world.put("b") / "1") + b"/note\xff.txt")
+    world.watch()
+    await asyncio.wait_for(world.repository.wait_settled(), 20)
+    problems = world.repository.not_ready()
+    assert set(problems) == {r"bad\xff", r"esc\x1b[31m\nline", "my model", r"bad\\xff", "b"}
+    assert all(text.isprintable() for text in problems.values())
+    assert all(row["bundle"].isprintable() for row in describe(world.repository, lambda _: {}))  # type: ignore[attr-defined]
+    assert world.content("a") == b"good"
+
+
+@pytest.mark.parametrize(
+    "name", ["preprocessor_config.json", "config.json", "labels.txt", "tokenizer.json", "SHA256SUMS"]
+)
+async def test_a_pipe_in_one_bundle_does_not_keep_the_others_from_being_read(world: World, name: str) -> None:
+    os.mkfifo(world.put("a") / "1" / name)
+    world.watch()
+    await asyncio.wait_for(world.repository.wait_settled(), 20)
+    world.put("later")
+    await world.until("later", b"good")
+    assert "is not a regular file" in world.repository.not_ready()["a"]
+
+
+async def test_a_bundle_that_cannot_be_looked_at_hurts_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    look_at, broken = module._look_at, True
+
+    def flaky(path: Path) -> Any:
+        if broken and path.name == "a":
+            raise OSError(5, "Input/output error", str(path))
+        return look_at(path)
+
+    monkeypatch.setattr(module, "_look_at", flaky)
+    world.put("a")
+    world.put("b")
+    world.watch()
+    await world.until("b", b"good")
+    await world.repository.look()
+    assert "Input/output error" in world.repository.not_ready()["a"]
+    assert len([record for record in caplog.records if "Input/output" in record.message]) == 1
+    broken = False
+    await world.until("a", b"good")
+
+
 async def test_two_looks_at_once_do_not_disturb_each_other(world: World) -> None:
     world.put("a")
     repository = world.open()

@@ -85,6 +85,11 @@ def test_listing_without_a_file_lists_nothing(appliance: Command) -> None:
     assert json.loads(appliance.good("keys", "list", "--json")) == []
 
 
+def test_a_note_is_shown_as_text_without_markup_and_control_characters(appliance: Command) -> None:
+    appliance.good("keys", "create", "--note", "[/x] [red]\x1b[31m :smile:")
+    assert r"[/x] [red]\x1b[31m :smile:" in appliance.good("keys", "list")
+
+
 def test_a_broken_file_is_told_and_never_overwritten(appliance: Command) -> None:
     appliance.keys.write_text("broken")
     for arguments in (("create",), ("list",), ("revoke", "x")):

@@ -1,11 +1,15 @@
 """`appliance models` while the daemon does not run: every change is one rename, checked first, and undone by none."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +17,11 @@ from support import graphs
 from support.command import Command
 
 from appliance.catalog import bundle as bundles
+from appliance.catalog import changes
 from appliance.catalog.state import read_held
+from appliance.cli import admin
+from appliance.cli.models import _served
+from appliance.core.files import alone
 
 
 @pytest.fixture
@@ -322,3 +330,205 @@ def test_rollback_of_one_bundle_leaves_the_others_held(three: Command) -> None:
 
 def test_waiting_for_a_daemon_that_does_not_run_is_an_error(three: Command) -> None:
     assert "is it running" in three.bad("models", "rollback", "net", "--wait", "1")
+
+
+def test_rollbacks_at_once_are_both_kept(appliance: Command) -> None:
+    """Each reads, changes and writes the one file of what is held back."""
+    names = [f"net{index}" for index in range(4)]
+    for name in names:
+        for version in ("1", "2"):
+            graphs.write_raw(appliance.root / name, version=version)
+    settings = appliance.config.catalog
+    for _ in range(5):
+        (appliance.folder / "state" / "wanted.json").unlink(missing_ok=True)
+        with ThreadPoolExecutor(len(names)) as pool:
+            list(pool.map(lambda name: changes.rollback(name, "1", settings), names))
+        assert read_held(settings.state_dir) == dict.fromkeys(names, frozenset({"2"}))
+
+
+# ---- held back, and added again --------------------------------------------------------------------------------------
+
+
+def test_what_is_removed_is_no_longer_held_back(three: Command) -> None:
+    three.good("models", "rollback", "net", "--to", "1")
+    three.good("models", "remove", "net", "--version", "10")
+    assert held(three) == {"2"}
+    three.good("models", "remove", "net")
+    assert held(three) == set()
+
+
+def test_a_version_that_is_added_is_no_longer_held_back_and_that_is_said(three: Command, tmp_path: Path) -> None:
+    three.good("models", "rollback", "net", "--to", "1")
+    source = graphs.write_raw(tmp_path / "source" / "net", version="10")
+    assert "no longer held back: 10\n" in three.good("models", "add", source, "--replace")
+    assert held(three) == {"2"}
+
+
+def test_a_bundle_put_back_in_place_of_one_removed_by_hand_is_not_held_back(three: Command, tmp_path: Path) -> None:
+    three.good("models", "rollback", "net", "--to", "2")
+    shutil.rmtree(three.root / "net")
+    assert "no longer held back: 10\n" in three.good(
+        "models", "add", graphs.write_raw(tmp_path / "source" / "net", version="10")
+    )
+    assert held(three) == set()
+
+
+def test_what_is_held_back_and_unreadable_is_told_before_anything_is_changed(three: Command, tmp_path: Path) -> None:
+    (three.folder / "state" / "wanted.json").write_text("nothing")
+    before = tree(three.root)
+    source = graphs.write_raw(tmp_path / "source" / "net", version="3")
+    assert "wanted.json" in three.bad("models", "add", source)
+    assert "wanted.json" in three.bad("models", "remove", "net")
+    assert tree(three.root) == before
+
+
+@pytest.mark.parametrize(
+    ("states", "served"),
+    [(["ready"], True), (["ready", "held"], True), (["held"], False), ([], False), (["ready", "loading"], False)],
+)
+def test_waiting_ends_when_a_version_is_ready_and_none_is_on_its_way(states: list[str], served: bool) -> None:
+    row = {"bundle": "net", "problem": "", "versions": [{"state": state, "problem": ""} for state in states]}
+    assert _served(row) is served
+
+
+def test_waiting_for_a_bundle_that_is_held_back_says_so(three: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"bundle": "net", "problem": "", "versions": [{"version": "1", "state": "held", "problem": ""}]}
+    monkeypatch.setattr(admin, "ask", lambda *_, **__: {"catalog": [row]})
+    assert "all its versions are held back" in three.bad("models", "rollback", "net", "--wait", "0.01")
+
+
+# ---- replacing ends with the old one or the new one ------------------------------------------------------------------
+
+
+@pytest.fixture
+def replacement(appliance: Command, source: Path) -> tuple[dict[str, bytes], Path]:
+    """What lies under the root, with versions 1 and 2 of a bundle, and the source of others to replace them."""
+    shutil.copytree(source / "1", source / "2")
+    appliance.good("models", "add", source)
+    before = tree(appliance.root)
+    shutil.rmtree(source)
+    for version in ("1", "2"):
+        graphs.write_image_classifier(source, concepts=("dog", "cat"), opset=16, version=version)
+    return before, source
+
+
+@pytest.mark.parametrize("failing", range(1, 5))
+def test_a_replacement_that_fails_at_any_rename_leaves_all_as_it_was(
+    appliance: Command,
+    replacement: tuple[dict[str, bytes], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    failing: int,
+) -> None:
+    """Two renames for each of two versions."""
+    before, source = replacement
+    rename, count = os.rename, 0
+
+    def flaky(old: Path, new: Path) -> None:
+        nonlocal count
+        count += 1
+        if count == failing:
+            raise OSError(errno.ENOSPC, "No space left on device", str(new))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", flaky)
+    assert "No space left on device" in appliance.bad("models", "add", source, "--replace")
+    assert tree(appliance.root) == before
+    assert os.listdir(appliance.root) == ["cats"]
+
+
+def test_a_replacement_leaves_nothing_of_the_old_version(
+    appliance: Command, replacement: tuple[dict[str, bytes], Path]
+) -> None:
+    before, source = replacement
+    appliance.good("models", "add", source, "--replace")
+    after = tree(appliance.root)
+    assert set(after) == set(before)
+    assert after["cats/2/model.onnx"] == (source / "2" / "model.onnx").read_bytes()
+
+
+def test_a_version_that_a_killed_command_set_aside_is_put_back_by_the_next(appliance: Command, tmp_path: Path) -> None:
+    folder = graphs.write_raw(appliance.root / "net", version="1")
+    (folder / "1").rename(folder / ".replaced-1")
+    (folder / ".replaced-").mkdir()
+    appliance.good("models", "add", graphs.write_raw(tmp_path / "source" / "net", version="2"))
+    assert sorted(versions(appliance, "net")) == ["1", "2"]
+    assert not (folder / ".replaced-1").exists()
+
+
+def test_what_a_killed_command_set_aside_does_not_come_back_for_what_is_removed(appliance: Command) -> None:
+    folder = graphs.write_raw(appliance.root / "net", version="1")
+    shutil.copytree(folder / "1", folder / ".replaced-1")
+    appliance.good("models", "remove", "net", "--version", "1")
+    changes.mend(appliance.root)
+    assert tree(appliance.root).keys() == {"net/config.yaml"}
+
+
+def test_what_is_set_aside_is_not_put_back_while_another_command_is_at_it(appliance: Command) -> None:
+    folder = graphs.write_raw(appliance.root / "net", version="1")
+    (folder / "1").rename(folder / ".replaced-1")
+    with alone(appliance.root):
+        changes.mend(appliance.root)
+        assert not (folder / "1").exists()
+    changes.mend(appliance.root)
+    assert (folder / "1").is_dir()
+
+
+# ---- what a killed command left --------------------------------------------------------------------------------------
+
+
+def test_staging_folders_of_the_dead_are_swept_and_those_of_the_living_are_not(
+    appliance: Command, source: Path
+) -> None:
+    for name in ("dead", "early", "living"):
+        (appliance.root / f".staging-{name}" / "cats").mkdir(parents=True)
+    for name in ("dead", "living"):
+        (appliance.root / f".staging-{name}" / ".lock").touch()
+    with (appliance.root / ".staging-living" / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        appliance.good("models", "add", source)
+        assert sorted(os.listdir(appliance.root)) == [".staging-living", "cats"]
+    appliance.good("models", "remove", "cats")
+    assert os.listdir(appliance.root) == []
+
+
+def test_a_staging_folder_is_locked_while_its_maker_works(
+    appliance: Command, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = changes._stage
+
+    def add_another(*arguments: Any) -> Any:
+        monkeypatch.setattr(changes, "_stage", stage)
+        appliance.good("models", "add", source, "--name", "other")
+        return stage(*arguments)
+
+    monkeypatch.setattr(changes, "_stage", add_another)
+    appliance.good("models", "add", source)
+    assert sorted(os.listdir(appliance.root)) == ["cats", "other"]
+
+
+# ---- names and texts of strangers ------------------------------------------------------------------------------------
+
+
+def test_a_source_with_a_file_name_that_is_not_utf_8_is_refused_by_a_sentence(appliance: Command, source: Path) -> None:
+    Path(os.fsdecode(os.fsencode(source) + b"/1/note\xff.txt")).write_text("x")
+    assert r"note\xff.txt: the file's name is not printable UTF-8" in appliance.bad("models", "add", source)
+    assert os.listdir(appliance.root) == []
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_list_shows_markup_and_control_characters_as_text(
+    appliance: Command, monkeypatch: pytest.MonkeyPatch, running: bool
+) -> None:
+    for name in (b"[red]x[", b"[b]", b"esc\x1b[31m", b"bad\xff", b":smile:"):
+        os.mkdir(os.fsencode(appliance.root) + b"/" + name)
+    if running:
+        entry = {"version": "1", "state": "failed", "problem": "[/b] \x1b[31m \ud800"}
+        row = {"bundle": "[red]x[", "model": "", "problem": "", "versions": [entry]}
+        monkeypatch.setattr(admin, "ask", lambda *_: {"catalog": [row]})
+    output = appliance.good("models", "list")
+    shown = (
+        ["[red]x[", r"[/b] \x1b[31m \ud800"] if running else ["[red]x[", "[b]", r"esc\x1b[31m", r"bad\xff", ":smile:"]
+    )
+    assert all(text in output for text in shown)
+    assert "\x1b" not in output
+    json.loads(appliance.good("models", "list", "--json"))

@@ -1,5 +1,7 @@
 """Files are replaced as a whole, or not at all."""
 
+import errno
+import fcntl
 import os
 import stat
 import threading
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from appliance.core import files
-from appliance.core.files import write_atomically
+from appliance.core.files import alone, printable, write_atomically
 
 
 def mode_of(path: Path) -> int:
@@ -105,3 +107,28 @@ def test_readers_never_see_a_half_written_file(tmp_path: Path) -> None:
     stop.set()
     writer.join()
     assert seen <= set(contents)
+
+
+def test_one_changes_a_folder_at_a_time(tmp_path: Path) -> None:
+    with alone(tmp_path), pytest.raises(BlockingIOError), alone(tmp_path, wait=False):
+        pass
+    with alone(tmp_path, wait=False):
+        pass
+
+
+def test_a_file_system_without_locks_for_folders_is_worked_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS wants a file open for writing."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with alone(tmp_path):
+        pass
+
+
+def test_what_a_terminal_or_an_encoding_does_not_take_is_escaped() -> None:
+    name = Path(os.fsdecode(b"a\xff\x1b[31m\n")) / "\u202e\ud800 \u00e9"
+    assert printable(name) == r"a\xff\x1b[31m\n/\u202e\ud800 é"
