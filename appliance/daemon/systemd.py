@@ -1,10 +1,13 @@
 """What systemd is told: ready, reloading, stopping, a status line, and that we are alive."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
 
 from appliance.core.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 class Notifier:
@@ -51,5 +54,10 @@ class Notifier:
         self._notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
     def _notify(self, text: str) -> None:
-        if self._send is not None:
+        if self._send is None:
+            return
+        try:
             self._send(text)
+        except OSError as error:
+            # Whoever listened is gone; that is no reason to stop serving, or not to finish stopping.
+            _log.warning("systemd could not be notified: %s", error)
