@@ -120,15 +120,14 @@ class Api:
             "ListStatusCodes": catalogue.list_status_codes,
             "GetStatusCode": catalogue.get_status_code,
         }
-        found = {
-            name: Endpoint(unary=self._unary(_Rpc.named(name), handler), admit=self._admission(_Rpc.named(name)))
-            for name, handler in unary.items()
-        }
+        found = {}
+        for name, handler in unary.items():
+            rpc = _Rpc.named(name)
+            found[name] = Endpoint(unary=self._unary(rpc, handler), admit=self._admission(rpc))
         for name in ("GenerateModelOutputs", "StreamModelOutputs"):
             # Both answer message by message here: a generate request is a stream of one.
-            found[name] = Endpoint(
-                stream=self._stream(_Rpc.named(name), predictions.post), admit=self._admission(_Rpc.named(name))
-            )
+            rpc = _Rpc.named(name)
+            found[name] = Endpoint(stream=self._stream(rpc, predictions.post), admit=self._admission(rpc))
         assert set(found) == set(RPCS)
         served = {f"/{_SERVICE.full_name}/{name}": endpoint for name, endpoint in found.items()}
         return served | self.health.endpoints() | reflection_endpoints(self._authenticator)

@@ -414,6 +414,11 @@ def concepts_of(config: BundleConfig, version: VersionFolder) -> tuple[Concept, 
     return ()
 
 
+def graph_file(config: BundleConfig | None) -> str:
+    """The name of the ONNX file in each version's folder; `model.onnx` where no config says otherwise."""
+    return config.onnx.file if config else "model.onnx"
+
+
 def find_versions(bundle: Path, file: str = "model.onnx") -> list[VersionFolder]:
     """The versions that lie in a bundle, in no particular order.
 

@@ -145,7 +145,7 @@ def find(name: str, settings: Catalog) -> Path:
 def _file(bundle: Path, settings: Catalog) -> str:
     """Name of the ONNX file in a bundle's versions."""
     config, _, _ = bundles.read_config(bundle, settings.user_id, settings.app_id)
-    return config.onnx.file if config else "model.onnx"
+    return bundles.graph_file(config)
 
 
 def _stage(source: Path, folder: Path, settings: Catalog) -> tuple[list[VersionFolder], BundleConfig]:
@@ -157,13 +157,13 @@ def _stage(source: Path, folder: Path, settings: Catalog) -> tuple[list[VersionF
         bundles.check_links(source)
         shutil.copytree(source, folder, symlinks=False, ignore=shutil.ignore_patterns(".*", "__pycache__"))
     config, model, concepts = bundles.read_config(folder, settings.user_id, settings.app_id)
-    versions = bundles.find_versions(folder, config.onnx.file if config else "model.onnx")
+    versions = bundles.find_versions(folder, bundles.graph_file(config))
     if versions[0].path == folder:
         # A bare model.onnx at the top: give it the version folder that the layout has.
         (folder / "1").mkdir()
         for path in [p for p in folder.iterdir() if p.name not in ("1", CONFIG_FILE)]:
             os.rename(path, folder / "1" / path.name)
-        versions = bundles.find_versions(folder, config.onnx.file if config else "model.onnx")
+        versions = bundles.find_versions(folder, bundles.graph_file(config))
     if config is None:
         config = importer.infer_config(folder, versions[0], model, concepts, settings.user_id, settings.app_id)
         explicit = bundles.as_yaml(config, folder / CONFIG_FILE)

@@ -575,7 +575,7 @@ def _look_at(path: Path) -> tuple[Signature, float]:
 def _read(path: Path, settings: Catalog) -> _Read:
     """Raises: BundleInvalid: with everything that is wrong. OSError."""
     config, model, concepts = bundles.read_config(path, settings.user_id, settings.app_id)
-    folders = {v.id: v for v in bundles.find_versions(path, config.onnx.file if config else "model.onnx")}
+    folders = {v.id: v for v in bundles.find_versions(path, bundles.graph_file(config))}
     configs = {
         version_id: config or importer.infer_config(path, folder, model, concepts, settings.user_id, settings.app_id)
         for version_id, folder in folders.items()

@@ -99,7 +99,7 @@ def inspect(config_file: Path | None, name: str, as_json: bool) -> None:
     config = configuration.load(config_file).config
     path = changes.find(name, config.catalog)
     explicit, model, concepts = bundles.read_config(path, config.catalog.user_id, config.catalog.app_id)
-    versions = bundles.find_versions(path, explicit.onnx.file if explicit else "model.onnx")
+    versions = bundles.find_versions(path, bundles.graph_file(explicit))
     if explicit is None:
         explicit = importer.infer_config(
             path, versions[0], model, concepts, config.catalog.user_id, config.catalog.app_id
@@ -149,7 +149,7 @@ def _on_disk(config: Config) -> list[dict[str, Any]]:
             row["model"] = str(explicit.key) if explicit else ""
             row["versions"] = [
                 {"version": v.id, "state": "held" if v.id in held.get(name, ()) else "on disk", "problem": ""}
-                for v in bundles.find_versions(path, explicit.onnx.file if explicit else "model.onnx")
+                for v in bundles.find_versions(path, bundles.graph_file(explicit))
             ]
         except (BundleInvalid, OSError) as error:
             row["problem"] = printable(error)
