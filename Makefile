@@ -5,32 +5,51 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
-APT := python3-venv gcc pkg-config libsystemd-dev iproute2
+APT := python3-venv gcc pkg-config libsystemd-dev libnghttp2-dev iproute2 curl
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu-check bench format lock clean system
+.PHONY: help demo test check gpu-check bench fuzz sanitize format lock clean system
 
 help: ## What there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/ready $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock SDK that classifies digits over TLS.
+demo: $(VENV)/built $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock SDK that classifies digits over TLS.
 	$(BIN)/python demo/run.py --sdk $(CLIENTS)/sdk-12/bin/python
 
-test: $(VENV)/ready $(CLIENTS)/sdk-12/ready $(CLIENTS)/sdk-10/ready check ## All tests; the exit code is kept in build/.
+test: $(VENV)/built $(CLIENTS)/sdk-12/ready $(CLIENTS)/sdk-10/ready $(CLIENTS)/node/ready check ## All tests; the exit code is kept in build/.
 	@mkdir -p build
 	@$(BIN)/python -m pytest $(ARGS); code=$$?; echo $$code > build/pytest-exit-code; exit $$code
 
-check: $(VENV)/ready ## Lint and types.
+check: $(VENV)/built ## Lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gpu-check: $(VENV)/ready ## The tests that need an NVIDIA GPU, alone.
+gpu-check: $(VENV)/built ## The tests that need an NVIDIA GPU, alone.
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-bench: $(VENV)/ready ## Raw ONNX Runtime against what is served, in one run.
+bench: $(VENV)/built ## Raw ONNX Runtime against what is served, in one run.
 	$(BIN)/python -m bench $(ARGS)
+
+# clang, with its runtime for fuzzers, is asked for here only: apt-get install clang-14 libclang-rt-14-dev
+FUZZ := -g -O1 -std=gnu11 -DH2_FAULTS -Iappliance/wire/native -fno-sanitize-recover=all
+SECONDS := 120
+fuzz: ## The HTTP/2 core under libFuzzer for SECONDS; findings and corpus stay in build/fuzz/.
+	@mkdir -p build/fuzz/corpus
+	clang $(FUZZ) -fsanitize=fuzzer,address,undefined -o build/fuzz/h2 tests/fuzz/h2_target.c appliance/wire/native/h2.c -lnghttp2
+	$(PYTHON) tests/fuzz/seeds.py build/fuzz/corpus
+	cd build/fuzz && ./h2 -max_len=2048 -timeout=20 -max_total_time=$(SECONDS) -print_final_stats=1 corpus
+
+sanitize: $(VENV)/built ## The wire's unit tests with the native part under AddressSanitizer, UBSan and a search for leaks.
+	@mkdir -p build/sanitize
+	gcc -shared -fPIC -g -O1 -std=gnu11 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	  -I$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+	  -o build/sanitize/_h2.abi3.so appliance/wire/native/module.c appliance/wire/native/h2.c -lnghttp2
+	H2_MODULE=build/sanitize/_h2.abi3.so PYTHONPATH=tests/fuzz PYTHONMALLOC=malloc \
+	  LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=1:malloc_context_size=4 \
+	  LSAN_OPTIONS=suppressions=tests/fuzz/leaks.supp:print_suppressions=0 \
+	  $(BIN)/python -m pytest -p sanitized --capture=sys tests/unit/wire $(ARGS)
 
 format: $(VENV)/ready ## Put the code into shape.
 	$(BIN)/ruff format .
@@ -47,7 +66,7 @@ system:
 	  echo "These packages are missing; ask for: apt-get install" $$missing >&2; \
 	fi
 
-$(VENV)/ready: requirements/dev.txt requirements/systemd.txt pyproject.toml | system
+$(VENV)/ready: requirements/dev.txt requirements/systemd.txt | system
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install $(PIP) -r requirements/dev.txt
@@ -57,7 +76,21 @@ $(VENV)/ready: requirements/dev.txt requirements/systemd.txt pyproject.toml | sy
 	fi
 	$(BIN)/pip install $(PIP) --no-build-isolation -r requirements/systemd.txt \
 	  || echo "systemd-python cannot be built here: tests that need it will be skipped" >&2
+	touch $@
+
+# The package itself, with its native part, which is compiled anew when its source changes.
+NATIVE := $(wildcard appliance/wire/native/*.[ch])
+$(VENV)/built: $(VENV)/ready pyproject.toml setup.py $(NATIVE)
+	rm -rf appliance/wire/_h2*.so
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@test -e appliance/wire/_h2.abi3.so || echo "the native wire cannot be built here: grpcio serves instead" >&2
+	touch $@
+
+# grpc-js, where npm is; its test says so where it is not.
+$(CLIENTS)/node/ready: requirements/node/package.json requirements/node/package-lock.json | system
+	@mkdir -p $(@D) && cp requirements/node/* $(@D)/
+	@cd $(@D) && npm ci --silent --ignore-scripts --no-audit --no-fund \
+	  || echo "grpc-js cannot be installed here: its test will be skipped" >&2
 	touch $@
 
 $(CLIENTS)/%/ready: requirements/%.txt | system

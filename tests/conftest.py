@@ -15,13 +15,19 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     return make_pki(tmp_path_factory.mktemp("pki") / "tls", clients=("line-3", "laptop"))
 
 
+@pytest.fixture(scope="session", params=["native", "grpcio"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """Which wire serves. Tests that take it, or an appliance, run over each: grpcio is the oracle of the other."""
+    return str(request.param)
+
+
 @pytest.fixture
-def make_appliance(tmp_path: Path, pki: Pki) -> Iterator[Callable[..., Appliance]]:
+def make_appliance(tmp_path: Path, pki: Pki, transport: str) -> Iterator[Callable[..., Appliance]]:
     """Make appliances that are not started yet; all are stopped at the end."""
     made: list[Appliance] = []
 
     def make(*bundles: str, **config: Any) -> Appliance:
-        appliance = Appliance(tmp_path / f"appliance-{len(made)}", pki, config)
+        appliance = Appliance(tmp_path / f"appliance-{len(made)}", pki, config, transport=transport)
         for bundle in bundles:
             shutil.copytree(MODELS / bundle, appliance.models / bundle)
         made.append(appliance)
@@ -33,9 +39,9 @@ def make_appliance(tmp_path: Path, pki: Pki) -> Iterator[Callable[..., Appliance
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Appliance]:
+def shared(tmp_path_factory: pytest.TempPathFactory, pki: Pki, transport: str) -> Iterator[Appliance]:
     """One running appliance with the shipped bundles, for tests that do not change it; its key is `shared.key`."""
-    appliance = Appliance(tmp_path_factory.mktemp("shared"), pki)
+    appliance = Appliance(tmp_path_factory.mktemp("shared"), pki, transport=transport)
     for bundle in ("digits", "ml-topics"):
         shutil.copytree(MODELS / bundle, appliance.models / bundle)
     appliance.key = appliance.new_key()

@@ -1,22 +1,24 @@
 """Who is calling, and what may they do.
 
 The socket verifies a client certificate when one is sent; who may do what is decided here, on every request, so that a
-key revoked, a principal removed or a certificate expired takes effect at once, on live connections too.
+principal removed or a certificate expired takes effect at once, on live connections too; a key revoked, within a
+millisecond (`keys.LOOK_S`).
 """
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-from appliance.api.keys import DEFAULT_PRINCIPAL, KeyStore
+from appliance.api.keys import DEFAULT_PRINCIPAL, KeyEntry, KeyStore
 from appliance.core.config import Config, Principal
 from appliance.core.errors import CertificateError, CredentialsMissing, KeyInvalid, NotPermitted, RateLimited
 from appliance.core.types import Call, ModelKey
 from appliance.pki.inspect import ClientIdentity, client_identity
+from appliance.pki.trust import Trust
 
 _SCHEMES = ("key", "bearer")
 _identity_of = lru_cache(maxsize=4096)(client_identity)
@@ -28,6 +30,8 @@ class Meter:
 
     def __init__(self, principal: Principal, clock: Callable[[], float]) -> None:
         self.principal = principal
+        self._rate = principal.requests_per_second
+        self._concurrency = principal.concurrency
         self._clock = clock
         self._size = principal.burst or max(1.0, principal.requests_per_second)
         self._tokens = self._size
@@ -36,21 +40,20 @@ class Meter:
 
     def check(self) -> None:
         """Raises: RateLimited: this request would be over the principal's rate or concurrency."""
-        name, rate = self.principal.name, self.principal.requests_per_second
-        if self.principal.concurrency and self.in_flight >= self.principal.concurrency:
-            raise RateLimited(
-                f"Principal {name!r} exceeded its limit of {self.principal.concurrency} requests at once."
-            )
-        if rate:
+        name = self.principal.name
+        if self._concurrency and self.in_flight >= self._concurrency:
+            raise RateLimited(f"Principal {name!r} exceeded its limit of {self._concurrency} requests at once.")
+        if self._rate:
             now = self._clock()
-            self._tokens = min(self._size, self._tokens + (now - self._filled_at) * rate)
+            self._tokens = min(self._size, self._tokens + (now - self._filled_at) * self._rate)
             self._filled_at = now
             if self._tokens < 1:
-                raise RateLimited(f"Principal {name!r} exceeded its limit of {rate:g} requests per second.")
+                raise RateLimited(f"Principal {name!r} exceeded its limit of {self._rate:g} requests per second.")
 
     def take(self) -> None:
-        """Count one request that `check` let pass."""
-        if self.principal.requests_per_second:
+        """Count one request that `check` let pass, until it leaves."""
+        self.in_flight += 1
+        if self._rate:
             self._tokens -= 1
 
 
@@ -60,11 +63,12 @@ class Grant:
 
     meters: tuple[Meter, ...]
     key_id: str = ""
+    name: str = field(init=False)
+    """For logs and fair queues."""
+    _allowed: dict[ModelKey, bool] = field(init=False, repr=False, compare=False, default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        """For logs and fair queues."""
-        return "+".join(meter.principal.name for meter in self.meters)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", "+".join(meter.principal.name for meter in self.meters))
 
     def user_id(self, default: str) -> str:
         """Who the caller is for GetUser("me")."""
@@ -72,36 +76,66 @@ class Grant:
 
     def allows(self, model: ModelKey) -> bool:
         """Whether every principal of the grant may use that model."""
-        return all(
-            _matches(model.user_id, meter.principal.users)
-            and _matches(model.app_id, meter.principal.apps)
-            and _matches(model.model_id, meter.principal.models)
-            for meter in self.meters
-        )
+        known = self._allowed.get(model)
+        if known is None:
+            known = self._allowed[model] = all(
+                _matches(model.user_id, meter.principal.users)
+                and _matches(model.app_id, meter.principal.apps)
+                and _matches(model.model_id, meter.principal.models)
+                for meter in self.meters
+            )
+        return known
+
+    def check(self) -> None:
+        """See whether a request may come now; it is not counted. Raises: RateLimited."""
+        for meter in self.meters:
+            meter.check()
+
+    def enter(self) -> None:
+        """Count one request against rate and concurrency, until it calls `leave`. Raises: RateLimited."""
+        self.check()
+        self.take()
+
+    def take(self) -> None:
+        """Count one request that `check` let pass, until it calls `leave`."""
+        for meter in self.meters:
+            meter.take()
+
+    def leave(self) -> None:
+        """The request is over."""
+        for meter in self.meters:
+            meter.in_flight -= 1
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
-        """Count one request against rate and concurrency. Raises: RateLimited."""
-        for meter in self.meters:
-            meter.check()
-        for meter in self.meters:
-            meter.take()
-            meter.in_flight += 1
+        """`enter` and `leave` around a block."""
+        self.enter()
         try:
             yield
         finally:
-            for meter in self.meters:
-                meter.in_flight -= 1
+            self.leave()
 
 
 class Authenticator:
     """Turns a call's credentials into a grant, by `[auth] require`."""
 
-    def __init__(self, config: Config, keys: KeyStore, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: Config,
+        keys: KeyStore,
+        clock: Callable[[], float] = time.monotonic,
+        trust: Callable[[], Trust] | None = None,
+    ) -> None:
+        """Make it.
+
+        Args: trust: whose client certificates are believed at this moment; None: whoever the transport let in.
+        """
         self.keys = keys
+        self._trust = trust
         self._clock = clock
         self._meters: dict[str, Meter] = {}
         self._by_identity: dict[str, str] = {}
+        self._by_key: dict[str, tuple[KeyEntry, Grant]] = {}
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -115,6 +149,7 @@ class Authenticator:
             else Meter(principal, self._clock)
             for name, principal in principals.items()
         }
+        self._by_key = {}  # made anew with the meters of now
         self._by_identity = {
             _comparable(identity): principal.name for principal in config.principal for identity in principal.identities
         }
@@ -123,7 +158,8 @@ class Authenticator:
         """Who is calling.
 
         Raises: CredentialsMissing: no key or certificate where one is required. KeyInvalid: unknown or revoked.
-            NotPermitted: a certificate or key that belongs to no principal.
+            NotPermitted: a certificate or key that belongs to no principal; a certificate that is revoked, expired or
+                of an authority that is not trusted any more.
         """
         if self._require == "none":
             return Grant((self._meters[DEFAULT_PRINCIPAL],))
@@ -142,39 +178,47 @@ class Authenticator:
     def _key(self, call: Call) -> Grant:
         scheme, _, key = call.metadata.get("authorization", "").strip().partition(" ")
         key = key.strip()
-        if scheme.lower() not in _SCHEMES or not key:
+        if not key or scheme.lower() not in _SCHEMES:
             raise CredentialsMissing('The call brings no key; send the header "authorization: Key <PAT>".')
         entry = self.keys.find(key)
         if entry is None:
             raise KeyInvalid("The key is not known to this appliance, or was revoked; ask its operator for one.")
+        known = self._by_key.get(entry.sha256)
+        if known is not None and known[0] is entry:
+            return known[1]
         meter = self._meters.get(entry.principal)
         if meter is None:
             raise NotPermitted(f"Key {entry.id} belongs to principal {entry.principal!r}, which is not configured.")
-        return Grant((meter,), entry.id)
+        grant = Grant((meter,), entry.id)
+        self._by_key[entry.sha256] = (entry, grant)
+        return grant
 
     def _certificate(self, call: Call) -> Grant:
         if call.certificate is None:
             raise CredentialsMissing(
-                "The call brings no client certificate; connect to the port that asks for one (server.mtls_listen)."
+                "The call brings no client certificate; connect with one that a [[principal]] of this appliance names."
             )
         try:
             identity = _identity_of(call.certificate)
         except CertificateError as error:
             raise NotPermitted("The client certificate cannot be read.", detail=str(error)) from error
-        self._check_usable(identity)
+        self._check_usable(call, identity)
         for name in identity.names:
             if name in self._by_identity:
                 return Grant((self._meters[self._by_identity[name]],))
         shown = ", ".join(identity.names) or "no name"
         raise NotPermitted(f"The client certificate ({shown}) belongs to no principal of this appliance.")
 
-    @staticmethod
-    def _check_usable(identity: ClientIdentity) -> None:
+    def _check_usable(self, call: Call, identity: ClientIdentity) -> None:
+        """Raises: NotPermitted: out of its time, for servers, revoked, or of an authority not trusted any more."""
         now = datetime.now(UTC)
         if not identity.not_before <= now <= identity.not_after:
             raise NotPermitted(f"The client certificate is valid from {identity.not_before} to {identity.not_after}.")
         if not identity.client_auth:
             raise NotPermitted("The client certificate lacks the extended key usage clientAuth.")
+        problem = self._trust().problem(call.certificate or b"", call.chain, now) if self._trust else None
+        if problem is not None:
+            raise NotPermitted(problem)
 
 
 def _comparable(identity: str) -> str:

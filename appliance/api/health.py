@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
-from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
+from appliance.core.types import Call, Done, Endpoint, RpcAbort, RpcStatus
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -25,6 +25,7 @@ class Health:
         self._models: dict[str, bool] = {}
         self._ready = False
         self._changed = asyncio.Event()
+        self._ended = False
 
     @property
     def ready(self) -> bool:
@@ -37,10 +38,15 @@ class Health:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
+    def end(self) -> None:
+        """Let those who watch go: they would hold the last connections open."""
+        self._ended = True
+        self._changed.set()
+
     def endpoints(self) -> dict[str, Endpoint]:
         """Health by full method name."""
         return {
-            "/grpc.health.v1.Health/Check": Endpoint(unary=self._check),
+            "/grpc.health.v1.Health/Check": Endpoint(unary=self._check, quick=self._quick_check),
             "/grpc.health.v1.Health/List": Endpoint(unary=self._list),
             "/grpc.health.v1.Health/Watch": Endpoint(stream=self._watch),
         }
@@ -51,6 +57,17 @@ class Health:
         if service not in self._models:
             return _UNKNOWN
         return _SERVING if self._ready and self._models[service] else _NOT_SERVING
+
+    def _quick_check(self, call: Call, body: bytes, done: Done) -> bool:
+        """`_check` without a task; an error is left to it."""
+        try:
+            found = self._status(health_pb2.HealthCheckRequest.FromString(body).service)
+        except DecodeError:
+            return False
+        if found == _UNKNOWN:
+            return False
+        done(bytes(health_pb2.HealthCheckResponse(status=found).SerializeToString()))
+        return True
 
     async def _check(self, call: Call, body: bytes) -> bytes:
         service = _request(body).service
@@ -76,6 +93,8 @@ class Health:
                     yield bytes(health_pb2.HealthCheckResponse(status=found).SerializeToString())
                     sent = found
                 await changed.wait()
+                if self._ended:
+                    raise RpcAbort(RpcStatus.UNAVAILABLE, "The appliance is stopping.")
 
 
 def _request(body: bytes) -> health_pb2.HealthCheckRequest:

@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_PRINCIPAL = "default"
 """Whose a key is that was made without naming a principal; may reach everything unless a [[principal]] says less."""
+
+LOOK_S = 0.001
+"""Seconds between two looks at the file, while the keys that come are known ones: many calls share a look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +117,16 @@ def _write(path: Path, entries: list[KeyEntry]) -> None:
 
 
 class KeyStore:
-    """The keys that are valid now: looks whether the file changed, and keeps the last good content if it became bad."""
+    """The keys that are valid now: looks whether the file changed, and keeps the last good content if it became bad.
 
-    def __init__(self, path: Path) -> None:
+    A key that was revoked may be found for `LOOK_S` more; one that was made is found at once.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises: ConfigError: the file is there and is not ours."""
         self.path = path
+        self._clock = clock
+        self._look_at = 0.0
         self._stamp: tuple[Any, ...] = ()
         self._entries: dict[str, KeyEntry] = {}
         self._refresh(strict=True)
@@ -132,11 +140,15 @@ class KeyStore:
 
     def find(self, key: str) -> KeyEntry | None:
         """The entry of a valid key, or None."""
+        sha256 = digest(key)
+        if self._clock() < self._look_at and (entry := self._entries.get(sha256)) is not None:
+            return entry
         self._refresh(strict=False)
-        return self._entries.get(digest(key))
+        return self._entries.get(sha256)
 
     def _refresh(self, *, strict: bool) -> None:
-        """Read the file again if it is another one than last time: one stat a call."""
+        """Read the file again if it is another one than last time: one stat."""
+        self._look_at = self._clock() + LOOK_S
         try:
             stat = os.stat(self.path)
             # The time of change too: a file that could not be read is tried again once its rights are mended.

@@ -1,19 +1,22 @@
 """Between Clarifai's messages and our own types: inputs to payloads, answers to data, servables to models."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from clarifai_grpc.grpc.api import resources_pb2, service_pb2
+from clarifai_grpc.grpc.api import resources_pb2
 from clarifai_grpc.grpc.api.status import status_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from appliance.api import methods, status
 from appliance.catalog.repository import Version
 from appliance.core.errors import ApplianceError, InvalidInput, NotDeployed, NotReady
-from appliance.core.types import Array, Concept, ConceptScores, Embedding, Payload, Result, Tensors
+from appliance.core.types import Array, Payload
 from appliance.media.text import decode_text
 from appliance.tasks.servable import Servable
 
@@ -92,77 +95,44 @@ def _array(message: resources_pb2.NDArray, name: str) -> Array:
 
     Raises: InvalidInput: they contradict each other, or the dtype is not numeric.
     """
-    label = f"The array {name[:80]!r}" if name else "The array"
+    buffer = message.buffer
     try:
-        if not 0 < len(message.dtype) <= _DTYPE_LIMIT:
-            raise ValueError("no name of a number's type is that long")
-        dtype = np.dtype(message.dtype)
+        dtype, itemsize = _dtype(message.dtype)
     except Exception as error:  # its parser raises TypeError, ValueError, SyntaxError, warnings and more
-        raise InvalidInput(f"{label} has dtype {message.dtype[:40]!r}; use a NumPy name such as float32.") from error
-    if dtype.kind not in "biuf" or dtype.itemsize > 8:
-        raise InvalidInput(f"{label} has dtype {message.dtype[:40]!r}; numbers are needed, of 64 bits at most.")
-    shape = tuple(message.shape)
-    if len(shape) > _NDARRAY_LIMIT:
-        raise InvalidInput(f"{label} has {len(shape)} axes; the limit is {_NDARRAY_LIMIT}.")
-    # Python's integers: a product that overflowed could agree with the buffer by accident.
-    count = 1
-    for axis in shape:
-        count *= axis
-    if count * dtype.itemsize != len(message.buffer):
         raise InvalidInput(
-            f"{label} of shape {list(shape)} and dtype {dtype} needs {count * dtype.itemsize} bytes; its buffer has "
-            f"{len(message.buffer)}."
+            f"{_label(name)} has dtype {message.dtype[:40]!r}; use a NumPy name such as float32."
+        ) from error
+    if not itemsize:
+        raise InvalidInput(f"{_label(name)} has dtype {message.dtype[:40]!r}; numbers are needed, of 64 bits at most.")
+    shape = tuple(message.shape[:])  # a slice is read at once, an iterator step by step
+    if len(shape) > _NDARRAY_LIMIT:
+        raise InvalidInput(f"{_label(name)} has {len(shape)} axes; the limit is {_NDARRAY_LIMIT}.")
+    # Python's integers: a product that overflowed could agree with the buffer by accident.
+    size = math.prod(shape) * itemsize
+    if size != len(buffer):
+        raise InvalidInput(
+            f"{_label(name)} of shape {list(shape)} and dtype {dtype} needs {size} bytes; its buffer has {len(buffer)}."
         )
     try:
-        return np.frombuffer(message.buffer, dtype).reshape(shape)
+        return np.ndarray(shape, dtype, buffer)
     except ValueError as error:  # nothing in it, and axes whose product is too large all the same
-        raise InvalidInput(f"{label} of shape {list(shape)} is larger than any array can be.") from error
+        raise InvalidInput(f"{_label(name)} of shape {list(shape)} is larger than any array can be.") from error
+
+
+def _label(name: str) -> str:
+    return f"The array {name[:80]!r}" if name else "The array"
+
+
+@lru_cache(maxsize=256)
+def _dtype(name: str) -> tuple["np.dtype[Any]", int]:
+    """The dtype and bytes of a number; 0 bytes when it is none that we take."""
+    if not 0 < len(name) <= _DTYPE_LIMIT:
+        raise ValueError("no name of a number's type is that long")
+    dtype = np.dtype(name)
+    return dtype, dtype.itemsize if dtype.kind in "biuf" and dtype.itemsize <= 8 else 0
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
-
-
-def fill_data(data: resources_pb2.Data, result: Result, concepts: Sequence[Concept], app_id: str) -> None:
-    """Write an answer where callers of the old form look for it: concepts, embeddings, ndarray."""
-    if isinstance(result, ConceptScores):
-        _fill_concepts(data, result, concepts, app_id)
-    elif isinstance(result, Embedding):
-        data.embeddings.add(vector=result.vector.tolist(), num_dimensions=len(result.vector))
-    elif len(result.arrays) == 1:
-        _fill_array(data.ndarray, next(iter(result.arrays.values())))
-    else:
-        _fill_named(data, result)
-
-
-def fill_return(data: resources_pb2.Data, result: Result, concepts: Sequence[Concept], app_id: str) -> None:
-    """Write an answer where pythonic callers look for it: `parts[0]` with id `return`, of the signature's type."""
-    part = data.parts.add(id="return").data
-    if isinstance(result, ConceptScores):
-        _fill_concepts(part, result, concepts, app_id)
-    elif isinstance(result, Embedding):
-        _fill_array(part.ndarray, result.vector)
-    elif len(result.arrays) == 1:
-        _fill_array(part.ndarray, next(iter(result.arrays.values())))
-    else:
-        _fill_named(part, result)
-
-
-def _fill_concepts(data: resources_pb2.Data, scores: ConceptScores, concepts: Sequence[Concept], app_id: str) -> None:
-    add = data.concepts.add
-    for index, value in zip(scores.indices, scores.values, strict=True):
-        concept = concepts[index]
-        add(id=concept.id, name=concept.name, value=value, app_id=app_id)
-
-
-def _fill_named(data: resources_pb2.Data, tensors: Tensors) -> None:
-    for name, array in tensors.arrays.items():
-        _fill_array(data.parts.add(id=name).data.ndarray, array)
-
-
-def _fill_array(message: resources_pb2.NDArray, array: Array) -> None:
-    message.buffer = np.ascontiguousarray(array).tobytes()
-    message.shape.extend(array.shape)
-    message.dtype = array.dtype.name
 
 
 def fill_input(output: resources_pb2.Output, given: resources_pb2.Input) -> None:
@@ -177,8 +147,16 @@ def fill_input(output: resources_pb2.Output, given: resources_pb2.Input) -> None
 
 
 def new_id() -> str:
-    """32 hex digits, as Clarifai's own ids."""
-    return os.urandom(16).hex()
+    """32 random hex digits, as Clarifai's own ids. They tell things apart and keep no secret."""
+    if not _ids:  # asking the system is dear, so many are made at once
+        digits = os.urandom(16 * _IDS_AT_ONCE).hex()
+        _ids.extend(digits[start : start + 32] for start in range(0, len(digits), 32))
+    return _ids.pop()
+
+
+_IDS_AT_ONCE = 256
+_ids: list[str] = []
+os.register_at_fork(after_in_child=_ids.clear)  # two processes must not give the same ids
 
 
 def timestamp(seconds: float) -> Timestamp:
@@ -288,13 +266,12 @@ def fill_error(output: resources_pb2.Output, given: resources_pb2.Input, error: 
     fill_input(output, given)
 
 
-def conclude(response: service_pb2.MultiOutputResponse, good: int, note: str, req_id: str) -> None:
-    """Set the top status: all good → SUCCESS, some → MIXED_STATUS, none → FAILURE."""
-    outputs = response.outputs
-    row = status.SUCCESS if good == len(outputs) and not note else status.MIXED if good else status.FAILURE
+def conclusion(count: int, failures: Sequence[ApplianceError], note: str, req_id: str) -> status_pb2.Status:
+    """The top status of `count` outputs: all good → SUCCESS, some → MIXED_STATUS, none → FAILURE."""
+    row = status.SUCCESS if not failures and not note else status.MIXED if len(failures) < count else status.FAILURE
     details = note
-    if good < len(outputs):
-        first = next(output.status for output in outputs if output.status.code != status.SUCCESS.code)
-        failed = f"{len(outputs) - good} of {len(outputs)} inputs failed"
-        details = f"{failed}; the first one with {status.name_of(first.code)}: {first.details}"
-    response.status.CopyFrom(status.of_row(row, details, req_id))
+    if failures:
+        first = failures[0]
+        failed = f"{len(failures)} of {count} inputs failed"
+        details = f"{failed}; the first one with {status.name_of(status.row_of(first).code)}: {first}"
+    return status.of_row(row, details, req_id)

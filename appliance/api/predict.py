@@ -1,20 +1,29 @@
-"""PostModelOutputs, GenerateModelOutputs, StreamModelOutputs: inputs in, one output an input out."""
+"""PostModelOutputs, GenerateModelOutputs, StreamModelOutputs: inputs in, one output an input out.
+
+`post` answers every request. `begin` takes the short way with the usual one: a single small input for a model whose
+runs are so short that the loop does them itself; whatever is unusual it leaves to `post`.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 
-from appliance.api import messages, methods, status
+from appliance.api import messages, methods, replies, status
 from appliance.api.context import Context
 from appliance.api.limits import Asked, check_input_count, options_for
-from appliance.catalog.repository import Repository
+from appliance.api.replies import Reply, ReplyWriter
+from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, NotPermitted, PlacementUnknown, RequestError
 from appliance.core.types import Payload, PredictOptions
+from appliance.engine.batcher import Outcome
+from appliance.engine.inline import Waiter
 from appliance.media.fetch import fetch
-from appliance.tasks.servable import Answer, Servable, Ticket
+from appliance.tasks.base import Decoded
+from appliance.tasks.servable import Answer, Servable
 
 
 @dataclass(slots=True)
@@ -26,6 +35,35 @@ class _Question:
     pythonic: bool
 
 
+@dataclass(slots=True)
+class Begun:
+    """A request of one input that is with the model; its servable is held until `let_go`."""
+
+    context: Context
+    given: resources_pb2.Input
+    options: PredictOptions
+    running: Running[Servable]
+    row: Decoded
+    writer: ReplyWriter
+    brief: bytes
+
+    def reply(self, outcome: Outcome) -> Reply:
+        """The reply. Raises: ApplianceError: when there is none but an error."""
+        answer = self.running.servable.answer(self.row, outcome, self.options, self.context)
+        req_id = self.context.req_id
+        if isinstance(answer, ApplianceError):
+            self.context.count(status.row_of(answer).code)
+            return replies.reply([replies.error_output(self.given, answer, req_id)], [answer], "", req_id)
+        self.context.count(status.SUCCESS.code)
+        success = replies.success(req_id)
+        output = self.writer.output(self.writer.head(self.brief, success), self.given, answer)
+        return replies.good_reply((output,), success)
+
+    def let_go(self) -> None:
+        """The servable is not needed any more."""
+        self.running.let_go()
+
+
 class Predictions:
     """The predict RPCs over the catalog's servables."""
 
@@ -33,9 +71,44 @@ class Predictions:
         self.config = config
         self._repository = repository
 
+    def begin(self, context: Context, request: service_pb2.PostModelOutputsRequest, waiter: Waiter) -> Begun | None:
+        """Submit the one small input of a request to a model that the loop runs itself; its answer comes soon.
+
+        Args:    waiter: is told the outcome, once and later than now.
+        Returns: None for every request that is not so simple; nothing has happened then, but that the context's memory
+            may have grown.
+        Raises: ApplianceError: the request, or its input, is at fault; likewise.
+        """
+        inputs = request.inputs
+        if len(inputs) != 1 or request.HasField("runner_selector"):
+            return None
+        given = inputs[0]
+        data = given.data
+        if data.HasField("metadata"):  # where a method is named
+            return None
+        ids = request.user_app_id
+        version = self._repository.answering(ids.user_id, ids.app_id, request.model_id, request.version_id)
+        running = version.running
+        assert running is not None, "a ready version has one"
+        servable = running.servable
+        if not context.grant.allows(servable.key):
+            return None
+        options, unknown = self._options(request, servable)
+        payload = messages.payload_of(servable.task.kind, data)
+        if unknown or isinstance(payload, messages.UrlInput):
+            return None
+        writer = _writer(servable)
+        brief = writer.brief_of_ready(version)
+        row = servable.ask(payload, options, context, self.config.limits, waiter)
+        if row is None:
+            return None
+        running.hold()
+        context.model = (servable.key.model_id, servable.version)
+        return Begun(context, given, options, running, row, writer, brief)
+
     async def post(
         self, context: Context, request: service_pb2.PostModelOutputsRequest
-    ) -> service_pb2.MultiOutputResponse:
+    ) -> Reply | service_pb2.MultiOutputResponse:
         """Predict on all inputs of a request.
 
         Raises: ApplianceError: when the request as a whole cannot be answered.
@@ -50,17 +123,26 @@ class Predictions:
             if methods.method_name(request.inputs[0].data) == methods.GET_SIGNATURES:
                 return _signatures(context, request, servable)
             questions, unknown = self._questions(request, servable)
-            template = self._template(servable)
+            writer, key = _writer(servable), servable.key
+            # Now, as the model may be gone from the catalog afterwards.
+            bundle = self._repository.find(key.user_id, key.app_id, key.model_id)
+            brief = writer.brief(bundle.versions.get(servable.version))
             answers = await self._answer(context, servable, questions)
-            return self._response(context, request, servable, template, questions, answers, unknown)
-
-    async def generate(
-        self, context: Context, request: service_pb2.PostModelOutputsRequest
-    ) -> AsyncIterator[service_pb2.MultiOutputResponse]:
-        """The same answer as a stream of one message: these tasks have no parts to stream."""
-        yield await self.post(context, request)
+            return _reply(context, request, writer, brief, questions, answers, unknown)
 
     # ---- understanding ----
+
+    def _options(
+        self, request: service_pb2.PostModelOutputsRequest, servable: Servable
+    ) -> tuple[PredictOptions, list[str]]:
+        """What the request as a whole asks for, and the selected concepts that the model does not have.
+
+        Raises: InvalidArgument.
+        """
+        limits = self.config.limits
+        if request.HasField("model"):
+            return options_for(_asked_by_request(request), servable.concepts, limits)
+        return _usual_options(limits.concepts_default), []
 
     def _questions(
         self, request: service_pb2.PostModelOutputsRequest, servable: Servable
@@ -70,7 +152,7 @@ class Predictions:
         Raises: InvalidArgument, UnknownMethod: these hold for the request as a whole.
         """
         limits = self.config.limits
-        options, unknown = options_for(_asked_by_request(request), servable.concepts, limits)
+        options, unknown = self._options(request, servable)
         questions = []
         for given in request.inputs:
             name = methods.method_name(given.data)
@@ -99,12 +181,11 @@ class Predictions:
         groups: dict[PredictOptions, list[int]] = {}
         for index, question in enumerate(questions):
             groups.setdefault(question.options, []).append(index)
-        ticket = Ticket(context.grant.name, context.deadline, context.memory)
         answers: list[Answer | None] = [None] * len(questions)
 
         async def answer(options: PredictOptions, members: list[int]) -> None:
             payloads = [_payload(questions[index]) for index in members]
-            results = await servable.predict(payloads, options, ticket, self.config.limits)
+            results = await servable.predict(payloads, options, context, self.config.limits)
             for index, result in zip(members, results, strict=True):
                 answers[index] = result
 
@@ -131,6 +212,8 @@ class Predictions:
                 context.memory.grow(len(body))
 
         links = [(q, q.payload) for q in questions if isinstance(q.payload, messages.UrlInput)]
+        if not links:
+            return
         # A few at a time: 128 inputs of 20 MB each must not arrive at once.
         gate = asyncio.Semaphore(8)
 
@@ -146,44 +229,40 @@ class Predictions:
             # The budget, say: one of them speaks for the request.
             raise failed.exceptions[0] from None
 
-    def _template(self, servable: Servable) -> resources_pb2.Output:
-        """What all outputs share; made before predicting, as the model may be gone from the catalog afterwards."""
-        output = resources_pb2.Output()
-        key = servable.key
-        version = self._repository.find(key.user_id, key.app_id, key.model_id).versions.get(servable.version)
-        if version is not None:
-            output.model.CopyFrom(messages.model_brief(version))
-        return output
 
-    @staticmethod
-    def _response(
-        context: Context,
-        request: service_pb2.PostModelOutputsRequest,
-        servable: Servable,
-        template: resources_pb2.Output,
-        questions: Sequence[_Question],
-        answers: Sequence[Answer],
-        unknown: Sequence[str],
-    ) -> service_pb2.MultiOutputResponse:
-        template.created_at.CopyFrom(messages.now())
-        template.status.CopyFrom(status.success(context.req_id))
-        response = service_pb2.MultiOutputResponse()
-        good = 0
-        for given, question, answer in zip(request.inputs, questions, answers, strict=True):
-            output = response.outputs.add()
-            if isinstance(answer, ApplianceError):
-                messages.fill_error(output, given, answer, context.req_id)
-            else:
-                output.CopyFrom(template)
-                output.id = messages.new_id()
-                messages.fill_input(output, given)
-                fill = messages.fill_return if question.pythonic else messages.fill_data
-                fill(output.data, answer, servable.concepts, servable.key.app_id)
-                good += 1
-            context.inputs[output.status.code] += 1
-        note = f"The model has no concept {', '.join(unknown[:20])}." if unknown else ""
-        messages.conclude(response, good, note, context.req_id)
-        return response
+def _reply(
+    context: Context,
+    request: service_pb2.PostModelOutputsRequest,
+    writer: ReplyWriter,
+    brief: bytes,
+    questions: Sequence[_Question],
+    answers: Sequence[Answer],
+    unknown: Sequence[str],
+) -> Reply:
+    head = writer.head(brief, replies.success(context.req_id))
+    outputs, failures = [], []
+    for given, question, answer in zip(request.inputs, questions, answers, strict=True):
+        if isinstance(answer, ApplianceError):
+            outputs.append(replies.error_output(given, answer, context.req_id))
+            failures.append(answer)
+            context.count(status.row_of(answer).code)
+        else:
+            outputs.append(writer.output(head, given, answer, pythonic=question.pythonic))
+            context.count(status.SUCCESS.code)
+    note = f"The model has no concept {', '.join(unknown[:20])}." if unknown else ""
+    return replies.reply(outputs, failures, note, context.req_id)
+
+
+def _writer(servable: Servable) -> ReplyWriter:
+    if not isinstance(servable.companion, ReplyWriter):
+        servable.companion = ReplyWriter(servable)
+    return servable.companion
+
+
+@lru_cache(maxsize=16)
+def _usual_options(concepts_default: int) -> PredictOptions:
+    """What `options_for` makes of a request that asks for nothing."""
+    return PredictOptions(max_concepts=concepts_default)
 
 
 def _payload(question: _Question) -> Payload | ApplianceError:

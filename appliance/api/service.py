@@ -2,6 +2,9 @@
 
 authenticate → rate and concurrency → reserve memory → parse → handle, under a deadline → reply. An error becomes the
 reply's status, or a gRPC status where a transport must act on it. Every accepted call ends exactly once.
+
+The quick way takes the same steps without a task and its timer, for predictions that are over within a few turns of the
+loop. It looks before it counts anything, and leaves whatever is unusual, errors included, to the ordinary way.
 """
 
 import asyncio
@@ -10,29 +13,31 @@ import logging
 import random
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from clarifai_grpc.grpc.api import service_pb2
-from google.protobuf import message_factory
+from google.protobuf import any_pb2, message_factory
 from google.protobuf.message import DecodeError, Message
+from google.rpc import status_pb2 as rpc_status_pb2  # type: ignore[import-untyped]
 
-from appliance.api import methods, status
+from appliance.api import messages, methods, status
 from appliance.api.auth import Authenticator
 from appliance.api.catalogue import RPCS, Catalogue
 from appliance.api.context import Context
 from appliance.api.health import Health
-from appliance.api.predict import Predictions
+from appliance.api.predict import Begun, Predictions
 from appliance.api.reflection import reflection_endpoints
+from appliance.api.replies import Reply
 from appliance.catalog.repository import Repository
 from appliance.core.config import Config
-from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, InvalidRequest
+from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, InvalidRequest, Overloaded
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
-from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
+from appliance.core.types import Call, Done, Endpoint, QuickHandler, RpcAbort, RpcStatus
+from appliance.engine.batcher import Outcome
 from appliance.tasks.servable import Servable
 
 _log = logging.getLogger(__name__)
@@ -43,7 +48,10 @@ _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LARGE_BODY = 1 << 20
 """Bytes from which a request is parsed on a thread: the parser releases nothing, but the loop gets its turns."""
 
-Handler = Callable[[Context, Any], Awaitable[Message]]
+_QUICK_BODY = 64 * 1024
+"""Bytes of a request up to which it may go the quick way: parsing and copying it takes some ten microseconds."""
+
+Handler = Callable[[Context, Any], Awaitable[Message | Reply]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,7 @@ class Api:
         self._catalogue = Catalogue(config, repository)
         self._errors = RateLimitedLog(_log)
         self._running: set[asyncio.Task[Any]] = set()
+        self._quick_calls: set[_QuickCall] = set()
         self._streams: set[asyncio.Task[Any]] = set()  # open streams, also between two messages
         self._idle = asyncio.Event()
         self._idle.set()
@@ -90,7 +99,7 @@ class Api:
         self._refused_at = 0.0
         self._ended = False  # running calls are cut short
         self.configure(config)
-        metrics.watch(metrics.in_flight, lambda: len(self._running))
+        metrics.watch(metrics.in_flight, lambda: self.in_flight)
         metrics.watch(metrics.memory_in_flight, lambda: budget.used)
         metrics.watch(metrics.memory_limit, lambda: budget.limit)
 
@@ -123,7 +132,8 @@ class Api:
         found = {}
         for name, handler in unary.items():
             rpc = _Rpc.named(name)
-            found[name] = Endpoint(unary=self._unary(rpc, handler), admit=self._admission(rpc))
+            quick = self._quick(rpc) if name == "PostModelOutputs" else None
+            found[name] = Endpoint(unary=self._unary(rpc, handler), admit=self._admission(rpc), quick=quick)
         for name in ("GenerateModelOutputs", "StreamModelOutputs"):
             # Both answer message by message here: a generate request is a stream of one.
             rpc = _Rpc.named(name)
@@ -137,7 +147,7 @@ class Api:
     @property
     def in_flight(self) -> int:
         """Calls being worked on."""
-        return len(self._running)
+        return len(self._running) + len(self._quick_calls)
 
     async def wait_idle(self) -> None:
         """Return when no call is being worked on."""
@@ -155,21 +165,25 @@ class Api:
     def end(self) -> None:
         """Answer running calls too that they should be tried elsewhere."""
         self._closed = self._ended = True
+        self.health.end()
         for task in self._running | self._streams:
             task.cancel()
+        for quick in tuple(self._quick_calls):
+            quick.cancel()
 
     # ---- the steps around each handler ----
 
-    def _admission(self, rpc: _Rpc) -> Callable[[Call], bytes | None]:
-        """Whoever has no credentials is refused before the appliance takes in a byte of a body."""
+    def _admission(self, rpc: _Rpc) -> Callable[[Call, int], bytes | None]:
+        """Who has no credentials, or wants more memory than is free, is refused before a byte of the body is read."""
 
-        def admit(call: Call) -> bytes | None:
+        def admit(call: Call, size: int) -> bytes | None:
             try:
                 self._authenticator.grant(call)
-            except AccessError as error:
-                response = self._refuse(rpc, call, _request_id(call), error, None, b"")
-                self._record(rpc, None, int(response.status.code), 0.0)  # type: ignore[attr-defined]
-                return bytes(response.SerializeToString())
+                call.memory = self._budget.hold(size)
+            except (AccessError, Overloaded) as error:
+                reply = self._refuse(rpc, call, _request_id(call), error, None, b"")
+                self._record(rpc, None, reply.code, 0.0)
+                return reply.body
             return None
 
         return admit
@@ -224,8 +238,11 @@ class Api:
             raise
         finally:
             self._running.discard(task)
-            if not self._running:
-                self._idle.set()
+            self._note_end()
+
+    def _note_end(self) -> None:
+        if not self._running and not self._quick_calls:
+            self._idle.set()
 
     async def _answer(self, rpc: _Rpc, handler: Handler, call: Call, body: bytes) -> bytes:
         """One message in, one message out, whatever happens."""
@@ -234,46 +251,51 @@ class Api:
         context: Context | None = None
         try:
             grant = self._authenticator.grant(call)
-            with grant.admitted(), self._budget.hold(len(body)) as memory:
-                context = Context(call, grant, req_id, self._deadline(call), memory)
-                response = await self._handle(rpc, handler, context, body)
-                reply = response.SerializeToString()
-        except ApplianceError as error:
-            response = self._refuse(rpc, call, req_id, error, context, body)
-            reply = response.SerializeToString()
+            with grant.admitted(), call.memory or self._budget.hold(0) as memory:
+                memory.grow(max(0, len(body) - memory.count))
+                context = Context(grant.name, self._deadline(call, begun), memory, call, grant, req_id)
+                reply = await self._handle(rpc, handler, context, body)
         except RpcAbort:
             raise
         except Exception as error:
-            # Last resort of every handler: the caller gets a stock sentence, the log the traceback.
-            _log.exception("unforeseen error", extra={"method": rpc.name, "req_id": req_id})
-            response = self._error_response(rpc, error, req_id, body)
-            reply = response.SerializeToString()
+            reply = self._error_reply(rpc, call, req_id, error, context, body)
         finally:
-            self._metrics.request_seconds.labels(rpc.name).observe(time.monotonic() - begun)
-        self._record(rpc, context, int(response.status.code), time.monotonic() - begun)  # type: ignore[attr-defined]
-        return reply
+            seconds = time.monotonic() - begun
+            self._metrics.request_seconds.labels(rpc.name).observe(seconds)
+        self._record(rpc, context, reply.code, seconds)
+        return reply.body
 
-    async def _handle(self, rpc: _Rpc, handler: Handler, context: Context, body: bytes) -> Message:
+    async def _handle(self, rpc: _Rpc, handler: Handler, context: Context, body: bytes) -> Reply:
         seconds = context.deadline - time.monotonic()
         if seconds <= 0:
             raise DeadlineExceeded
         try:
             async with asyncio.timeout(seconds) as timer:
                 request = await _parse(rpc, body)
-                return await handler(context, request)
+                return _serialised(await handler(context, request))
         except TimeoutError as error:
             if timer.expired():
                 raise DeadlineExceeded(round(seconds, 3)) from error
             raise
 
-    def _deadline(self, call: Call) -> float:
+    def _deadline(self, call: Call, begun: float) -> float:
         """The caller's deadline, or ours if that is sooner: the stock clients set none and would wait for ever."""
-        ours = time.monotonic() + self._config.limits.request_timeout_s
+        ours = begun + self._config.limits.request_timeout_s
         return ours if call.deadline is None else min(ours, call.deadline)
+
+    def _error_reply(
+        self, rpc: _Rpc, call: Call, req_id: str, error: Exception, context: Context | None, body: bytes
+    ) -> Reply:
+        """What becomes of a call that raised. Raises: RpcAbort: where a transport must act."""
+        if isinstance(error, ApplianceError):
+            return self._refuse(rpc, call, req_id, error, context, body)
+        # Last resort of every handler: the caller gets a stock sentence, the log the traceback.
+        _log.error("unforeseen error", exc_info=error, extra={"method": rpc.name, "req_id": req_id})
+        return _error_response(rpc, error, req_id, body)
 
     def _refuse(
         self, rpc: _Rpc, call: Call, req_id: str, error: ApplianceError, context: Context | None, body: bytes
-    ) -> Message:
+    ) -> Reply:
         """The reply to a call that ends in an error; logged, counted, or ended with a gRPC status of its own."""
         row = status.row_of(error)
         if row.reason:
@@ -291,26 +313,24 @@ class Api:
         )
         if row.rpc is not RpcStatus.OK:
             model = context.model if context else ("", "")
-            self._metrics.requests.labels(*model, rpc.name, str(row.code)).inc()
-            raise _abort(error)
-        return self._error_response(rpc, error, req_id, body)
-
-    @staticmethod
-    def _error_response(rpc: _Rpc, error: Exception, req_id: str, body: bytes) -> Message:
-        response = rpc.response(status=status.of_error(error, req_id))
-        if isinstance(response, service_pb2.MultiOutputResponse) and _asks_for_signatures(body):
-            # The SDK reads outputs[0] of a failed _GET_SIGNATURES and breaks without one (PROTOCOL 2.2).
-            response.outputs.add(status=response.status)
-        return response
+            self._metrics.requests.labels(*model, rpc.name, row.code).inc()
+            raise _abort(error, req_id)
+        return _error_response(rpc, error, req_id, body)
 
     def _record(self, rpc: _Rpc, context: Context | None, code: int, seconds: float) -> None:
+        """Count and log a call that has a reply."""
         model = context.model if context else ("", "")
-        self._metrics.requests.labels(*model, rpc.name, str(code)).inc()
+        self._metrics.requests.labels(*model, rpc.name, code).inc()
         if context is None:
             return
+        failed = {}
         for input_code, count in context.inputs.items():
-            self._metrics.inputs.labels(*model, str(input_code)).inc(count)
-        failed = {c: n for c, n in context.inputs.items() if c != status.SUCCESS.code}
+            self._metrics.inputs.labels(*model, input_code).inc(count)
+            if input_code != status.SUCCESS.code:
+                failed[input_code] = count
+        logged = code == status.SUCCESS.code and random.random() < self._config.log.sample  # noqa: S311  # not a secret
+        if not failed and not logged:
+            return
         fields = {
             "method": rpc.name,
             "model": ":".join(model),
@@ -321,19 +341,162 @@ class Api:
         if failed:
             codes = ", ".join(f"{status.name_of(c)} × {n}" for c, n in failed.items())
             self._errors.write("input", logging.WARNING, f"inputs failed: {codes}", **fields)
-        elif code == status.SUCCESS.code and random.random() < self._config.log.sample:  # noqa: S311  # not a secret
+        else:
             _log.info("answered", extra=fields)
 
+    # ---- the quick way ----
 
-def _abort(error: ApplianceError) -> RpcAbort:
-    return RpcAbort(status.row_of(error).rpc, str(error))
+    def _quick(self, rpc: _Rpc) -> QuickHandler:
+        parse = rpc.request.FromString
+
+        def quick(call: Call, body: bytes, done: Done) -> bool:
+            size = len(body)
+            if self._closed or size > _QUICK_BODY:
+                return False
+            started = time.monotonic()
+            memory = call.memory or self._budget.hold(0)
+            held = memory.count
+            begun = None
+            try:
+                grant = self._authenticator.grant(call)
+                grant.check()
+                if size > held:
+                    memory.grow(size - held)
+                context = Context(grant.name, self._deadline(call, started), memory, call, grant, _request_id(call))
+                accepted = _QuickCall(self._finish, rpc, started, done)
+                if context.deadline > started:
+                    begun = self._predictions.begin(context, parse(body), accepted)
+            except Exception:
+                # Whatever is wrong with the call: the ordinary way meets it again, and says so.
+                begun = None
+            if begun is None:
+                memory.shrink_to(held)
+                return False
+            grant.take()
+            accepted.begun = begun
+            if not self._quick_calls:
+                self._idle.clear()
+            self._quick_calls.add(accepted)
+            return True
+
+        return quick
+
+    def _finish(self, quick: "_QuickCall", outcome: Outcome | BaseException | None) -> None:
+        """The model is done with a quick call: reply, whatever happens."""
+        try:
+            quick.reply(self._quick_reply(quick, outcome))
+        except Exception as error:
+            # As in `_counted`: what comes through all the same is a call without an end. Its neighbours go on.
+            self._metrics.lost.inc()
+            context = {"message": "a call's transport took no reply", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+        finally:
+            self._quick_calls.discard(quick)
+            if not self._quick_calls:
+                self._note_end()
+
+    def _quick_reply(self, quick: "_QuickCall", outcome: Outcome | BaseException | None) -> bytes | RpcAbort:
+        """The reply to a quick call; `outcome` is None when it was cancelled by `end`."""
+        rpc, begun = quick.rpc, quick.begun
+        context = begun.context
+        try:
+            try:
+                if not isinstance(outcome, Outcome):
+                    raise outcome or Draining
+                reply = begun.reply(outcome)
+            finally:
+                begun.let_go()
+                context.grant.leave()
+                context.memory.release()
+                seconds = time.monotonic() - quick.started
+                self._metrics.request_seconds.labels(rpc.name).observe(seconds)
+        except Exception as error:
+            if outcome is None:
+                return _abort(Draining(), context.req_id)
+            try:
+                reply = self._error_reply(rpc, context.call, context.req_id, error, context, b"")
+            except RpcAbort as abort:
+                return abort
+        self._record(rpc, context, reply.code, seconds)
+        return reply.body
+
+
+class _QuickCall:
+    """A call on the quick way: accepted, and its transport has no reply yet. Waits for its rows; see `Waiter`."""
+
+    __slots__ = ("_finish", "_over", "_then", "begun", "reply", "rpc", "started")
+
+    begun: Begun
+    """Set before anybody is told anything."""
+
+    def __init__(
+        self,
+        finish: "Callable[[_QuickCall, Outcome | BaseException | None], None]",
+        rpc: _Rpc,
+        started: float,
+        reply: Done,
+    ) -> None:
+        """Args: reply: the transport's. finish: called once, with the outcome, or None when the call is cancelled."""
+        self._finish = finish
+        self._over = False
+        self._then: Callable[[object], object] | None = None
+        self.rpc = rpc
+        self.started = started
+        self.reply = reply
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._over
+
+    def set_result(self, outcome: Outcome | BaseException | None, /) -> None:
+        """End it."""
+        self._over = True
+        self._finish(self, outcome)
+        if self._then is not None:
+            self._then(self)
+
+    def set_exception(self, error: BaseException, /) -> None:
+        """End it with an error."""
+        self.set_result(error)
+
+    def cancel(self) -> None:
+        """End it because the server does, unless it has ended."""
+        if not self._over:
+            self.set_result(None)
+
+    def add_done_callback(self, callback: Callable[[object], object], /) -> None:
+        """Have `callback` called at the end; there is one at most."""
+        self._then = callback
+
+
+def _serialised(response: Message | Reply) -> Reply:
+    if isinstance(response, Reply):
+        return response
+    return Reply(response.SerializeToString(), int(response.status.code))  # type: ignore[attr-defined]
+
+
+def _error_response(rpc: _Rpc, error: Exception, req_id: str, body: bytes) -> Reply:
+    response = rpc.response(status=status.of_error(error, req_id))
+    if isinstance(response, service_pb2.MultiOutputResponse) and _asks_for_signatures(body):
+        # The SDK reads outputs[0] of a failed _GET_SIGNATURES and breaks without one (PROTOCOL 2.2).
+        response.outputs.add(status=response.status)
+    return _serialised(response)
+
+
+def _abort(error: ApplianceError, req_id: str = "") -> RpcAbort:
+    """The error as a gRPC status; its details carry Clarifai's own, so that a caller reads the same as in a reply."""
+    details = rpc_status_pb2.Status(code=int(status.row_of(error).rpc), message=str(error))
+    packed = any_pb2.Any()
+    packed.Pack(status.of_error(error, req_id))
+    details.details.append(packed)
+    return RpcAbort(status.row_of(error).rpc, str(error), details.SerializeToString())
 
 
 def _request_id(call: Call) -> str:
     """What users quote: the client's own prefix, if it sent a plain one, and random hex."""
     prefix = call.metadata.get(_PREFIX_HEADER, "")
-    random_part = uuid.uuid4().hex
-    return f"{prefix}-{random_part}" if _PREFIX.fullmatch(prefix) else random_part
+    random_part = messages.new_id()
+    return f"{prefix}-{random_part}" if prefix and _PREFIX.fullmatch(prefix) else random_part
 
 
 def _asks_for_signatures(body: bytes) -> bool:

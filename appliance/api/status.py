@@ -73,6 +73,7 @@ TABLE: dict[type[ApplianceError], Row] = {
 SUCCESS = Row(Code.SUCCESS, "Ok", 200)
 MIXED = Row(Code.MIXED_STATUS, "Mixed Success", 207)
 FAILURE = Row(Code.FAILURE, "Failure", 400)
+METHOD_NOT_ALLOWED = Row(Code.CONN_METHOD_NOT_ALLOWED, "Method not allowed", 405)
 READY_VERSION = Row(Code.MODEL_TRAINED, "Model is trained and ready", 200)
 
 _PLACEMENTS = {

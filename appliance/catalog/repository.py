@@ -10,7 +10,7 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeAlias, TypeVar
@@ -67,23 +67,31 @@ class State(enum.Enum):
 
 
 @dataclass(eq=False)
-class _Running(Generic[S]):
-    """A servable and how many requests hold it."""
+class Running(Generic[S]):
+    """A servable and how many requests hold it; it is not drained away before the last one lets go."""
 
     servable: S
     users: int = 0
     free: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[S]:
+    def hold(self) -> S:
+        """One more request needs it, until it calls `let_go`."""
+        if not self.users:
+            self.free.clear()
         self.users += 1
-        self.free.clear()
-        try:
-            yield self.servable
-        finally:
-            self.users -= 1
-            if not self.users:
-                self.free.set()
+        return self.servable
+
+    def let_go(self) -> None:
+        """One request less."""
+        self.users -= 1
+        if not self.users:
+            self.free.set()
+
+    def __enter__(self) -> S:
+        return self.hold()
+
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
 
 
 @dataclass(eq=False)
@@ -103,7 +111,7 @@ class Version(Generic[S]):
     first_seen: float
     state: State = State.LOADING
     problem: str = ""
-    running: _Running[S] | None = None
+    running: Running[S] | None = None
     loaded_at: float = 0.0
     load_seconds: float = 0.0
     checksums: Mapping[str, str] = field(default_factory=dict)
@@ -167,7 +175,14 @@ class Repository(Generic[S]):
         """
         self.settings = settings
         self._load = load
-        self._changed = changed
+        self._answering: dict[tuple[str, str, str, str], Version[S]] = {}
+        """What `answering` found for which ids; as good as new only until something changes."""
+
+        def tell() -> None:
+            self._answering.clear()
+            changed()
+
+        self._changed = tell
         self._swapped = swapped
         self._remember = remember
         self._bundles: dict[str, Bundle[S]] = {}
@@ -237,26 +252,37 @@ class Repository(Generic[S]):
             raise UnknownModel(f"Model {bundle.key} has no versions.")
         return next((version for version in newest if version.ready), newest[0])
 
-    @contextlib.contextmanager
-    def use(self, user_id: str, app_id: str, model_id: str, version_id: str) -> Iterator[S]:
-        """Hold the servable that answers for these ids; it is not drained away meanwhile.
+    def answering(self, user_id: str, app_id: str, model_id: str, version_id: str) -> Version[S]:
+        """The version that answers for these ids; it is ready.
 
         Raises: UnknownModel. NotReady: it is still loading. NotDeployed: it could not be loaded.
         """
+        ids = (user_id, app_id, model_id, version_id)
+        known = self._answering.get(ids)
+        if known is not None and known.ready:
+            return known
         bundle = self.find(user_id, app_id, model_id)
         version = self.version(bundle, version_id)
-        if version.ready and version.running is not None:
-            with version.running.held() as servable:
-                yield servable
-        elif version.state in (State.LOADING, State.SETTLING):
+        if version.ready:
+            self._answering[ids] = version
+            return version
+        if version.state in (State.LOADING, State.SETTLING):
             raise NotReady(f"Model {bundle.key} version {version.id} is still loading; try again.")
-        else:
-            why = version.servable.problem if version.servable else version.problem
-            raise NotDeployed(
-                f"Model {bundle.key} version {version.id} could not be loaded; the operator sees why with "
-                "`appliance models list`.",
-                detail=why or "",
-            )
+        why = version.servable.problem if version.servable else version.problem
+        raise NotDeployed(
+            f"Model {bundle.key} version {version.id} could not be loaded; the operator sees why with "
+            "`appliance models list`.",
+            detail=why or "",
+        )
+
+    def use(self, user_id: str, app_id: str, model_id: str, version_id: str) -> Running[S]:
+        """The servable that answers for these ids; within `with` it is not drained away.
+
+        Raises: as `answering`.
+        """
+        running = self.answering(user_id, app_id, model_id, version_id).running
+        assert running is not None, "a ready version has one"
+        return running
 
     def not_ready(self) -> dict[str, str]:
         """Bundles and versions that do not answer, and why; empty when all is well."""
@@ -467,7 +493,7 @@ class Repository(Generic[S]):
             else:
                 replaced = version.running is not None
                 self._retire(version)
-                version.running = _Running(servable)
+                version.running = Running(servable)
                 version.running.free.set()
                 version.state, version.problem = State.READY, ""
                 version.checksums = checksums
@@ -538,7 +564,7 @@ class Repository(Generic[S]):
             _log.warning("the catalog's state cannot be saved: %s", error)
 
 
-async def _drain(running: _Running[S]) -> None:
+async def _drain(running: Running[S]) -> None:
     await running.free.wait()
     await running.servable.drain()
     running.servable.close()

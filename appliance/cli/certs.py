@@ -1,4 +1,4 @@
-"""`appliance certs`: make, renew, look at, request and take over certificates."""
+"""`appliance certs`: make, renew, revoke, look at, request and take over certificates."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from appliance.pki.files import DEFAULT_DIR, Layout, require_absent
+from appliance.pki.files import DEFAULT_DIR, Layout, exists, require_absent
 from appliance.pki.importing import Sources, install
 from appliance.pki.inspect import days_left
 from appliance.pki.keys import KEY_ALGORITHMS, KeyAlgorithm
@@ -20,7 +20,15 @@ from appliance.pki.leaf import Subject, issue, renew, request, write_leaf
 from appliance.pki.names import client_sans, server_common_name, server_sans
 from appliance.pki.profiles import DEFAULTS, MAX_DAYS, Kind, Profile, Role, load_profile
 from appliance.pki.reading import read_passphrase
-from appliance.pki.report import Report, inspect_directory, inspect_files
+from appliance.pki.report import (
+    ListReport,
+    Report,
+    inspect_directory,
+    inspect_files,
+    inspect_lists,
+    is_list_file,
+)
+from appliance.pki.revocation import DEFAULT_DAYS, REASONS, RevocationList, parse_serial, renew_list, serial_of
 from appliance.pki.root import create_root, load_root, write_root
 
 ROOT_NAME = "Inference Appliance Root CA"
@@ -32,6 +40,13 @@ _directory = click.option(
 _force = click.option("--force", is_flag=True, help="Replace files that exist.")
 _profile = click.option("--profile", "profile_file", type=_FILE, help="A profile to use in place of the built-in one.")
 _days = click.option("--days", type=click.IntRange(1, MAX_DAYS), help="Days of validity; default: the profile's.")
+_list_days = click.option(
+    "--days",
+    type=click.IntRange(1, MAX_DAYS),
+    default=DEFAULT_DAYS,
+    show_default=True,
+    help="Days until the list must be signed anew.",
+)
 _key_type = click.option("--key-type", type=click.Choice(KEY_ALGORITHMS), help="Kind of key; default: the profile's.")
 _organisation = click.option("--organisation", help="Organisation (O) in the subject.")
 _passphrase = click.option("--passphrase-file", type=_FILE, help="File whose first line is the key's passphrase.")
@@ -42,7 +57,7 @@ _cn = click.option("--cn", help="Common name; default: NAME.")
 
 @click.group()
 def certs() -> None:
-    """Make, renew, inspect, request and import certificates."""
+    """Make, renew, revoke, inspect, request and import certificates."""
 
 
 @certs.command()
@@ -155,6 +170,35 @@ def renew_command(target: str, name: str | None, keep_key: bool, days: int | Non
     _say_written(renewed.certificate, path, *([] if keep_key else [path.with_suffix(".key")]))
 
 
+@certs.command()
+@click.argument("name", required=False)
+@click.option("--serial", help="Serial number in hex, in place of NAME: for certificates that are not here any more.")
+@click.option("--reason", type=click.Choice(list(REASONS)), default="unspecified", show_default=True, help="Why.")
+@_list_days
+@_directory
+def revoke(name: str | None, serial: str | None, reason: str, days: int, directory: Path) -> None:
+    """Take back a client's certificate: clients/NAME.crt as it is now, or the one with that serial number.
+
+    A certificate that was renewed has another serial number than those before it, and each counts by itself.
+    """
+    if (name is None) == (serial is None):
+        raise click.UsageError("Say which certificate: NAME, or --serial HEX.")
+    layout, now = Layout(directory), _now()
+    number = parse_serial(serial) if serial is not None else serial_of(layout, name or "", now)
+    signed = renew_list(layout, now, days, (number, REASONS[reason]))
+    click.echo(f"Serial number {number:x} was revoked {signed.entry(number)}.")
+    _say_list(layout, signed)
+
+
+@certs.command()
+@_list_days
+@_directory
+def crl(days: int, directory: Path) -> None:
+    """Sign the revocation list anew, with a later end: crl.pem. Makes an empty one where there is none."""
+    layout = Layout(directory)
+    _say_list(layout, renew_list(layout, _now(), days))
+
+
 @certs.command(name="inspect")
 @click.argument("files", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -164,20 +208,30 @@ def renew_command(target: str, name: str | None, keep_key: bool, days: int | Non
 def inspect_command(
     context: click.Context, files: tuple[Path, ...], as_json: bool, passphrase_file: Path | None, directory: Path
 ) -> None:
-    """Show certificates and what is wrong with them; exit code 1 if anything is.
+    """Show certificates, revocation lists, and what is wrong with them; exit code 1 if anything is.
 
     Without FILES, all those of the directory.
     """
     layout, now = Layout(directory), _now()
     passphrase = read_passphrase(passphrase_file) if passphrase_file else None
-    reports = inspect_files(layout, files, passphrase, now) if files else inspect_directory(layout, passphrase, now)
+    list_files = [path for path in files if is_list_file(path)]
+    if files:
+        reports = inspect_files(layout, [path for path in files if path not in list_files], passphrase, now)
+    else:
+        reports = inspect_directory(layout, passphrase, now)
+        list_files = [layout.crl] if exists(layout.crl) else []
+    lists = inspect_lists(layout, list_files, now)
     if as_json:
-        click.echo(json.dumps({"certificates": [dataclasses.asdict(report) for report in reports]}, indent=2))
+        told = {
+            "certificates": [dataclasses.asdict(report) for report in reports],
+            "revocation_lists": [dataclasses.asdict(report) for report in lists],
+        }
+        click.echo(json.dumps(told, indent=2))
     else:
         console = Console(soft_wrap=False, highlight=False)
-        for report in reports:
-            console.print(_table(report))
-    if any(report.problems for report in reports):
+        for table in (*map(_table, reports), *map(_list_table, lists)):
+            console.print(table)
+    if any(report.problems for report in reports) or any(report.problems for report in lists):
         context.exit(1)
 
 
@@ -321,11 +375,17 @@ def _say_written(certificate: x509.Certificate, *paths: Path) -> None:
     )
 
 
+def _say_list(layout: Layout, signed: RevocationList) -> None:
+    click.echo(f"wrote {layout.crl}")
+    click.echo(
+        f"Revoked certificates in it: {len(signed.serials)}. Before {signed.next_update:%Y-%m-%d} sign it anew: "
+        "appliance certs crl"
+    )
+    click.echo(f'The service looks at it when tls.crl = "{layout.crl}" is configured, and then at every change.')
+
+
 def _table(report: Report) -> Table:
     """Return a report as a table of two columns."""
-    table = Table(title=_clean(report.path, "bold"), title_justify="left", show_header=False, box=None, padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
     state = "expired" if report.days_left < 0 else f"{report.days_left:.0f} days left"
     rows = {
         "kind": report.kind,
@@ -342,9 +402,31 @@ def _table(report: Report) -> Table:
         "chain": report.chain,
         "key": report.key,
     }
+    return _two_columns(report.path, rows, report.problems)
+
+
+def _list_table(report: ListReport) -> Table:
+    """Return a report on a revocation list as a table of two columns."""
+    if not report.issuer:
+        return _two_columns(report.path, {"kind": "revocation list"}, report.problems)
+    state = "out of date" if report.days_left < 0 else f"{report.days_left:.0f} days left"
+    rows = {
+        "kind": "revocation list",
+        "issuer": report.issuer,
+        "number": "none" if report.number is None else str(report.number),
+        "valid": f"{report.this_update} to {report.next_update} ({state})",
+        "revoked": str(report.revoked),
+    }
+    return _two_columns(report.path, rows, report.problems)
+
+
+def _two_columns(path: str, rows: dict[str, str], problems: list[str]) -> Table:
+    table = Table(title=_clean(path, "bold"), title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
     for label, value in rows.items():
         table.add_row(label, _clean(value))
-    for problem in report.problems:
+    for problem in problems:
         table.add_row("problem", _clean(problem, "red"))
     return table
 

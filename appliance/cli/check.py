@@ -15,6 +15,7 @@ from appliance.core.config import Config
 from appliance.core.errors import ApplianceError
 from appliance.core.metrics import Metrics
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
+from appliance.daemon.front import pass_through_warning
 from appliance.engine.worker import LocalEngine
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
@@ -37,6 +38,14 @@ def check(ctx: click.Context, skip_models: bool) -> None:
     if files is not None:
         warning = base_url_warning(config, files.tls().chain)
         report.line("warn" if warning else "ok", "certificates", warning or str(config.tls.certificate))
+        proxies = pass_through_warning(config)
+        if proxies:
+            report.line("warn", "proxies", proxies)
+        for sentence in files.stale_lists():
+            if config.tls.crl_policy == "strict":
+                report.fail("revocation", sentence)
+            else:
+                report.line("warn", "revocation", sentence)
     keys = report.attempt("keys", lambda: KeyStore(config.auth.keys_file))
     if keys is not None:
         needed = config.auth.require in ("key", "either", "both") and not len(keys)

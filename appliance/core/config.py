@@ -119,13 +119,68 @@ class Server(Section):
     mtls_listen: Address | None = Field(
         None,
         examples=["[::]:8444"],
-        description='Port that demands a client certificate signed by tls.client_ca, e.g. "[::]:8444". Unset: no '
+        description='One more port that demands a client certificate signed by tls.client_ca, e.g. "[::]:8444". The '
+        'main port only asks for one; transport = "grpcio" cannot ask, and needs this port for certificates. Unset: no '
         "such port.",
         json_schema_extra={"restart": True},
     )
-    transport: Literal["grpcio"] = Field(
-        "grpcio", description="Which wire serves the ports.", json_schema_extra={"restart": True}
+    plain_listen: str | None = Field(
+        None,
+        examples=["127.0.0.1:8080"],
+        description="Port without TLS for programs on this machine: a loopback address, or unix:/path. Unset: none.",
+        json_schema_extra={"restart": True},
     )
+    transport: Literal["native", "grpcio"] = Field(
+        "native",
+        description='Which wire serves the ports: "native" speaks gRPC, gRPC-Web and HTTP on one port; "grpcio" is '
+        "slower and speaks gRPC only. It steps in by itself where the native extension is missing.",
+        json_schema_extra={"restart": True},
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        (),
+        description="Addresses or networks of proxies whose connections begin with a PROXY protocol v2 header, e.g. "
+        '["10.0.0.5", "fd00::/64"]; limits and logs then show the real client. Nobody else may send one.',
+        json_schema_extra={"restart": True},
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description='Web origins whose pages may call (gRPC-Web, REST), e.g. ["https://lab.example.com"]; "*": all.',
+        json_schema_extra={"restart": True},
+    )
+
+    @field_validator("plain_listen")
+    @classmethod
+    def _check_plain(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        if value.startswith("unix:"):
+            if not value.startswith("unix:/") or not 1 < len(os.fsencode(value.removeprefix("unix:"))) < 108:
+                raise ValueError('must be "unix:/absolute/path", with a path of at most 107 bytes')
+            return value
+        if not is_loopback(value):
+            raise ValueError("must be a loopback address or unix:/path: nothing is encrypted there")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            try:
+                network = ipaddress.ip_network(value)
+            except ValueError:
+                raise ValueError(f'"{value}" is not an address or a network such as 10.0.0.0/24') from None
+            if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped is not None:
+                raise ValueError(f'"{value}" would never match: write IPv4 addresses as IPv4')
+        return values
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            parts = urlsplit(value)
+            if value != "*" and (parts.scheme not in ("http", "https") or not parts.hostname or parts.path):
+                raise ValueError(f'"{value}" must be "*" or scheme and host as browsers send them: https://host[:port]')
+        return values
 
     @field_validator("base_url")
     @classmethod
@@ -155,7 +210,85 @@ class Tls(Section):
     )
     client_ca: FilePath = Field(
         Path("/etc/inference-appliance/tls/ca.crt"),
-        description="PEM file: the authorities whose client certificates are trusted (used by server.mtls_listen).",
+        description="PEM file: the authorities whose client certificates are trusted. Without the file, client "
+        "certificates are not asked for.",
+    )
+    sni_certificates: tuple[FilePath, ...] = Field(
+        (),
+        description="PEM files of more server certificates, chosen by the host name a client asks for; the key of each "
+        "lies beside it, with the ending .key.",
+    )
+    crl: FilePath | None = Field(
+        None,
+        examples=["/etc/inference-appliance/tls/crl.pem"],
+        description="PEM file: revocation lists of the authorities in client_ca. Unset: nobody is revoked.",
+    )
+    crl_policy: Literal["last_good", "strict"] = Field(
+        "last_good",
+        description='When there is no newer revocation list and the last good one is past its nextUpdate: "last_good" '
+        'goes on with it and warns, "strict" refuses client certificates until there is a current one.',
+    )
+
+
+class Connections(Section):
+    """What connections may cost us. Needs transport = "native", except where it says otherwise."""
+
+    max: int = Field(
+        16_384,
+        ge=1,
+        description="Connections at once, over all clients; when all are taken, health probes wait as well.",
+        json_schema_extra={"restart": True},
+    )
+    per_address: int = Field(
+        2048, ge=1, description="Connections at once from one address.", json_schema_extra={"restart": True}
+    )
+    handshakes: int = Field(
+        256,
+        ge=1,
+        description="Connections at once that have not finished their TLS handshake; more wait in the system's queue.",
+        json_schema_extra={"restart": True},
+    )
+    handshake_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=300,
+        description="Seconds for the TLS handshake, and for the first request's headers.",
+        json_schema_extra={"restart": True},
+    )
+    idle_s: float = Field(
+        3600.0,
+        ge=0,
+        le=604_800,
+        description="Seconds without a request after which a connection is closed; 0: never.",
+        json_schema_extra={"restart": True},
+    )
+    keepalive_s: float = Field(
+        300.0,
+        ge=0,
+        le=86_400,
+        description="Seconds of silence after which the peer is asked for a sign of life; 0: never.",
+        json_schema_extra={"restart": True},
+    )
+    keepalive_timeout_s: float = Field(
+        20.0, gt=0, le=600, description="Seconds in which it must come.", json_schema_extra={"restart": True}
+    )
+    age_s: float = Field(
+        0.0,
+        ge=0,
+        le=604_800,
+        description="Seconds after which a client is asked to connect, and authenticate, anew; up "
+        "to a tenth is added or taken away by chance so that not all come at once. 0: never.",
+        json_schema_extra={"restart": True},
+    )
+    age_grace_s: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        description="Seconds that calls may go on when their connection is closed for age.",
+        json_schema_extra={"restart": True},
+    )
+    streams: int = Field(
+        256, ge=1, le=4096, description="Calls at once on one connection.", json_schema_extra={"restart": True}
     )
 
 
@@ -295,6 +428,19 @@ class Limits(Section):
     request_size: Size = Field(
         128 * 2**20, le=128 * 2**20, description="Bytes of one request.", json_schema_extra={"restart": True}
     )
+    reply_size: Size = Field(
+        512 * 2**20,
+        le=2**30,
+        description="Bytes of one reply message; stock clients take 1 GiB.",
+        json_schema_extra={"restart": True},
+    )
+    metadata_size: Size = Field(
+        16 * 2**10,
+        ge=2**10,
+        le=2**20,
+        description="Bytes of one call's headers, counted as HTTP/2 does (names, values and 32 each).",
+        json_schema_extra={"restart": True},
+    )
     image_size: Size = Field(20 * 2**20, le=20 * 2**20, description="Bytes of one image file.")
     image_pixels: int = Field(
         85_000_000, ge=1, le=85_000_000, description="Pixels of one image, checked before it is decoded."
@@ -376,6 +522,7 @@ class Config(Section):
 
     server: Server = Server()
     tls: Tls = Tls()
+    connections: Connections = Connections()
     auth: Auth = Auth()
     principal: tuple[Principal, ...] = ()
     catalog: Catalog = Catalog()
@@ -397,13 +544,47 @@ def cross_problems(config: Config) -> list["Problem"]:
             for key, address in listens
             if address and not is_loopback(address)
         ]
-    if config.auth.require in ("certificate", "both") and not config.server.mtls_listen:
+    if (
+        config.server.transport == "grpcio"
+        and config.auth.require in ("certificate", "both")
+        and not config.server.mtls_listen
+    ):
         problems.append(
             Problem(
                 "auth.require",
                 config.auth.require,
                 "needs client certificates, and no port asks for them",
-                'Set server.mtls_listen, e.g. "[::]:8444", or auth.require = "key".',
+                'Set server.mtls_listen, e.g. "[::]:8444", or server.transport = "native", or auth.require = "key".',
+            )
+        )
+    if config.server.transport == "grpcio":
+        native_only = {
+            "server.plain_listen": config.server.plain_listen,
+            "server.trusted_proxies": config.server.trusted_proxies,
+            "server.cors_origins": config.server.cors_origins,
+            "tls.sni_certificates": config.tls.sni_certificates,
+        }
+        problems += [
+            Problem(key, None, "needs the native wire", f'Set server.transport = "native", or remove {key}.')
+            for key, value in native_only.items()
+            if value
+        ]
+    if config.server.plain_listen and config.auth.require in ("certificate", "both"):
+        problems.append(
+            Problem(
+                "server.plain_listen",
+                config.server.plain_listen,
+                f'has no certificates, and auth.require is "{config.auth.require}": nobody could call there',
+                "Remove it, or set auth.require.",
+            )
+        )
+    if config.server.plain_listen == config.server.listen and not config.server.listen.endswith(":0"):
+        problems.append(
+            Problem(
+                "server.plain_listen",
+                config.server.plain_listen,
+                "is the same as server.listen",
+                "Give the two ports different numbers.",
             )
         )
     if config.server.mtls_listen == config.server.listen and not config.server.listen.endswith(":0"):

@@ -29,6 +29,8 @@ class MemoryBudget:
 class Reservation:
     """Bytes held by one request; grows as the request turns out to need more, and is given back once."""
 
+    __slots__ = ("_budget", "count")
+
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
         self.count = 0
@@ -36,7 +38,8 @@ class Reservation:
     def grow(self, count: int) -> None:
         """Reserve `count` more bytes. Raises: Overloaded: they are not free."""
         budget = self._budget
-        if budget.used + count > budget.limit:
+        # Nothing can always be had, even while replies that wait have taken more than there is.
+        if count and budget.used + count > budget.limit:
             raise Overloaded(
                 f"This request needs {_mib(self.count + count)} of memory; {_mib(budget.limit - budget.used)} of "
                 f"limits.memory_in_flight ({_mib(budget.limit)}) are free. "
@@ -44,6 +47,12 @@ class Reservation:
             )
         budget.used += count
         self.count += count
+
+    def shrink_to(self, count: int) -> None:
+        """Give back what is held beyond `count` bytes."""
+        if self.count > count:
+            self._budget.used -= self.count - count
+            self.count = count
 
     def release(self) -> None:
         """Give everything back; a second call does nothing."""

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from appliance.core.memory import Reservation
+
 Array: TypeAlias = NDArray[Any]
 Row: TypeAlias = dict[str, Array]
 """One input as the graph wants it: graph input name → array without the batch axis."""
@@ -30,6 +32,9 @@ class Call:
         peer: who is on the other end, for the log (`ipv4:10.0.0.7:51234`).
         deadline: `time.monotonic()` seconds, or None when the client set none.
         certificate: the client's verified leaf certificate as PEM, or None when none was sent.
+        chain: the verified certificates above it as PEM, leaf's issuer first; empty where the transport knows none.
+        memory: what the call holds of the memory budget since it was admitted, if the transport asked for admission;
+            the transport releases it when the call is over.
     """
 
     method: str
@@ -37,9 +42,13 @@ class Call:
     peer: str
     deadline: float | None = None
     certificate: bytes | None = None
+    chain: bytes = b""
+    memory: Reservation | None = None
 
 
-Admission: TypeAlias = Callable[[Call], bytes | None]
+Admission: TypeAlias = Callable[[Call, int], bytes | None]
+Done: TypeAlias = "Callable[[bytes | RpcAbort], None]"
+QuickHandler: TypeAlias = Callable[[Call, bytes, Done], bool]
 UnaryHandler: TypeAlias = Callable[[Call, bytes], Awaitable[bytes]]
 StreamHandler: TypeAlias = Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]
 
@@ -50,12 +59,18 @@ class Endpoint:
 
     Attributes:
         stream: serves server-, client- and bidirectional streaming: it reads what messages there are.
-        admit: asked with the headers alone, before a body is read; returns the reply that refuses the call, or None.
+        admit: asked with the headers and the size of the body, before it is read; size 0 when unknown. Returns the
+            reply that refuses the call, or None; then `call.memory` holds as many bytes.
+        quick: the unary handler without a task, for calls that need no waiting: `quick(call, body, done)` returns True
+            when it took the call, and then calls `done` exactly once, on the loop, now or soon: with the reply, or with
+            the RpcAbort that `unary` would raise. False: it left the call alone, and `unary` must serve it. It never
+            raises.
     """
 
     unary: UnaryHandler | None = None
     stream: StreamHandler | None = None
     admit: Admission | None = None
+    quick: QuickHandler | None = None
 
 
 class RpcStatus(enum.IntEnum):
@@ -74,12 +89,17 @@ class RpcStatus(enum.IntEnum):
 
 
 class RpcAbort(Exception):
-    """Ends a call with a gRPC status instead of a message; raised by handlers, mapped by the transport."""
+    """Ends a call with a gRPC status instead of a message; raised by handlers, mapped by the transport.
 
-    def __init__(self, status: RpcStatus, message: str) -> None:
+    Attributes:
+        details: serialised `google.rpc.Status`, sent as `grpc-status-details-bin`; empty for none.
+    """
+
+    def __init__(self, status: RpcStatus, message: str, details: bytes = b"") -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.details = details
 
 
 # ---- what goes in ----------------------------------------------------------------------------------------------------
@@ -143,7 +163,7 @@ class Embedding:
     vector: Array
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tensors:
     """A raw model's answer: graph output name → array without the batch axis."""
 

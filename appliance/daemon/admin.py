@@ -169,17 +169,20 @@ def _bind_tcp(address: str) -> socket.socket:
     return bound
 
 
-def bind_unix(path: Path) -> socket.socket:
-    """Bind a unix socket, 0660, in place of one that a dead daemon left. Raises: ConfigError."""
+def bind_unix(path: Path, key: str = "admin.socket") -> socket.socket:
+    """Bind a unix socket, 0660, in place of one that a dead daemon left.
+
+    Args: key: the setting that names it. Raises: ConfigError.
+    """
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(path.lstat().st_mode):
-                raise ConfigError(f"admin.socket {path} is a file that is not a socket; remove it, or name another.")
+                raise ConfigError(f"{key} {path} is a file that is not a socket; remove it, or name another.")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 if probe.connect_ex(str(path)) == 0:
-                    raise ConfigError(f"Another appliance answers on admin.socket {path}; stop it, or name another.")
+                    raise ConfigError(f"Another appliance answers on {key} {path}; stop it, or name another.")
             path.unlink()
         before = os.umask(0o117)
         try:
@@ -191,5 +194,5 @@ def bind_unix(path: Path) -> socket.socket:
         raise
     except OSError as error:
         bound.close()
-        raise ConfigError(f"admin.socket {path} cannot be bound: {error.strerror or error}.") from error
+        raise ConfigError(f"{key} {path} cannot be bound: {error.strerror or error}.") from error
     return bound

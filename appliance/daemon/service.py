@@ -18,6 +18,7 @@ from typing import Any
 from appliance import __version__
 from appliance.api.auth import Authenticator
 from appliance.api.keys import KeyStore
+from appliance.api.pages import pages
 from appliance.api.service import Api
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.repository import Repository, State, describe
@@ -30,12 +31,12 @@ from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
 from appliance.daemon.admin import AdminServer
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
+from appliance.daemon.front import open_front, pass_through_warning
 from appliance.daemon.systemd import Notifier
 from appliance.engine import session
 from appliance.engine.worker import LocalEngine
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
-from appliance.wire.grpcio import GrpcioServer
 
 _log = logging.getLogger(__name__)
 
@@ -72,9 +73,10 @@ class Daemon:
     async def run(self) -> None:
         """Serve until told to stop. Raises: ConfigError: what the operator must change before it can start."""
         async with contextlib.AsyncExitStack() as stack:
+            self._watch_stop_signals()
             self._open(stack)
             await self._listen(stack)
-            self._watch_signals()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_reload_signal)
             await self._load_models(stack)
             self._say_ready()
             await self._stop.wait()
@@ -105,7 +107,8 @@ class Daemon:
         )
         stack.push_async_callback(self._repository.close)
         self._budget = MemoryBudget(_memory_for_requests(config))
-        self._api = Api(config, self._repository, Authenticator(config, self._keys), self._budget, self._metrics)
+        authenticator = Authenticator(config, self._keys, trust=self._certificates.trust)
+        self._api = Api(config, self._repository, authenticator, self._budget, self._metrics)
         self._metrics.watch(self._metrics.keys, lambda: len(self._keys))
         self._warn()
 
@@ -115,13 +118,18 @@ class Daemon:
         self._admin = AdminServer(config.admin, self, self._metrics.registry)
         self._admin.start()
         stack.push_async_callback(self._admin.stop)
-        self._server = GrpcioServer(self._api.endpoints(), config.limits.request_size, config.limits.request_timeout_s)
-        stack.push_async_callback(self._server.stop, 0.0)
-        self._server.listen("server.listen", config.server.listen, self._certificates.tls)
-        if config.server.mtls_listen:
-            self._server.listen("server.mtls_listen", config.server.mtls_listen, self._certificates.mtls)
-        await self._server.start()
-        self.ports = {**self._server.ports, "admin.listen": self._admin.port}
+        self._front = open_front(
+            config,
+            self._api.endpoints(),
+            pages(self.readiness),
+            self._certificates,
+            self._budget,
+            self._metrics,
+            self._notifier,
+        )
+        stack.push_async_callback(self._front.stop, 0.0)
+        await self._front.start()
+        self.ports = {**self._front.ports, "admin.listen": self._admin.port}
 
     async def _load_models(self, stack: contextlib.AsyncExitStack) -> None:
         """Wait until every wanted bundle is ready or failed, but not for ever; a stop does not wait for it."""
@@ -157,16 +165,20 @@ class Daemon:
         self._notifier.extend_timeout(settings.lame_duck_s + settings.drain_s + 10)
         self._publish()
         _log.info("draining", extra={"in_flight": self._api.in_flight})
+        self._front.last()
         await self._unless_now(self._stop_now.wait(), settings.lame_duck_s)
-        # New calls are answered UNAVAILABLE while the port is still open: grpcio's own shutdown would reset those
-        # that arrive in its very moment, which clients do not try again.
+        until = asyncio.get_running_loop().time() + settings.drain_s
+        await self._unless_now(self._front.retire(settings.drain_s), settings.drain_s + _LAST_CALLERS_S)
+        # Where a call may still come, it is answered UNAVAILABLE while the port is open: grpcio's own shutdown would
+        # reset those that arrive in its very moment, which clients do not try again.
         self._api.refuse_new()
-        await self._unless_now(self._api.wait_idle(), settings.drain_s)
-        await self._unless_now(self._callers_gone(), _LAST_CALLERS_S)
+        await self._unless_now(self._api.wait_idle(), max(0.0, until - asyncio.get_running_loop().time()))
+        if not self._front.retires:
+            await self._unless_now(self._callers_gone(), _LAST_CALLERS_S)
         if self._api.in_flight:
             _log.warning("calls were told to try again", extra={"count": self._api.in_flight})
         self._api.end()
-        await self._server.stop(_LAST_REPLIES_S)
+        await self._front.stop(_LAST_REPLIES_S)
         if self._api.in_flight:
             self._metrics.lost.inc(self._api.in_flight)
             _log.critical(
@@ -187,11 +199,11 @@ class Daemon:
 
     # ---- signals and reload ----
 
-    def _watch_signals(self) -> None:
+    def _watch_stop_signals(self) -> None:
+        """From the first moment on: a stop during the start is a stop, and no failure."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
 
     def _on_stop_signal(self) -> None:
         """The first one drains, the second one means now."""
@@ -268,6 +280,7 @@ class Daemon:
             "version": __version__,
             "phase": self._phase.name.lower(),
             "base_url": self._config.server.base_url,
+            "transport": self._front.name,
             "ports": dict(self.ports),
             "device": str(self._engine.device),
             "device_reason": self._engine.device.reason,
@@ -325,15 +338,27 @@ class Daemon:
             except Exception:
                 # The watchdog must not bark because a certificate file was odd.
                 _log.exception("the daemon's second-by-second look failed")
-            for role, expires in self._certificates.expiry.items():
-                self._metrics.certificate_expiry.labels(role).set(expires)
+            self._measure_certificates()
             await asyncio.sleep(pause)
+
+    def _measure_certificates(self) -> None:
+        metrics, files = self._metrics, self._certificates
+        for gauge, moments in (
+            (metrics.certificate_expiry, files.expiry),
+            (metrics.crl_next_update, files.crl_next_update),
+        ):
+            gauge.clear()  # one that is configured no more leaves no sample
+            for name, moment in moments.items():
+                gauge.labels(name).set(moment)
 
     def _warn(self) -> None:
         """What the operator should know and need not change."""
-        warning = base_url_warning(self._config, self._certificates.tls().chain)
-        if warning:
-            _log.warning("%s", warning)
+        for warning in (
+            base_url_warning(self._config, self._certificates.tls().chain),
+            pass_through_warning(self._config),
+        ):
+            if warning:
+                _log.warning("%s", warning)
         if self._config.auth.require in ("key", "both") and not len(self._keys):
             _log.warning("there is no key yet, so nobody can call; make one with `appliance keys create`")
 

@@ -155,7 +155,7 @@ class Batcher:
         """
         self._model = model
         self.max_rows = 1 if separate or whole else max_rows
-        self._queue_limit = queue_rows
+        self.queue_rows = queue_rows
         self._whole = whole
         self._pad = pad
         self._on_run = on_run
@@ -186,6 +186,11 @@ class Batcher:
         """Rows in the queue now."""
         return self._waiting
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether it accepts rows, and has none."""
+        return not self._unfinished and self._running is None and not self._closing and self.death is None
+
     def submit(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
     ) -> "asyncio.Future[Outcome]":
@@ -205,9 +210,9 @@ class Batcher:
             raise InferenceFailed("The model's worker has died; the appliance must be restarted.", detail=self.death)
         if self._closing:
             raise Draining
-        if self._waiting and self._waiting + count > self._queue_limit:
+        if self._waiting and self._waiting + count > self.queue_rows:
             raise Overloaded(
-                f"{self._waiting} inputs wait for this model already; the limit is {self._queue_limit} "
+                f"{self._waiting} inputs wait for this model already; the limit is {self.queue_rows} "
                 "(engine.queue_rows). Try again."
             )
         submission = _Submission(
@@ -216,7 +221,7 @@ class Batcher:
             outputs=tuple(outputs),
             deadline=_NEVER if deadline is None else deadline,
             principal=principal,
-            key=_shape_key(feeds, self._whole),
+            key=shape_key(feeds, self._whole),
             future=self._loop.create_future(),
             queued_at=self._clock(),
             open=count,
@@ -446,7 +451,7 @@ class Batcher:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def _shape_key(feeds: Mapping[str, Array], whole: bool) -> ShapeKey:
+def shape_key(feeds: Mapping[str, Array], whole: bool = False) -> ShapeKey:
     """Rows of equal keys can be put into one run."""
     skipped = 0 if whole else 1
     return tuple((name, array.shape[skipped:], array.dtype.str) for name, array in sorted(feeds.items()))

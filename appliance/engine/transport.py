@@ -7,6 +7,7 @@ from typing import Protocol
 
 from appliance.core.types import Array
 from appliance.engine.batcher import Outcome
+from appliance.engine.inline import Waiter
 from appliance.engine.plan import Plan
 from appliance.engine.session import Device, TensorSpec
 
@@ -36,11 +37,17 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """How rows of this model are run, and why: "rows" (merged), "separate" (one a run), "whole" (no batch axis)."""
+    """How rows of this model are run, and why.
+
+    Attributes:
+        mode: "rows" (merged), "separate" (one a run) or "whole" (no batch axis).
+        inline_rows: how many may be run in one turn of the loop by the loop itself; 0: none, the runs are too long.
+    """
 
     mode: str
     max_rows: int
     reason: str = ""
+    inline_rows: int = 0
 
 
 class LoadedModel(Protocol):
@@ -60,10 +67,24 @@ class LoadedModel(Protocol):
     def waiting_rows(self) -> int:
         """Rows in its queue now."""
 
+    def prompt(self, rows: int) -> bool:
+        """Whether so many rows that are submitted now are run soon, on the loop's own thread."""
+
     def submit(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
     ) -> "asyncio.Future[Outcome]":
         """Queue rows; see `Batcher.submit`."""
+
+    def submit_prompt(
+        self,
+        waiter: Waiter,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str],
+        rows: int,
+        deadline: float | None,
+        principal: str,
+    ) -> None:
+        """Run rows that `prompt` has just said yes to. The waiter is told once, later than now."""
 
     async def drain(self) -> None:
         """Return when everything accepted has ended."""

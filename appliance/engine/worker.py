@@ -5,6 +5,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from appliance.core.config import Engine as EngineSettings
@@ -14,6 +15,7 @@ from appliance.core.metrics import Metrics
 from appliance.core.types import Array
 from appliance.engine import probes
 from appliance.engine.batcher import Batcher, Outcome, RunRecord
+from appliance.engine.inline import LONGEST_RUN_S, TURN_S, InlineLane, Waiter, Watchdog
 from appliance.engine.session import Device, Session, TensorSpec, resolve_device
 from appliance.engine.transport import Batching, LoadRequest
 
@@ -23,10 +25,13 @@ _T = TypeVar("_T")
 
 
 class LocalModel:
-    """A session and its batcher; implements `LoadedModel`."""
+    """A session with its batcher and, if its runs are short, its inline lane; implements `LoadedModel`."""
 
-    def __init__(self, session: Session, batcher: Batcher, device: Device, batching: Batching) -> None:
+    def __init__(
+        self, session: Session, batcher: Batcher, lane: InlineLane | None, device: Device, batching: Batching
+    ) -> None:
         self._batcher = batcher
+        self._lane = lane
         self.inputs: tuple[TensorSpec, ...] = session.inputs
         self.outputs: tuple[TensorSpec, ...] = session.outputs
         self.providers = session.providers
@@ -41,16 +46,39 @@ class LocalModel:
     @property
     def waiting_rows(self) -> int:
         """Rows in the queue now."""
-        return self._batcher.waiting_rows
+        return self._batcher.waiting_rows + (self._lane.waiting_rows if self._lane else 0)
+
+    def prompt(self, rows: int) -> bool:
+        """Whether so many rows that are submitted now are run soon, on the loop's own thread."""
+        return self._lane is not None and self._lane.takes(rows)
 
     def submit(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
     ) -> "asyncio.Future[Outcome]":
-        """Queue rows; see `Batcher.submit`."""
+        """Run rows inline if that is quick, else queue them; see `Batcher.submit`."""
+        if self._lane is not None:
+            count = len(next(iter(feeds.values())))
+            if self._lane.takes(count):
+                return self._lane.submit(feeds, outputs, count, deadline, principal)
         return self._batcher.submit(feeds, outputs, deadline, principal)
+
+    def submit_prompt(
+        self,
+        waiter: Waiter,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str],
+        rows: int,
+        deadline: float | None,
+        principal: str,
+    ) -> None:
+        """Run rows inline; `prompt` has just said yes to them. The waiter is told once, later than now."""
+        assert self._lane is not None, "not prompt"
+        self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal)
 
     async def drain(self) -> None:
         """Return when everything accepted has ended."""
+        if self._lane is not None:
+            await self._lane.wait_idle()
         await self._batcher.wait_idle()
 
     def close(self) -> None:
@@ -72,6 +100,7 @@ class LocalEngine:
         self._gpu_memory = settings.gpu_memory
         self._load_timeout_s = settings.load_timeout_s
         self._metrics = metrics
+        self._watchdog = Watchdog()
 
     async def load(self, request: LoadRequest) -> LocalModel:
         """Load, probe and warm up a graph; see `Engine.load`."""
@@ -87,6 +116,7 @@ class LocalEngine:
             ) from error
         finally:
             loading.end()
+        on_run = self._observer(request.name)
         batcher = Batcher(
             session,
             max_rows=batching.max_rows,
@@ -94,10 +124,20 @@ class LocalEngine:
             separate=batching.mode == "separate",
             whole=batching.mode == "whole",
             pad=device.kind == "gpu",
-            on_run=self._observer(request.name),
+            on_run=on_run,
             on_death=lambda reason: _log.critical("model is not ready any more", extra=_fields(request, reason)),
         )
-        return LocalModel(session, batcher, device, batching)
+        lane = None
+        if batching.inline_rows:
+            lane = InlineLane(
+                session,
+                batcher,
+                self._watchdog,
+                batching.inline_rows,
+                on_run,
+                lambda reason: _log.warning("runs have their own thread from now on", extra=_fields(request, reason)),
+            )
+        return LocalModel(session, batcher, lane, device, batching)
 
     def _prepare(self, request: LoadRequest, device: Device, loading: "_Loading") -> tuple[Session, Batching]:
         """The slow part, on a thread of its own: session, probes, warm-up of every bucket."""
@@ -112,11 +152,13 @@ class LocalEngine:
         for rows in buckets:
             _first_run(session, request, [rows])
         if batching.mode == "separate":
-            return session, batching
+            return session, replace(batching, inline_rows=_inline_rows(session, request, device, 1))
         limit = request.max_rows or probes.MAX_ROWS
         # The longest bucket decides: shorter rows at that size are cheaper still. All sizes get warm on the way.
         sizes = [probes.best_rows(session, request.served, rows[0], limit) for rows in buckets]
-        return session, Batching("rows", request.max_rows or sizes[-1], batching.reason)
+        max_rows = request.max_rows or sizes[-1]
+        inline_rows = _inline_rows(session, request, device, max_rows)
+        return session, Batching("rows", max_rows, batching.reason, inline_rows)
 
     def _observer(self, name: tuple[str, str]) -> Callable[[RunRecord], None]:
         compute = self._metrics.compute_seconds.labels(*name)
@@ -198,6 +240,17 @@ def _batching(session: Session, request: LoadRequest) -> Batching:
         if dependence:
             return Batching("separate", 1, dependence)
     return Batching("rows", probes.MAX_ROWS, "the probes show rows independent")
+
+
+def _inline_rows(session: Session, request: LoadRequest, device: Device, max_rows: int) -> int:
+    """How many rows of the longest bucket one turn of the loop may run itself; 0 when a single one takes too long."""
+    row = request.examples[-1][0]
+    if device.kind != "cpu" or probes.run_seconds(session, request.served, row, 1) > LONGEST_RUN_S:
+        return 0
+    try:
+        return int(TURN_S / probes.run_seconds(session, request.served, row, max_rows) * max_rows)
+    except InferenceFailed:  # the bundle's max_rows does not fit in memory: the batcher finds out what does
+        return 0
 
 
 def _first_run(session: Session, request: LoadRequest, buckets: Sequence[Sequence[Mapping[str, Array]]]) -> None:

@@ -26,6 +26,9 @@ Image.MAX_IMAGE_PIXELS = None
 _LARGEST_WHOLE = 2**22
 """Pixels up to which a picture is resized whole before it is cropped."""
 
+_TELL_ALL_IN_INFO = ("PNG", "GIF", "BMP")
+"""Formats of which Pillow keeps what stands beside the pixels in `info`: none there means no orientation either."""
+
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "box": Image.Resampling.BOX,
@@ -114,18 +117,16 @@ def decode_image(source: bytes | ImageHeader, recipe: ImageRecipe) -> NDArray[np
     image: Image.Image = _open(source) if isinstance(source, bytes) else source.opened
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        if image.info or image.format not in _TELL_ALL_IN_INFO:
+            image = ImageOps.exif_transpose(image)
         image = _eight_bit(image, "L" if recipe.color == "grey" else "RGB")
         image = _fit(image, recipe)
     except (OSError, ValueError, SyntaxError, struct.error, IndexError, TypeError, OverflowError) as error:
         # Pillow's decoders raise any of these for broken data; the list grew from fuzzing.
         raise UnsupportedFormat(f"The image is broken: {_reason(error)}. Send a whole {_READS} file.") from error
-    pixels = np.asarray(image, np.uint8)
-    if recipe.color == "grey":
-        pixels = pixels[:, :, None]
-    elif recipe.color == "bgr":
-        pixels = pixels[:, :, ::-1]
-    return np.ascontiguousarray(pixels)
+    # As `np.asarray(image)`, which asks the image many things first.
+    pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, -1)
+    return np.ascontiguousarray(pixels[:, :, ::-1]) if recipe.color == "bgr" else pixels
 
 
 def ignore_warnings() -> None:

@@ -39,6 +39,10 @@ class Layout:
     def ca_key(self) -> Path:
         return self.directory / "ca.key"
 
+    @property
+    def crl(self) -> Path:
+        return self.directory / "crl.pem"
+
     def certificate(self, role: Role, name: str | None = None) -> Path:
         """Return `server.crt`, or `clients/<name>.crt`.
 
@@ -81,22 +85,22 @@ class NewFile:
         return f"NewFile({self.path}, {len(self.content)} bytes, {self.access})"
 
 
-def read_file(path: Path) -> bytes:
-    """Return the content of a file the operator named, at most 4 MiB.
+def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """Return the content of a file the operator named, at most `limit` bytes (4 MiB).
 
     Raises: CertificateError: missing, unreadable, not a plain file, or too big.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            content = file.read(limit + 1)
     except FileNotFoundError:
         raise CertificateError(f"{path} does not exist.") from None
     except PermissionError:
         raise CertificateError(f"{path} may not be read by this user; run the command with sudo.") from None
     except OSError as error:
         raise CertificateError(f"{path} cannot be read: {error.strerror}.") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise CertificateError(f"{path} has more than {MAX_FILE_BYTES} bytes; it is not a certificate or key.")
+    if len(content) > limit:
+        raise CertificateError(f"{path} has more than {limit} bytes; it is not what belongs there.")
     return content
 
 

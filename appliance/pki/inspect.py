@@ -59,7 +59,7 @@ def load_certificates(pem: bytes) -> list[x509.Certificate]:
         certificates = x509.load_pem_x509_certificates(pem)
         for certificate in certificates:
             check_readable(certificate)
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
         raise CertificateError("A certificate in it is damaged and cannot be read.", detail=str(error)) from error
     return certificates
 

@@ -1,7 +1,7 @@
 """What `appliance certs inspect` tells about certificate files, as plain values ready for a table or JSON."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from cryptography import x509
 
 from appliance.core.errors import CertificateError
 from appliance.pki import chain
-from appliance.pki.files import Layout, exists, too_open
+from appliance.pki.files import Layout, exists, read_file, too_open
 from appliance.pki.inspect import (
+    SECONDS_PER_DAY,
     alternative_names,
     authority_problem,
     date_problems,
@@ -28,6 +29,7 @@ from appliance.pki.keys import key_type, server_weakness
 from appliance.pki.names import typed_text
 from appliance.pki.profiles import ROLE_USAGE, Role
 from appliance.pki.reading import read_certificates, read_key
+from appliance.pki.revocation import MAX_LIST_BYTES, RevocationList, read_lists
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,59 @@ class Report:
     chain: str
     key: str
     problems: list[str]
+
+
+@dataclass(frozen=True)
+class ListReport:
+    """One revocation list of a file; of a file that cannot be used there is nothing but `path` and `problems`.
+
+    `number` is None when the list has none; `revoked` counts its entries. `problems`: as above.
+    """
+
+    path: str
+    issuer: str = ""
+    number: int | None = None
+    this_update: str = ""
+    next_update: str = ""
+    days_left: float = 0.0
+    revoked: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def is_list_file(path: Path) -> bool:
+    """True when the file holds revocation lists. Raises: CertificateError: it cannot be read."""
+    return b"-----BEGIN X509 CRL-----" in read_file(path, MAX_LIST_BYTES)
+
+
+def inspect_lists(layout: Layout, paths: Sequence[Path], now: datetime) -> list[ListReport]:
+    """Return a report on every revocation list of the files, whose signers are looked for in the directory's `ca.crt`.
+
+    Raises: CertificateError: `ca.crt` or a file cannot be read.
+    """
+    reports = []
+    for path in paths:
+        content = read_file(path, MAX_LIST_BYTES)
+        try:
+            lists = read_lists(content, read_certificates(layout.ca_certificate))
+        except CertificateError as error:
+            reports.append(ListReport(str(path), problems=[str(error)]))
+        else:
+            reports += [_list_report(path, each, now) for each in lists]
+    return reports
+
+
+def _list_report(path: Path, each: RevocationList, now: datetime) -> ListReport:
+    stale = each.staleness(now)
+    return ListReport(
+        path=str(path),
+        issuer=each.issuer.subject.rfc4514_string(),
+        number=each.number if each.number >= 0 else None,
+        this_update=each.this_update.isoformat(),
+        next_update=each.next_update.isoformat(),
+        days_left=round((each.next_update - now).total_seconds() / SECONDS_PER_DAY, 2),
+        revoked=len(each.serials),
+        problems=[stale] if stale else [],
+    )
 
 
 def inspect_directory(layout: Layout, passphrase: bytes | None, now: datetime) -> list[Report]:

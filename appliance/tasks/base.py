@@ -15,7 +15,7 @@ from appliance.media import images
 from appliance.media.text import TextTokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decoded:
     """One input as rows for the graph.
 

@@ -90,16 +90,14 @@ class Classifier:
         else:
             scores = arrays[plan.SCORES] if self._wrapped else self._probabilities(arrays[self._scores.output])
             values, indices = _best(scores, options.selected)
-        finite = np.asarray(np.isfinite(values).all(axis=1)).tolist()
+        sound: list[bool] = np.logical_and.reduce(np.isfinite(values), axis=1).tolist()
         values, indices = values[:, : options.max_concepts], indices[:, : options.max_concepts]
-        # 0 means no filter, and scores without an activation may be negative.
-        passing = values >= options.min_value if options.min_value else np.ones(values.shape, np.bool_)
-        kept: list[int] = passing.sum(axis=1).tolist()
+        kept: Sequence[int] = (values.shape[1],) * count
+        if options.min_value:  # 0 means no filter, and scores without an activation may be negative
+            kept = (values >= options.min_value).sum(axis=1).tolist()
         return [
-            ConceptScores(row_indices[:keep], row_values[:keep]) if sound else _not_numbers()
-            for row_indices, row_values, keep, sound in zip(
-                indices.tolist(), values.tolist(), kept, finite, strict=True
-            )
+            ConceptScores(row_indices[:keep], row_values[:keep]) if good else _not_numbers()
+            for row_indices, row_values, keep, good in zip(indices.tolist(), values.tolist(), kept, sound, strict=True)
         ]
 
     def _probabilities(self, raw: Array) -> Array:

@@ -19,6 +19,8 @@ from appliance.core.memory import Reservation
 from appliance.core.metrics import Metrics
 from appliance.core.types import Concept, Payload, PredictOptions, Result, Tensors
 from appliance.engine import plan as plans
+from appliance.engine.batcher import Outcome
+from appliance.engine.inline import Waiter
 from appliance.engine.plan import Plan
 from appliance.engine.transport import Engine, LoadedModel, LoadRequest
 from appliance.media.text import TextTokenizer
@@ -103,6 +105,9 @@ class Servable:
         self._pool = pool
         self._decode_seconds = metrics.decode_seconds.labels(self.key.model_id, self.version)
 
+        self.companion: object = None
+        """What whoever serves it has made for it and keeps here, so that both go together."""
+
     @property
     def problem(self) -> str | None:
         """Why this servable cannot answer any more, or None."""
@@ -123,6 +128,39 @@ class Servable:
         self._decode_seconds.observe(time.perf_counter() - begun)
         await self._compute(decoded, answers, options, ticket)
         return answers  # type: ignore[return-value]  # every place has been filled
+
+    def ask(
+        self, payload: Payload, options: PredictOptions, ticket: Ticket, limits: Limits, waiter: Waiter
+    ) -> Decoded | None:
+        """Decode an input of a small request here and now and submit it; `answer` makes the answer of its outcome.
+
+        Args:    waiter: is told the outcome, once and later than now.
+        Returns: None when that is better left to `predict`: nothing is submitted, but the ticket's memory may have
+            grown.
+        Raises: InputError. Overloaded: its memory is not free.
+        """
+        if not self.model.prompt(1):
+            return None
+        begun = time.perf_counter()
+        cost = self.task.cost(payload, limits)
+        if cost >= _SMALL_WORK:
+            return None
+        ticket.memory.grow(cost)
+        row = self.task.decode(payload)
+        ticket.memory.grow(_bytes(row.feeds))
+        if row.rows > 1 and not self.model.prompt(row.rows):
+            return None
+        self._decode_seconds.observe(time.perf_counter() - begun)
+        outputs = self.task.outputs(options)
+        self.model.submit_prompt(waiter, row.feeds, outputs, row.rows, ticket.deadline, ticket.principal)
+        return row
+
+    def answer(self, row: Decoded, outcome: Outcome, options: PredictOptions, ticket: Ticket) -> Answer:
+        """What became of an input that `ask` submitted. Raises: Overloaded: the memory of the answer is not free."""
+        ticket.memory.grow(_bytes(outcome.arrays))
+        if outcome.errors:
+            return next(iter(outcome.errors.values()))
+        return _squeezed(self.task.encode(outcome.arrays, 1, options)[0], row)
 
     async def drain(self) -> None:
         """Return when everything accepted has ended."""
@@ -162,7 +200,7 @@ class Servable:
                 answers[index] = row
             else:
                 decoded[index] = row
-        ticket.memory.grow(sum(array.nbytes for row in decoded.values() for array in row.feeds.values()))
+        ticket.memory.grow(sum(_bytes(row.feeds) for row in decoded.values()))
         return decoded
 
     async def _compute(
@@ -176,13 +214,16 @@ class Servable:
             for members in groups:
                 feeds = _stack([decoded[index] for index in members])
                 futures.append(self.model.submit(feeds, outputs, ticket.deadline, ticket.principal))
-            outcomes = await asyncio.gather(*futures)  # also takes note of the errors that nobody awaits any more
+            if len(futures) == 1:
+                outcomes = [await futures[0]]
+            else:
+                outcomes = await asyncio.gather(*futures)  # takes note of the errors that nobody awaits any more, too
         finally:
             # One refused or cancelled: nobody reads the others any more.
             for future in futures:
                 future.cancel()
         # The arrays become the reply, which is held until it is sent.
-        ticket.memory.grow(sum(array.nbytes for outcome in outcomes for array in outcome.arrays.values()))
+        ticket.memory.grow(sum(_bytes(outcome.arrays) for outcome in outcomes))
         for members, outcome in zip(groups, outcomes, strict=True):
             if not outcome.arrays:
                 results: Sequence[Answer] = [next(iter(outcome.errors.values()))] * len(members)
@@ -267,6 +308,13 @@ def _tried(function: Callable[[Payload], _T], payload: Payload) -> _T | Applianc
         return error
 
 
+def _bytes(arrays: Mapping[str, np.ndarray]) -> int:
+    count = 0
+    for array in arrays.values():
+        count += array.nbytes
+    return count
+
+
 def _size(payload: Payload) -> int:
     return len(payload.image or b"") + len(payload.text or "") + sum(a.nbytes for a in payload.arrays.values())
 
@@ -287,6 +335,6 @@ def _stack(rows: list[Decoded]) -> Mapping[str, np.ndarray]:
 
 
 def _squeezed(answer: Answer, row: Decoded) -> Answer:
-    if isinstance(answer, Tensors) and row.squeeze:
+    if row.squeeze and isinstance(answer, Tensors):
         return Tensors({name: array[0] if array.ndim else array for name, array in answer.arrays.items()})
     return answer

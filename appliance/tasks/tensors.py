@@ -22,7 +22,9 @@ class RawTensors:
         if odd:
             raise BundleInvalid(f"The inputs {', '.join(odd)} are not numeric tensors; export the model without them.")
         self._inputs = inputs
+        self._itemsizes = [(spec.name, spec.dtype.itemsize) for spec in inputs if spec.dtype is not None]
         self._outputs = tuple(spec for spec in outputs if spec.dtype is not None)
+        self._names = tuple(spec.name for spec in self._outputs)
         if not self._outputs:
             raise BundleInvalid("No output is a numeric tensor; export the model with zipmap=False or the like.")
         self.batched = all(spec.dynamic_batch for spec in (*inputs, *self._outputs))
@@ -39,31 +41,32 @@ class RawTensors:
     def cost(self, payload: Payload, limits: Limits) -> int:
         """Bytes of the arrays as the graph takes them."""
         arrays = self._named(payload)
-        return sum(arrays[spec.name].size * (spec.dtype or np.dtype(np.float64)).itemsize for spec in self._inputs)
+        return sum([arrays[name].size * itemsize for name, itemsize in self._itemsizes])
 
     def decode(self, payload: Payload) -> Decoded:
         """The arrays in the graph's dtypes. One axis fewer than the graph has: a single row, answered as such."""
         arrays = self._named(payload)
         feeds: dict[str, Array] = {}
+        rows: set[int] = set()
         squeeze = False
         for spec in self._inputs:
             array = arrays[spec.name]
             if self.batched and array.ndim == len(spec.shape) - 1:
                 array = array[None]
                 squeeze = True
-            feeds[spec.name] = self._fitted(array, spec)
-        rows = {len(array) for array in feeds.values()} if self.batched else {1}
+            feeds[spec.name] = array = self._fitted(array, spec)
+            rows.add(len(array) if self.batched else 1)
         if len(rows) > 1 or 0 in rows:
             raise InvalidInput(f"The arrays have {sorted(rows)} rows; give all inputs equally many, at least one.")
         return Decoded(feeds, rows.pop(), squeeze)
 
     def outputs(self, options: PredictOptions) -> tuple[str, ...]:
         """All numeric outputs."""
-        return tuple(spec.name for spec in self._outputs)
+        return self._names
 
     def compared(self) -> tuple[str, ...]:
         """All numeric outputs."""
-        return tuple(spec.name for spec in self._outputs)
+        return self._names
 
     def examples(self) -> Sequence[Sequence[dict[str, Array]]]:
         """Small noise of each dtype, and large values as the outlier; none when an axis beside the batch is dynamic."""
@@ -88,7 +91,7 @@ class RawTensors:
     def _named(self, payload: Payload) -> dict[str, Array]:
         """The input's arrays by graph input name; a single unnamed array is meant for a single input."""
         arrays = payload.arrays
-        if set(arrays) == {""} and len(self._inputs) == 1:
+        if len(arrays) == len(self._inputs) == 1 and "" in arrays:
             return {self._inputs[0].name: arrays[""]}
         missing = [spec.name for spec in self._inputs if spec.name not in arrays]
         if missing:
@@ -101,10 +104,7 @@ class RawTensors:
     @staticmethod
     def _fitted(array: Array, spec: TensorSpec) -> Array:
         assert spec.dtype is not None
-        fits = array.ndim == len(spec.shape) and all(
-            want is None or have == want for have, want in zip(array.shape, spec.shape, strict=True)
-        )
-        if not fits:
+        if not _fits(array.shape, spec.shape):
             raise InvalidInput(f"The array {spec.name!r} has shape {list(array.shape)}; {_describe(spec)} is needed.")
         if array.dtype == spec.dtype:
             return array
@@ -115,6 +115,15 @@ class RawTensors:
         if spec.dtype.kind in "biu" and not np.array_equal(fitted, array):
             raise InvalidInput(f"The array {spec.name!r} has values that {spec.dtype} cannot hold.")
         return fitted
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for have, want in zip(shape, wanted, strict=True):  # noqa: SIM110  # `all` takes three times as long
+        if have != want and want is not None:
+            return False
+    return True
 
 
 def _describe(spec: TensorSpec) -> str:

@@ -131,7 +131,7 @@ def _handler(name: str, endpoint: Endpoint, body_timeout_s: float) -> Any:
         async def serve_unary(requests: AsyncIterator[bytes], context: Any) -> bytes:
             try:
                 call = _call(name, context)
-                refusal = endpoint.admit(call) if endpoint.admit else None
+                refusal = endpoint.admit(call, 0) if endpoint.admit else None
                 if refusal is not None:
                     return refusal
                 return await unary(call, await _body(requests, body_timeout_s))
@@ -147,7 +147,7 @@ def _handler(name: str, endpoint: Endpoint, body_timeout_s: float) -> Any:
     async def serve_stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         try:
             call = _call(name, context)
-            refusal = endpoint.admit(call) if endpoint.admit else None
+            refusal = endpoint.admit(call, 0) if endpoint.admit else None
             if refusal is not None:
                 yield refusal
                 return
@@ -182,7 +182,8 @@ async def _end(context: Any, abort: RpcAbort) -> Any:
     # A call that is being cancelled by the server's own stop cannot be aborted any more: it is over already.
     if abort.status is RpcStatus.CANCELLED:
         raise asyncio.CancelledError
-    return await context.abort(_STATUS[int(abort.status)], abort.message)
+    trailers = (("grpc-status-details-bin", abort.details),) if abort.details else ()
+    return await context.abort(_STATUS[int(abort.status)], abort.message, trailers)
 
 
 def _call(name: str, context: Any) -> Call:

@@ -182,9 +182,11 @@ class TestReload:
         assert "log.level" not in said
 
     def test_what_only_a_restart_changes_is_checked_together_with_the_rest(
-        self, appliance: Appliance, pki: Pki
+        self, appliance: Appliance, pki: Pki, transport: str
     ) -> None:
         """Certificates would be demanded on a port that is not there yet, and nobody could call."""
+        if transport == "native":
+            pytest.skip("the native wire asks for certificates on every port")
         appliance.stop()
         appliance.write_config(server={"mtls_listen": None})
         appliance.start()

@@ -16,7 +16,7 @@ from appliance.catalog.repository import Repository
 from appliance.core.config import Auth, Catalog, Config, Limits, Principal
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
-from appliance.core.types import Call
+from appliance.core.types import Call, RpcAbort
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
 from support import graphs, pictures
@@ -101,9 +101,16 @@ class Client:
         return Call(method, metadata, "ipv4:127.0.0.1:1", deadline)
 
     async def raw(self, rpc: str, body: bytes, **call: Any) -> bytes:
-        """One message in, one out; streaming RPCs are given a stream of one."""
+        """One message in, one out; streaming RPCs are given a stream of one. The quick way is tried first."""
         name = rpc if rpc.startswith("/") else V2 + rpc
         endpoint = self.endpoints[name]
+        if endpoint.quick is not None:
+            replied: asyncio.Future[bytes | RpcAbort] = asyncio.get_running_loop().create_future()
+            if endpoint.quick(self.call(name, **call), body, replied.set_result):
+                reply = await replied
+                if isinstance(reply, RpcAbort):
+                    raise reply
+                return reply
         if endpoint.unary is not None:
             return await endpoint.unary(self.call(name, **call), body)
         (reply,) = await self.stream(name, [body], **call)

@@ -29,6 +29,15 @@ COMMAND = Path(sys.executable).with_name("appliance")
 PATIENCE_S = 120.0
 """How long a test waits for something that must happen; only a hung machine takes that long."""
 
+_AS_SYSTEMD = """
+import os, sys
+for place, number in enumerate(sys.argv[1].split(","), start=3):
+    os.dup2(int(number), place)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Passes descriptors on from number 3, and becomes the command."""
+
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("APPLIANCE_", "CLARIFAI_"))}
 
 
@@ -77,6 +86,7 @@ class Appliance:
 
     Attributes:
         key: a key that fixtures made, if they did.
+        transport: which wire serves; "" is the appliance's own choice.
         config: sections of the configuration file beside what the folder layout gives.
     """
 
@@ -85,6 +95,7 @@ class Appliance:
     config: dict[str, Any] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
     key: str = ""
+    transport: str = ""
 
     def __post_init__(self) -> None:
         for folder in (self.models, self.state):
@@ -133,6 +144,8 @@ class Appliance:
             "admin": {"listen": "127.0.0.1:0", "socket": self.home / "admin.sock"},
             "shutdown": {"lame_duck_s": 0.2, "drain_s": 60},
         }
+        if self.transport:
+            base["server"]["transport"] = self.transport
         for section, content in self.config.items():
             base[section] = {**base.get(section, {}), **content} if isinstance(content, dict) else content
         self.file.write_text(to_toml(base), encoding="utf-8")
@@ -147,14 +160,27 @@ class Appliance:
 
     # ---- life ----
 
-    def spawn(self, environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
-        """Start the daemon and do not wait for it."""
-        log = (self.home / "daemon.log").open("wb")
+    def spawn(
+        self, environment: Mapping[str, str] | None = None, listening: Mapping[str, socket.socket] | None = None
+    ) -> "subprocess.Popen[bytes]":
+        """Start the daemon and do not wait for it.
+
+        Args:    listening: sockets to pass as systemd does, by name.
+        """
+        log = (self.home / "daemon.log").open("ab")
+        command = [str(COMMAND), "--config", str(self.file), "serve"]
+        passed = dict(environment or {})
+        if listening:
+            # sd_listen_fds(3): descriptors from 3 on, for the process whose number is in LISTEN_PID.
+            numbers = [str(sock.fileno()) for sock in listening.values()]
+            command = [sys.executable, "-c", _AS_SYSTEMD, ",".join(numbers), *command]
+            passed |= {"LISTEN_FDS": str(len(numbers)), "LISTEN_FDNAMES": ":".join(listening)}
         self.process = subprocess.Popen(
-            [str(COMMAND), "--config", str(self.file), "serve"],
+            command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**_ENVIRONMENT, **(environment or {})},
+            env={**_ENVIRONMENT, **passed},
+            pass_fds=[sock.fileno() for sock in (listening or {}).values()],
         )
         log.close()
         return self.process

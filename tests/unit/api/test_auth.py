@@ -18,11 +18,19 @@ from appliance.core.errors import ConfigError, CredentialsMissing, KeyInvalid, N
 from appliance.core.types import Call, ModelKey
 from appliance.pki.leaf import Subject, issue
 from appliance.pki.profiles import DEFAULTS, Profile
+from appliance.pki.revocation import sign_list
 from appliance.pki.root import create_root
 from appliance.pki.signing import Issued, certificate_pem
+from appliance.pki.trust import Trust
 
 NOW = datetime.now(UTC)
 MODEL = ModelKey("u", "a", "m")
+
+
+@pytest.fixture(autouse=True)
+def look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call looks at the keys file."""
+    monkeypatch.setattr("appliance.api.keys.LOOK_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +123,7 @@ def test_a_key_is_exactly_itself(world: World) -> None:
 
 
 def test_a_revoked_key_is_refused_at_once(world: World) -> None:
-    """Without a reload; the others go on."""
+    """Without a reload, at the next look; the others go on."""
     first, second = world.key(), world.key()
     authenticator = world.authenticator()
     authenticator.grant(keyed(first))
@@ -258,6 +266,40 @@ def test_a_principal_that_was_removed_takes_its_certificate_along(world: World, 
     authenticator.configure(Config(auth=Auth(require="certificate", keys_file=world.path)))
     with pytest.raises(NotPermitted):
         authenticator.grant(shown)
+
+
+def test_a_revoked_certificate_is_refused_on_the_next_request(world: World, root: Issued, pem: Any) -> None:
+    """Of a live connection too; a reload puts another trust in place. Who brings a key is not concerned."""
+    shown, key = pem(), world.key("ada")
+    line, ada = Principal(name="line", identities=("cn:line-3",)), Principal(name="ada")
+    trusts = [Trust([root.certificate])]
+    config = Config(auth=Auth(require="certificate", keys_file=world.path), principal=(line, ada))
+    authenticator = Authenticator(config, KeyStore(world.path), trust=lambda: trusts[-1])
+    assert authenticator.grant(call(certificate=shown)).name == "line"
+    serial = x509.load_pem_x509_certificate(shown).serial_number
+    entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(NOW).build()
+    trusts.append(Trust([root.certificate], [sign_list(root, [entry], 1, NOW, 30)]))
+    with pytest.raises(NotPermitted, match=f"'line-3' \\(serial {serial:x}\\) was revoked by 'Test Root' on"):
+        authenticator.grant(call(certificate=shown))
+    for require, outcome in (("key", "ada"), ("either", None), ("both", None)):
+        authenticator.configure(config.model_copy(update={"auth": Auth(require=require, keys_file=world.path)}))
+        if outcome:
+            assert authenticator.grant(keyed(key, shown)).name == outcome
+        else:
+            with pytest.raises(NotPermitted, match="was revoked"):
+                authenticator.grant(keyed(key, shown))
+            assert require == "both" or authenticator.grant(keyed(key)).name == "ada"
+
+
+def test_the_chain_that_tls_verified_is_looked_at(world: World, root: Issued, pem: Any) -> None:
+    """An authority that left the trust bundle takes its certificates along."""
+    line = Principal(name="line", identities=("cn:line-3",))
+    config = Config(auth=Auth(require="certificate", keys_file=world.path), principal=(line,))
+    other = create_root("Other Root", None, NOW)
+    authenticator = Authenticator(config, KeyStore(world.path), trust=lambda: Trust([other.certificate]))
+    asked = replace(call(certificate=pem()), chain=certificate_pem(root.certificate))
+    with pytest.raises(NotPermitted, match=r"comes from 'Test Root', which this appliance does not trust"):
+        authenticator.grant(asked)
 
 
 # ---- which of the two ------------------------------------------------------------------------------------------------

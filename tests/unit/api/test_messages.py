@@ -1,18 +1,20 @@
 """Between Clarifai's messages and ours: inputs in both forms, arrays that lie, answers in their places."""
 
+import subprocess
+import sys
 import time
 from typing import Any
 
 import numpy as np
 import pytest
-from clarifai_grpc.grpc.api import resources_pb2, service_pb2
+from clarifai_grpc.grpc.api import resources_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.api import messages
 from appliance.api.messages import UrlInput, payload_of, payload_of_arguments
 from appliance.core.errors import InferenceFailed, InvalidInput
-from appliance.core.types import Concept, ConceptScores, Embedding, Payload, Tensors
+from appliance.core.types import Payload
 
 Data, Image, Text, NDArray = resources_pb2.Data, resources_pb2.Image, resources_pb2.Text, resources_pb2.NDArray
 
@@ -210,49 +212,6 @@ def test_any_array_is_read_or_refused(dtype: str, shape: list[int], buffer: byte
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
-CONCEPTS = (Concept("c-cat", "cat"), Concept("c-dog", "dog"))
-ARRAY = np.array([[1, 2], [3, 4]], np.float32)
-
-
-def both(result: Any) -> tuple[Any, Any]:
-    """Where callers of the old form look, and where pythonic ones do."""
-    old, new = Data(), Data()
-    messages.fill_data(old, result, CONCEPTS, "app")
-    messages.fill_return(new, result, CONCEPTS, "app")
-    (part,) = new.parts
-    assert part.id == "return"
-    return old, part.data
-
-
-def test_concepts_are_given_by_id_name_and_value() -> None:
-    """In both forms, in order, the value exact to the bit."""
-    for data in both(ConceptScores([1, 0], [float(np.float32(0.6)), 0.25])):
-        assert [(c.id, c.name, c.app_id) for c in data.concepts] == [("c-dog", "dog", "app"), ("c-cat", "cat", "app")]
-        assert data.concepts[0].value == np.float32(0.6)
-
-
-def test_a_vector_is_an_embedding_or_an_array() -> None:
-    """embeddings[0] in the old form, an array as the signature says in the new one."""
-    old, new = both(Embedding(np.array([1, 2, 3], np.float32)))
-    assert list(old.embeddings[0].vector) == [1, 2, 3]
-    assert old.embeddings[0].num_dimensions == 3
-    assert (list(new.ndarray.shape), new.ndarray.dtype) == ([3], "float32")
-
-
-@pytest.mark.parametrize("array", [ARRAY, ARRAY.T, np.float32(3).reshape(()), np.array([True]), np.zeros((0, 2))])
-def test_one_tensor_is_an_array(array: Any) -> None:
-    """In C order, whatever its strides were; it can be read back."""
-    for data in both(Tensors({"y": array})):
-        assert data.ndarray.dtype == array.dtype.name
-        found = np.frombuffer(data.ndarray.buffer, data.ndarray.dtype).reshape(tuple(data.ndarray.shape))
-        np.testing.assert_array_equal(found, array)
-
-
-def test_several_tensors_are_named_parts() -> None:
-    """By the graph's output names."""
-    for data in both(Tensors({"sum": ARRAY, "ids": np.array([1, 2])})):
-        assert [(part.id, list(part.data.ndarray.shape)) for part in data.parts] == [("sum", [2, 2]), ("ids", [2])]
-
 
 def test_an_input_is_echoed_without_its_bytes() -> None:
     """Its id and its URL; a missing id is made up, 32 hex digits."""
@@ -267,19 +226,15 @@ def test_an_input_is_echoed_without_its_bytes() -> None:
 @pytest.mark.parametrize(("good", "note", "code"), [(3, "", 10000), (3, "note", 10010), (2, "", 10010), (0, "", 10020)])
 def test_the_top_status_sums_the_outputs_up(good: int, note: str, code: int) -> None:
     """All, some, none; a note makes success mixed."""
-    error = InferenceFailed("The model failed.")
-    reply = service_pb2.MultiOutputResponse()
-    for _ in range(3 - good):
-        messages.fill_error(reply.outputs.add(), resources_pb2.Input(), error, "r")
-    for _ in range(good):
-        reply.outputs.add().status.code = 10000
-    messages.conclude(reply, good, note, "r")
-    assert (reply.status.code, reply.status.req_id, len(reply.outputs)) == (code, "r", 3)
+    failures = [InferenceFailed("The model failed."), InvalidInput("Another one.")][: 3 - good]
+    failures += [InvalidInput("Another one.")] * (3 - good - len(failures))
+    found = messages.conclusion(3, failures, note, "r")
+    assert (found.code, found.req_id) == (code, "r")
     if good < 3:
-        assert f"{3 - good} of 3 inputs failed" in reply.status.details
-        assert "The model failed." in reply.status.details
+        assert f"{3 - good} of 3 inputs failed" in found.details
+        assert "The model failed." in found.details
     else:
-        assert reply.status.details == note
+        assert found.details == note
 
 
 def test_a_failed_output_has_its_input_id_and_no_data() -> None:
@@ -298,3 +253,20 @@ def test_times_are_exact() -> None:
         assert 0 <= stamp.nanos < 10**9
         assert abs(stamp.seconds + stamp.nanos / 1e9 - seconds) < 1e-6
     assert abs(messages.now().seconds - time.time()) < 5
+
+
+def test_a_process_that_is_forked_off_makes_ids_of_its_own() -> None:
+    """It does not go on with those that its parent had made in advance."""
+    program = (
+        "import os\n"
+        "from appliance.api.messages import new_id\n"
+        "def tell(): os.write(1, new_id().encode() + b'\\n')  # in one piece: two processes write\n"
+        "tell()\n"
+        "child = os.fork()\n"
+        "tell()\n"
+        "if child: os.waitpid(child, 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    ids = done.stdout.split()
+    assert len(set(ids)) == len(ids) == 3
+    assert all(len(bytes.fromhex(text)) == 16 for text in ids)

@@ -23,7 +23,7 @@ from appliance.api.service import _request_id
 from appliance.core.config import Limits, Log, Principal
 from appliance.core.errors import DownloadFailed
 from appliance.core.types import Call, RpcAbort, RpcStatus
-from appliance.engine.batcher import Batcher
+from appliance.engine.worker import LocalModel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -539,7 +539,8 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> "list[asyncio.Future[Any]]":
         futures.append(asyncio.get_running_loop().create_future())
         return futures[-1]
 
-    monkeypatch.setattr(Batcher, "submit", submit)
+    monkeypatch.setattr(LocalModel, "submit", submit)
+    monkeypatch.setattr(LocalModel, "prompt", lambda *arguments: False)
     return futures
 
 
@@ -665,7 +666,7 @@ async def test_an_unforeseen_error_is_a_stock_sentence(
     def fail(*arguments: Any) -> Any:
         raise ZeroDivisionError("the secret of /etc/shadow")
 
-    monkeypatch.setattr("appliance.api.predict.options_for", fail)
+    monkeypatch.setattr("appliance.api.messages.payload_of", fail)
     caplog.set_level(logging.INFO)
     client = world.api()
     reply = await client.predict("colours", PICTURE)
@@ -721,14 +722,14 @@ async def test_keys_and_inputs_are_never_logged(world: World, caplog: pytest.Log
 async def test_a_bundle_that_vanishes_meanwhile_is_answered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was accepted is answered, with the model it was accepted for."""
     client = world.api()
-    original = Batcher.submit
+    original = LocalModel.submit
 
     def submit(self: Any, *arguments: Any) -> Any:
         world.repository._bundles.pop("colours", None)
         return original(self, *arguments)
 
     bundle = world.repository._bundles["colours"]
-    monkeypatch.setattr(Batcher, "submit", submit)
+    monkeypatch.setattr(LocalModel, "submit", submit)
     try:
         reply = await client.predict("colours", PICTURE)
     finally:

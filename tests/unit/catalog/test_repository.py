@@ -571,6 +571,27 @@ async def test_newest_means_newest_ready(world: World) -> None:
         pass
 
 
+async def test_what_was_found_before_follows_the_catalog(world: World) -> None:
+    """A newer version, a death, a second owner of the name: each shows at the next request."""
+    world.put("a", b"one", version="1")
+    world.watch()
+    await world.until("a", b"one")
+    assert world.content("a") == b"one"
+    world.put("a", b"two", version="2")
+    await world.until("a", b"two")
+    newest = next(fake for _, version, fake in world.loaded if version == "2")
+    newest.problem = "its worker died"
+    assert world.content("a") == b"one"
+    config = graphs.bundle_config(world.root / "b", "tensor-to-tensor", {}, model_id="a", user_id="bob")
+    graphs.write_bundle(world.root / "b", b"bob", config)
+    await eventually_async(lambda: any(b.name == "b" and b.key for b in world.repository.bundles))
+    with pytest.raises(UnknownModel, match="Several models match"):
+        world.repository.use("", "", "a", "")
+    await eventually_async(lambda: world.repository.find("bob", "", "a").versions["1"].ready)
+    with world.repository.use("bob", "", "a", "") as fake:
+        assert fake.content == b"bob"
+
+
 async def test_a_held_version_is_not_served_and_comes_back_when_released(world: World) -> None:
     world.put("a", b"one", version="1")
     world.put("a", b"two", version="2")

@@ -1,13 +1,18 @@
 """`appliance check`: everything that can be wrong, told without serving, and nothing written."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 from support import graphs
 from support.command import Command
 
 from appliance.api.keys import create_key
+from appliance.pki.files import Layout
+from appliance.pki.revocation import sign_list
+from appliance.pki.root import load_root
 
 
 @pytest.fixture
@@ -78,6 +83,23 @@ def test_a_base_url_outside_the_certificate_is_a_warning(ready: Command) -> None
     state, sentence = lines(ready.good("check", "--skip-models"))["certificates"]
     assert state == "warn"
     assert "edge.example.com" in sentence
+
+
+@pytest.mark.parametrize(("policy", "state"), [("last_good", "warn"), ("strict", "fail")])
+def test_a_revocation_list_is_looked_at(ready: Command, policy: str, state: str) -> None:
+    """Missing or broken it keeps the daemon from starting; out of date it costs what tls.crl_policy says."""
+    tls = ready.folder / "tls"
+    crl = tls / "crl.pem"
+    setting = f'crl = "{crl}"\ncrl_policy = "{policy}"\n[engine]'
+    ready.file.write_text(ready.file.read_text().replace("[engine]", setting))
+    assert lines(ready("check", "--skip-models").stdout)["certificates"][0] == "fail"
+    ready.good("certs", "crl", "--dir", tls)
+    assert "revocation" not in lines(ready.good("check", "--skip-models"))
+    root, long_ago = load_root(Layout(tls), datetime.now(UTC)), datetime.now(UTC) - timedelta(days=9)
+    crl.write_bytes(sign_list(root, [], 1, long_ago, 7).crl.public_bytes(serialization.Encoding.PEM))
+    result = ready("check", "--skip-models")
+    assert lines(result.stdout)["revocation"][0] == state
+    assert result.exit_code == (1 if state == "fail" else 0)
 
 
 def test_an_empty_catalog_is_a_warning(ready: Command, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.command import Command
 
-from appliance.api.keys import KeyStore, create_key, digest, read_keys, revoke_key
+from appliance.api.keys import LOOK_S, KeyStore, create_key, digest, read_keys, revoke_key
 from appliance.core.errors import ConfigError
 
 
@@ -112,12 +112,17 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "keys.json"
 
 
-def test_a_change_of_the_file_takes_effect_on_the_next_call(path: Path) -> None:
-    store = KeyStore(path)
+def test_a_change_of_the_file_takes_effect_at_the_next_look(path: Path) -> None:
+    """A new key is looked for at once; a revoked one may be found a moment longer, as many calls share a look."""
+    now = [100.0]
+    store = KeyStore(path, clock=lambda: now[0])
     assert len(store) == 0
     key, entry = create_key(path, "default", "")
     assert store.find(key) == entry
     revoke_key(path, entry.id)
+    now[0] += LOOK_S / 2
+    assert store.find(key) == entry
+    now[0] += LOOK_S / 2
     assert store.find(key) is None
 
 

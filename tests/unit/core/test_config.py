@@ -219,8 +219,14 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(
         "[limits]\nconcepts_default = 30\nconcepts_max = 20\n",
         "[admin]\nlisten = '0.0.0.0:9464'\n",
         "[server]\nmtls_listen = '[::]:8443'\n",
-        "[auth]\nrequire = 'certificate'\n",
-        "[auth]\nrequire = 'both'\n",
+        "[server]\ntransport = 'grpcio'\n[auth]\nrequire = 'certificate'\n",
+        "[server]\ntransport = 'grpcio'\n[auth]\nrequire = 'both'\n",
+        "[server]\ntransport = 'grpcio'\nplain_listen = '127.0.0.1:8080'\n",
+        "[server]\nplain_listen = '[::]:8080'\n",
+        "[server]\nplain_listen = 'unix:relative'\n",
+        "[server]\ntrusted_proxies = ['proxy.example.com']\n",
+        "[connections]\nstreams = 0\n",
+        "[tls]\ncrl_policy = 'lax'\n",
     ],
 )
 def test_a_wrong_value_is_a_problem_and_never_a_traceback(write: Callable[..., Path], text: str) -> None:
@@ -415,6 +421,9 @@ def test_keys_that_need_a_restart_are_named_and_kept(write: Callable[..., Path])
 
 TAKEN_OVER_LIVE = {
     "server.base_url": "only told and checked",
+    "tls.sni_certificates": "read again with the certificate",
+    "tls.crl": "read again with the certificate",
+    "tls.crl_policy": "asked with every request",
     "tls.certificate": "integration: a rotated certificate is shown to new connections",
     "tls.key": "as the certificate",
     "tls.key_passphrase": "as the certificate",

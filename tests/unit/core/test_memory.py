@@ -65,3 +65,27 @@ def test_the_budget_is_never_exceeded_and_always_balances(steps: list[tuple[int,
         if release and live:
             live.pop(0).release()
         assert budget.used == sum(reservation.count for reservation in live) <= 100
+
+
+def test_what_turned_out_not_to_be_needed_is_given_back() -> None:
+    budget = MemoryBudget(10)
+    reservation = budget.hold(3)
+    reservation.grow(5)
+    reservation.shrink_to(3)
+    assert (budget.used, reservation.count) == (3, 3)
+    reservation.shrink_to(7)
+    assert (budget.used, reservation.count) == (3, 3)
+    reservation.release()
+    reservation.shrink_to(0)
+    assert budget.used == 0
+
+
+def test_nothing_can_always_be_had() -> None:
+    """Replies that wait are counted, not refused, and may take more than there is: who needs no byte is not stopped."""
+    budget = MemoryBudget(100)
+    budget.used = 150
+    with budget.hold(0) as reservation:
+        reservation.grow(0)
+        with pytest.raises(Overloaded):
+            reservation.grow(1)
+    assert budget.used == 150

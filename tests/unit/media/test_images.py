@@ -213,6 +213,17 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert np.array_equal(decoded(data, height=height, width=width), expected)
 
 
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied_whatever_the_format(form: str) -> None:
+    """Formats keep it in different places; the files without any are the ones that are not looked at twice."""
+    stored = pictures.rgb_pixels(6, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(stored).save(file, form, exif=exif, lossless=True)
+    assert np.array_equal(decoded(file.getvalue(), height=6, width=4), np.rot90(stored, -1))
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_an_orientation_that_means_nothing_is_let_be(orientation: int) -> None:
     plain = decoded(pictures.jpeg(64, 48), height=48, width=64)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import ssl
 import stat
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -11,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from appliance.cli.certs import certs
 from appliance.core.errors import CertificateError, ConfigError
@@ -19,6 +21,8 @@ from appliance.pki.files import Layout
 from appliance.pki.inspect import client_identity, server_names
 from appliance.pki.keys import key_pem
 from appliance.pki.reading import read_certificates
+from appliance.pki.revocation import read_lists, sign_list
+from appliance.pki.root import load_root
 
 README = Path(__file__).parents[3] / "certs" / "README.md"
 
@@ -202,6 +206,98 @@ def test_a_request_goes_to_a_ca_and_comes_back(layout: Layout, run: Callable[...
         run("renew", "server")
 
 
+@pytest.mark.usefixtures("site")
+def test_a_client_is_revoked_by_name(layout: Layout, run: Callable[..., Result]) -> None:
+    result = run("revoke", "ada", "--reason", "keyCompromise", "--days", "3")
+    assert result.exit_code == 0
+    (root,) = read_certificates(layout.ca_certificate)
+    (ada,) = read_certificates(layout.certificate("client", "ada"))
+    (signed,) = read_lists(layout.crl.read_bytes(), [root])
+    assert signed.serials == {ada.serial_number}
+    assert signed.entry(ada.serial_number).endswith("(keyCompromise)")
+    assert (signed.next_update - datetime.now(UTC)).days in (2, 3)
+    assert stat.S_IMODE(layout.crl.stat().st_mode) == 0o644
+    assert f'tls.crl = "{layout.crl}"' in result.output
+    assert f"{ada.serial_number:x}" in result.output
+
+
+@pytest.mark.usefixtures("site")
+def test_what_was_revoked_stays_revoked_and_numbers_grow(layout: Layout, run: Callable[..., Result]) -> None:
+    """The list itself is the record; what is revoked already keeps its day and reason."""
+    anchors = read_certificates(layout.ca_certificate)
+    run("revoke", "--serial", "AB:CD", "--reason", "superseded")
+    first = read_lists(layout.crl.read_bytes(), anchors)[0]
+    run("renew", "client", "ada")
+    for arguments in (("revoke", "ada"), ("crl",), ("revoke", "--serial", "abcd", "--reason", "keyCompromise")):
+        assert run(*arguments).exit_code == 0
+    last = read_lists(layout.crl.read_bytes(), anchors)[0]
+    assert (first.number, last.number) == (1, 4)
+    assert last.serials == {0xABCD, read_certificates(layout.certificate("client", "ada"))[0].serial_number}
+    assert last.entry(0xABCD) == first.entry(0xABCD)
+    assert len(list(last.crl)) == 2
+
+
+@pytest.mark.usefixtures("site")
+def test_openssl_takes_our_list(layout: Layout, run: Callable[..., Result]) -> None:
+    """Others read it too: what we write is what RFC 5280 says."""
+    run("revoke", "ada")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(layout.crl)
+    assert context.cert_store_stats()["crl"] == 1
+
+
+@pytest.mark.usefixtures("site")
+def test_what_our_root_did_not_issue_it_does_not_revoke(layout: Layout, run: Callable[..., Result]) -> None:
+    root = read_certificates(layout.ca_certificate)[0]
+    with pytest.raises(CertificateError, match="own serial number"):
+        run("revoke", "--serial", f"{root.serial_number:x}")
+    with pytest.raises(CertificateError, match=r"bob\.crt does not exist"):
+        run("revoke", "bob")
+    run("init", "--name", "Another", "--force")
+    with pytest.raises(CertificateError, match=r"was issued by 'Inference Appliance Root CA', not with .*'Another'"):
+        run("revoke", "ada")
+    assert not layout.crl.exists()
+
+
+@pytest.mark.usefixtures("site")
+def test_a_list_that_is_not_ours_is_never_overwritten(layout: Layout, run: Callable[..., Result]) -> None:
+    """It may be the only record of what was revoked."""
+    run("revoke", "ada")
+    old = layout.crl.read_bytes()
+    for content in (b"broken", old + old):
+        layout.crl.write_bytes(content)
+        with pytest.raises(CertificateError, match="cannot be continued"):
+            run("crl")
+        assert layout.crl.read_bytes() == content
+    layout.crl.write_bytes(old)
+    run("init", "--force")
+    with pytest.raises(CertificateError, match="cannot be continued"):
+        run("crl")
+    assert layout.crl.read_bytes() == old
+
+
+@pytest.mark.usefixtures("site")
+def test_inspect_shows_revocation_lists(layout: Layout, run: Callable[..., Result]) -> None:
+    run("revoke", "ada", "--days", "7")
+    assert run("inspect").exit_code == 0
+    (told,) = json.loads(run("inspect", "--json").output)["revocation_lists"]
+    assert (told["number"], told["revoked"], told["problems"]) == (1, 1, [])
+    assert 6.9 < told["days_left"] <= 7
+    assert json.loads(run("inspect", layout.crl, "--json").output)["certificates"] == []
+    assert "revocation list" in run("inspect", layout.crl).output
+    root = load_root(layout, datetime.now(UTC))
+    stale = sign_list(root, [], 2, datetime.now(UTC) - timedelta(days=9), 7).crl
+    for content, sentence in (
+        (stale.public_bytes(serialization.Encoding.PEM), "was due for replacement"),
+        (b"-----BEGIN X509 CRL-----\nAA", "cut short"),
+    ):
+        layout.crl.write_bytes(content)
+        result = run("inspect", "--json")
+        assert result.exit_code == 1
+        assert sentence in json.loads(result.output)["revocation_lists"][0]["problems"][0]
+        assert run("inspect").exit_code == 1
+
+
 class _Public:
     """A requester's key as its CA sees it: the public half."""
 
@@ -223,6 +319,10 @@ class _Public:
         ("import", "--cert", "x", "--keep-encrypted"),
         ("init", "--days", "0"),
         ("init", "--key-type", "dsa"),
+        ("revoke",),
+        ("revoke", "ada", "--serial", "ab"),
+        ("revoke", "ada", "--reason", "certificateHold"),
+        ("crl", "--days", "0"),
     ],
 )
 def test_a_wrong_command_line_is_a_usage_error(run: Callable[..., Result], arguments: tuple[str, ...]) -> None:

@@ -1,0 +1,75 @@
+"""The metrics: counted in plain numbers, exposed as prometheus-client's own objects are."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+
+from appliance.core.metrics import _ROWS, _SECONDS, PREFIX, Metrics
+
+_MODEL = ("model", "version")
+_VALUES = (0, 0.00005, 0.00006, 0.3, 60, 61, 1e9)
+
+
+def count(requests: Any, inputs: Any, seconds: Any, rows: Any) -> None:
+    """The same to both."""
+    requests.labels("digits", "1", "PostModelOutputs", 10000).inc()
+    requests.labels("digits", "1", "PostModelOutputs", 10000).inc()
+    requests.labels("", "", "ListModels", 11102).inc()
+    inputs.labels("digits", 'odd "name"\n', 10000).inc(128)
+    for value in _VALUES:
+        seconds.labels("PostModelOutputs").observe(value)
+    for value in (1, 2, 3, 128, 129):
+        rows.labels("digits", "1").observe(value)
+    rows.labels("digits", "2")
+
+
+def _comparable(text: bytes) -> list[str]:
+    """The moments at which series were made differ."""
+    return [re.sub(r"(_created(?:\{.*\})?) .*", r"\1", line) for line in text.decode().splitlines()]
+
+
+@pytest.mark.parametrize("write", [generate_latest, openmetrics.generate_latest])
+def test_what_is_exposed_is_what_prometheus_clients_objects_expose(
+    write: Callable[[CollectorRegistry], bytes],
+) -> None:
+    """Names, labels, buckets, order and moments of creation, in both formats."""
+    metrics, theirs = Metrics(), CollectorRegistry()
+    count(metrics.requests, metrics.inputs, metrics.request_seconds, metrics.batch_rows)
+    requests = Counter(
+        f"{PREFIX}_requests", "Calls answered, by Clarifai status code.", (*_MODEL, "method", "code"), registry=theirs
+    )
+    inputs = Counter(
+        f"{PREFIX}_inputs", "Inputs answered, by Clarifai status code.", (*_MODEL, "code"), registry=theirs
+    )
+    seconds = Histogram(
+        f"{PREFIX}_request_seconds", "From call to reply.", ("method",), buckets=_SECONDS, registry=theirs
+    )
+    rows = Histogram(f"{PREFIX}_batch_rows", "Rows in one run of the model.", _MODEL, buckets=_ROWS, registry=theirs)
+    count(requests, inputs, seconds, rows)
+    ours = CollectorRegistry()
+    for family in (metrics.requests, metrics.inputs, metrics.request_seconds, metrics.batch_rows):
+        ours.register(family)
+    assert _comparable(write(ours)) == _comparable(write(theirs))
+
+
+def test_a_series_is_made_once() -> None:
+    """Whatever its values' types."""
+    metrics = Metrics()
+    assert metrics.inputs.labels("digits", "1", 10000) is metrics.inputs.labels("digits", "1", "10000")
+
+
+def test_a_series_has_all_its_labels() -> None:
+    """A slip is found at once, not by whoever scrapes."""
+    with pytest.raises(ValueError, match="labels"):
+        Metrics().inputs.labels("digits")
+
+
+def test_a_name_is_taken_once() -> None:
+    """The registry knows our families' names."""
+    metrics = Metrics()
+    with pytest.raises(ValueError, match="Duplicated"):
+        Counter(f"{PREFIX}_requests", "Again.", registry=metrics.registry)
