@@ -279,6 +279,11 @@ class Listener:
         self._ignore()
         self._sock.close()
 
+    @property
+    def handshaking(self) -> bool:
+        """Whether a connection was accepted that is not its protocol's yet."""
+        return bool(self._setting_up)
+
     async def wait_closed(self, *, cut: bool = False) -> None:
         """Return when no handshake is under way any more. Args: cut: end those that are, now."""
         tasks = list(self._setting_up)

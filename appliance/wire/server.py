@@ -103,16 +103,20 @@ class WireServer:
         """Shut, and return when no new call can come and all that did are in their handlers' hands.
 
         Args:
-            timeout_s: for clients that do not answer that they have heard of it.
+            timeout_s: for clients that do not answer that they have heard of it, or are slow in their handshake.
             bodies_s: for bodies that are on their way.
         """
         self.shut()
         begun = time.monotonic()
         # One look sees all of them: an event for each would wake us thousands of times.
-        while time.monotonic() < begun + timeout_s and not all(c.retired for c in self._connections):  # noqa: ASYNC110
+        while time.monotonic() < begun + timeout_s and not self._retired:  # noqa: ASYNC110
             await asyncio.sleep(_RETIRE_LOOK_S)
         while time.monotonic() < begun + bodies_s and any(c.receiving for c in self._connections):  # noqa: ASYNC110
             await asyncio.sleep(_RETIRE_LOOK_S)
+
+    @property
+    def _retired(self) -> bool:
+        return all(c.retired for c in self._connections) and not any(li.handshaking for li in self._listeners)
 
     async def stop(self, grace_s: float) -> None:
         """Shut, wait until all connections are gone, and after `grace_s` seconds end those that are not."""

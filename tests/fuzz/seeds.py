@@ -104,7 +104,7 @@ SEEDS = {
     "heavy": ALL + request(0, 33) + owner(2, 0, bytes([8, 3, 0])) + PULL,
     "cancelled": ALL + request(0, 1) + owner(0, 0, word(60_000)) + peer(6, 0, b"\x08") + PULL,
     "reset": ALL + request(0, 1) + owner(5, 0, b"\2") + PULL,
-    "shut": ALL + request(0, 1) + owner(11, 1) + PULL + peer(7, 0) + owner(0, 0, word(5)) + PULL,
+    "shut": ALL + request(0, 1) + owner(11, 1) + PULL + (peer(7, 0) + PULL) * 2 + owner(0, 0, word(5)) + PULL,
     "abandoned": ALL + request(0, 1) + owner(11, 2, b"\x0b") + PULL,
     "ping": ALL + owner(11, 3) + PULL + peer(1, 128, bytes([6, 0, 8]) + b"12345678") + PULL,
     "slow": ALL + request(0, 1) + peer(5, 4, word(0)) + owner(0, 0, word(6000)) + owner(13, 61) + owner(13, 61) + PULL,

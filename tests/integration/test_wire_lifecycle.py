@@ -200,8 +200,8 @@ def test_a_handshake_that_ends_after_the_stop_began_is_told_at_once(pki: Pki) ->
 
 
 def test_a_stop_is_announced_before_it_happens(pki: Pki) -> None:
-    """GOAWAY for all streams there may be, a ping, and only after its answer GOAWAY for those that were taken: what a
-    client sent in between is served."""
+    """GOAWAY for all streams there may be, a ping that goes round twice, and only then GOAWAY for those that were taken:
+    what a client sent in between is served."""
     with Server(pki) as server, connected(server) as client:
         client.greet()
         client.ask(1, HOLD, framed(b"one"))
@@ -214,6 +214,7 @@ def test_a_stop_is_announced_before_it_happens(pki: Pki) -> None:
         client.ask(3, HOLD, framed(b"late"))
         server.wait("holding", id="late")
         client.sock.sendall(pong)
+        client.until(h2.events.PingReceived, answer=False)
         second = client.until(h2.events.ConnectionTerminated)
         assert (second.error_code, second.last_stream_id) == (0, 3)
         server.do("gate", open_=True)

@@ -274,15 +274,19 @@ class Client:
     def __init__(
         self, port: int, ca: Path, key: str = "", certificate: tuple[bytes, bytes] | None = None, retries: bool = False
     ) -> None:
-        """Args: certificate: (key, certificate chain) PEM. retries: as the stock channel, 5 attempts on UNAVAILABLE."""
+        """Args: certificate: (key, certificate chain) PEM. retries: as the stock channel, 5 attempts on UNAVAILABLE.
+
+        Without them a call is still moved to the next connection when the client itself had not sent it yet as it heard
+        of the last one's end: every gRPC client does so, and no server can spare it that.
+        """
         if certificate is None and retries:
             self.channel = ClarifaiChannel.get_grpc_channel(base=f"localhost:{port}", root_certificates_path=str(ca))
         else:
             # The stub works only once a stock channel was made in this process (PROTOCOL 1.3).
             ClarifaiChannel.get_grpc_channel(base="localhost:1", root_certificates_path=str(ca)).close()
             credentials = grpc.ssl_channel_credentials(ca.read_bytes(), *(certificate or ()))
-            options = [("grpc.max_receive_message_length", 2**30), ("grpc.use_local_subchannel_pool", 1)]
-            options += [("grpc.max_send_message_length", 2**30), ("grpc.enable_retries", 0)]
+            sizes = [(f"grpc.max_{way}_message_length", 2**30) for way in ("send", "receive")]
+            options = [*sizes, ("grpc.use_local_subchannel_pool", 1)]
             self.channel = grpc.secure_channel(f"localhost:{port}", credentials, options=options)
         self.stub = service_pb2_grpc.V2Stub(self.channel)
         self.metadata = (("authorization", f"Key {key}"),) if key else ()
@@ -354,8 +358,7 @@ class Load:
                     end = "answered" if complete and reply.status.code == 10000 else f"status {reply.status.code}"
                 except grpc.RpcError as error:
                     end = error.code().name
-                    if end not in ("UNAVAILABLE",):
-                        self.odd.append(str(error.details()))
+                    self.odd.append(f"{end}: {error.details()}")
                 with self._lock:
                     self.ends[end] += 1
                 if end == "UNAVAILABLE":

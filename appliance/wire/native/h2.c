@@ -29,6 +29,10 @@ static const double LINGER_S = 1; /* for which a peer may send on after its answ
 
 static const uint64_t SHUT_PING = 0x6170706c69616e63; /* tells our own shut-down ping from a keepalive */
 
+/* How often it goes round before the last stream is named. gRPC's C core writes the answer to a ping ahead of calls that
+ * it had begun by then; they are surely here when the second answer is. */
+enum { SHUT_ROUNDS = 2 };
+
 /* ---- memory: every allocation of ours goes through here, so that a fuzzer can let one fail ---- */
 
 #ifdef H2_FAULTS
@@ -156,7 +160,8 @@ struct h2_conn {
     bucket resets, idle_frames;
     uint32_t continuations;
     double now, ticked_at;  /* the time that h2_tick knows of: seconds of this connection's life, and as it was told */
-    bool shutting, retired;
+    bool shutting;
+    int shut_rounds;
     bool ending, ended;     /* the peer is to hear that we had enough; it has */
     bool cannot_read, cannot_write; /* libnghttp2 failed midway: it must not be asked again */
     const char *fault;
@@ -625,18 +630,29 @@ static int on_padding(h2_conn *c, const nghttp2_frame *frame)
     return s ? top_up(c, s) : 0;
 }
 
+static int begin_shut_round(h2_conn *c)
+{
+    return nghttp2_submit_ping(c->session, NGHTTP2_FLAG_NONE, (const uint8_t *)&SHUT_PING);
+}
+
+static int end_shut_round(h2_conn *c)
+{
+    c->shut_rounds++;
+    if (!h2_retired(c))
+        return begin_shut_round(c);
+    return nghttp2_submit_goaway(c->session, NGHTTP2_FLAG_NONE, nghttp2_session_get_last_proc_stream_id(c->session),
+                                 NGHTTP2_NO_ERROR, NULL, 0);
+}
+
 static int on_frame(nghttp2_session *session, const nghttp2_frame *frame, void *context)
 {
     h2_conn *c = context;
     uint8_t type = frame->hd.type;
     if (type == NGHTTP2_DATA && frame->data.padlen && on_padding(c, frame))
         return NGHTTP2_ERR_CALLBACK_FAILURE;
-    if (type == NGHTTP2_PING && frame->hd.flags & NGHTTP2_FLAG_ACK && c->shutting && !c->retired &&
-        memcmp(frame->ping.opaque_data, &SHUT_PING, sizeof SHUT_PING) == 0) {
-        c->retired = true;
-        return nghttp2_submit_goaway(session, NGHTTP2_FLAG_NONE, nghttp2_session_get_last_proc_stream_id(session),
-                                     NGHTTP2_NO_ERROR, NULL, 0);
-    }
+    if (type == NGHTTP2_PING && frame->hd.flags & NGHTTP2_FLAG_ACK && c->shutting && !h2_retired(c) &&
+        memcmp(frame->ping.opaque_data, &SHUT_PING, sizeof SHUT_PING) == 0)
+        return end_shut_round(c);
     if (type != NGHTTP2_DATA && type != NGHTTP2_HEADERS)
         return 0;
     stream *s = find(c, frame->hd.stream_id);
@@ -703,7 +719,9 @@ static int on_frame_sent(nghttp2_session *session, const nghttp2_frame *frame, v
     /* The ping must come after the notice, and libnghttp2 sends pings first: were the answer on its way before the
      * client has read the notice, a stream could be between them. */
     if (frame->hd.type == NGHTTP2_GOAWAY && c->shutting && frame->goaway.last_stream_id == INT32_MAX)
-        return nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, (const uint8_t *)&SHUT_PING);
+        return begin_shut_round(c);
+    if (frame->hd.type == NGHTTP2_GOAWAY && frame->goaway.error_code != NGHTTP2_NO_ERROR && !c->fault)
+        c->fault = nghttp2_http2_strerror(frame->goaway.error_code);
     bool ends = (frame->hd.type == NGHTTP2_HEADERS || frame->hd.type == NGHTTP2_DATA) &&
                 frame->hd.flags & NGHTTP2_FLAG_END_STREAM;
     stream *s = ends ? find(c, frame->hd.stream_id) : NULL;
@@ -1253,7 +1271,7 @@ bool h2_alive(const h2_conn *c)
 
 bool h2_retired(const h2_conn *c)
 {
-    return c->retired;
+    return c->shut_rounds == SHUT_ROUNDS;
 }
 
 size_t h2_pending(const h2_conn *c)

@@ -582,7 +582,8 @@ def test_frames_are_of_the_usual_size() -> None:
 
 
 def test_shutting_down_loses_no_stream() -> None:
-    """A notice that names no stream, then a ping; when that is answered, the last stream. Until then calls go on."""
+    """A notice that names no stream, then a ping, twice; when that is answered, the last stream. Until then calls go on:
+    gRPC's C core answers a ping before it sends the calls that it had begun."""
     native = opened()
     native.feed(call(1))
     native.shut()
@@ -593,14 +594,18 @@ def test_shutting_down_loses_no_stream() -> None:
     assert flags_of(native.feed(call(3)), 3) == [HEAD | MESSAGE | END], "sent before the client knew"
     assert not native.retired
     native.feed(frame(peer.PING, peer.ACK, 0, out[1][3]))
+    assert not native.retired
+    assert flags_of(native.feed(call(5)), 5) == [HEAD | MESSAGE | END], "begun before the client knew"
+    assert frames(native.pull(2**20)) == [out[1]]
+    native.feed(frame(peer.PING, peer.ACK, 0, out[1][3]))
     assert native.retired
     (goaway,) = frames(native.pull(2**20))
     assert goaway[0] == peer.GOAWAY
-    assert goaway[3][:4] == struct.pack(">I", 3)
-    assert native.feed(call(5)) == [], "refused: the client knew"
+    assert goaway[3][:4] == struct.pack(">I", 5)
+    assert native.feed(call(7)) == [], "refused: the client knew"
     native.feed(frame(peer.PING, peer.ACK, 0, out[1][3]) * 3)
     assert peer.GOAWAY not in [kind for kind, *_ in frames(native.pull(2**20))]
-    for number in (1, 3):
+    for number in (1, 3, 5):
         assert native.alive
         native.reply(number, b"x", False)
         native.pull(2**20)
@@ -626,6 +631,16 @@ def test_an_abandoned_connection_says_why() -> None:
     ((kind, _, _, data),) = frames(native.pull(2**20))
     assert kind == peer.GOAWAY
     assert data[4:8] == struct.pack(">I", peer.ENHANCE_YOUR_CALM)
+    assert not native.alive
+
+
+def test_a_peer_that_breaks_the_protocol_is_given_up_for_it() -> None:
+    """What libnghttp2 itself ends connections for is told too."""
+    native = opened()
+    native.feed(frame(peer.HEADERS, peer.END_HEADERS, 1, b"\xff" * 12))
+    ((kind, _, _, data),) = frames(native.pull(2**20))
+    assert (kind, data[4:8]) == (peer.GOAWAY, struct.pack(">I", 9))
+    assert native.fault == "COMPRESSION_ERROR"
     assert not native.alive
 
 
