@@ -91,11 +91,6 @@ class Grant:
         for meter in self.meters:
             meter.check()
 
-    def enter(self) -> None:
-        """Count one request against rate and concurrency, until it calls `leave`. Raises: RateLimited."""
-        self.check()
-        self.take()
-
     def take(self) -> None:
         """Count one request that `check` let pass, until it calls `leave`."""
         for meter in self.meters:
@@ -108,8 +103,9 @@ class Grant:
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
-        """`enter` and `leave` around a block."""
-        self.enter()
+        """Count one request against rate and concurrency for the length of a block. Raises: RateLimited."""
+        self.check()
+        self.take()
         try:
             yield
         finally:

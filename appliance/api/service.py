@@ -400,23 +400,22 @@ class Api:
         rpc, begun = quick.rpc, quick.begun
         context = begun.context
         try:
-            try:
-                if not isinstance(outcome, Outcome):
-                    raise outcome or Draining
-                reply = begun.reply(outcome)
-            finally:
-                begun.let_go()
-                context.grant.leave()
-                context.memory.release()
-                seconds = time.monotonic() - quick.started
-                self._metrics.request_seconds.labels(rpc.name).observe(seconds)
-        except Exception as error:
             if outcome is None:
                 return _abort(Draining(), context.req_id)
+            if not isinstance(outcome, Outcome):
+                raise outcome
+            reply = begun.reply(outcome)
+        except Exception as error:
             try:
                 reply = self._error_reply(rpc, context.call, context.req_id, error, context, b"")
             except RpcAbort as abort:
                 return abort
+        finally:
+            begun.let_go()
+            context.grant.leave()
+            context.memory.release()
+            seconds = time.monotonic() - quick.started
+            self._metrics.request_seconds.labels(rpc.name).observe(seconds)
         self._record(rpc, context, reply.code, seconds)
         return reply.body
 

@@ -178,7 +178,10 @@ class Server(Section):
     def _check_origins(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         for value in values:
             parts = urlsplit(value)
-            if value != "*" and (parts.scheme not in ("http", "https") or not parts.hostname or parts.path):
+            origin = f"{parts.scheme}://{parts.netloc}".lower()
+            if value != "*" and (
+                parts.scheme not in ("http", "https") or not parts.hostname or "@" in value or value != origin
+            ):
                 raise ValueError(f'"{value}" must be "*" or scheme and host as browsers send them: https://host[:port]')
         return values
 
@@ -578,24 +581,15 @@ def cross_problems(config: Config) -> list["Problem"]:
                 "Remove it, or set auth.require.",
             )
         )
-    if config.server.plain_listen == config.server.listen and not config.server.listen.endswith(":0"):
-        problems.append(
-            Problem(
-                "server.plain_listen",
-                config.server.plain_listen,
-                "is the same as server.listen",
-                "Give the two ports different numbers.",
+    first: dict[str, str] = {}
+    for key, address in [*listens, ("server.plain_listen", config.server.plain_listen)]:
+        if not address or address.endswith(":0"):
+            continue
+        if address in first:
+            problems.append(
+                Problem(key, address, f"is the same as {first[address]}", "Give the two ports different numbers.")
             )
-        )
-    if config.server.mtls_listen == config.server.listen and not config.server.listen.endswith(":0"):
-        problems.append(
-            Problem(
-                "server.mtls_listen",
-                config.server.mtls_listen,
-                "is the same as server.listen",
-                "Give the two ports different numbers.",
-            )
-        )
+        first.setdefault(address, key)
     seen_names: set[str] = set()
     owner: dict[str, str] = {}
     for index, principal in enumerate(config.principal):

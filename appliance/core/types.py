@@ -60,7 +60,8 @@ class Endpoint:
     Attributes:
         stream: serves server-, client- and bidirectional streaming: it reads what messages there are.
         admit: asked with the headers and the size of the body, before it is read; size 0 when unknown. Returns the
-            reply that refuses the call, or None; then `call.memory` holds as many bytes.
+            reply that refuses the call, or None; then `call.memory` holds as many bytes. Raises: RpcAbort, which ends
+            the call.
         quick: the unary handler without a task, for calls that need no waiting: `quick(call, body, done)` returns True
             when it took the call, and then calls `done` exactly once, on the loop, now or soon: with the reply, or with
             the RpcAbort that `unary` would raise. False: it left the call alone, and `unary` must serve it. It never

@@ -35,6 +35,10 @@ _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 Source: RFC 9113, section 9.2.2 and appendix A. TLS 1.3 has no others."""
 
+_TRY_AGAIN_S = 60.0
+"""Seconds after which certificate files that were not taken over are tried again, though they did not change: one that
+is not valid yet becomes so, and what the system lacked may be there."""
+
 _SAY_AGAIN_S = 3600.0
 """Seconds after which a revocation list that is out of date is complained of again."""
 
@@ -147,6 +151,7 @@ class CertificateFiles:
             self.config, self._shown = config, shown
             self._trust = Trust(shown.authorities, lists, strict=config.tls.crl_policy == "strict")
             self._shown_stamps, self._list_stamps = stamps
+            self._refused, self._tried = "", 0.0
             self._complained = -_SAY_AGAIN_S
 
     def refresh(self) -> None:
@@ -156,19 +161,26 @@ class CertificateFiles:
             new_shown, new_lists = shown_stamps != self._shown_stamps, list_stamps != self._list_stamps
             self._shown_stamps, self._list_stamps = shown_stamps, list_stamps
             if new_shown:
-                self._refresh_shown()
-            if new_shown or new_lists:  # a new bundle may know the CA of a list that was refused before
+                self._refused = ""
+            again = bool(self._refused) and time.monotonic() - self._tried >= _TRY_AGAIN_S
+            taken_over = (new_shown or again) and self._refresh_shown()
+            if taken_over or new_lists:  # a new bundle may know the CA of a list that was refused before
                 self._refresh_lists()
                 self._complained = -_SAY_AGAIN_S
             self._complain()
 
-    def _refresh_shown(self) -> None:
+    def _refresh_shown(self) -> bool:
+        """Whether what is shown and trusted was taken over."""
         try:
             self._shown = _read_shown(self.config, client_ca_expected=self._shown.client_ca is not None)
         except CertificateError as error:
-            _log.error("changed certificate files are not taken over, the ones before stay: %s", error)
-        else:
-            _log.info("certificates reloaded", extra={"certificate": str(self.config.tls.certificate)})
+            if str(error) != self._refused:
+                _log.error("changed certificate files are not taken over, the ones before stay: %s", error)
+            self._refused, self._tried = str(error), time.monotonic()
+            return False
+        self._refused = ""
+        _log.info("certificates reloaded", extra={"certificate": str(self.config.tls.certificate)})
+        return True
 
     def _refresh_lists(self) -> None:
         lists: Sequence[RevocationList] | None = self._trust.lists
@@ -239,7 +251,7 @@ def _read_pair(
 ) -> _Pair | None:
     """A certificate and its key, or None and what is wrong with them, added to `problems`."""
     try:
-        chain, key_pem = read_pem(certificate), read_pem(key)
+        chain, key_pem = _read_pem(certificate), _read_pem(key)
     except CertificateError as error:
         problems.append(str(error))
         return None
@@ -266,7 +278,7 @@ def _read_bundle(
             problems.append(f"{path} (tls.client_ca) is gone; to trust no client certificates any more, reload.")
         return None, []
     try:
-        pem = read_pem(path)
+        pem = _read_pem(path)
     except CertificateError as error:
         problems.append(str(error))
         return None, []
@@ -283,7 +295,7 @@ def _read_lists(config: Config, authorities: list[x509.Certificate]) -> list[Rev
     if path is None:
         return None
     try:
-        return read_lists(read_pem(path, MAX_LIST_BYTES, "`appliance certs crl` makes ours"), authorities)
+        return read_lists(_read_pem(path, MAX_LIST_BYTES, "`appliance certs crl` makes ours"), authorities)
     except CertificateError as error:
         raise CertificateError(f"{path} (tls.crl): {error}", detail=error.detail) from error
 
@@ -358,7 +370,7 @@ def _chooser(
 def _context(
     pair: _Pair, authorities: list[x509.Certificate], mode: ssl.VerifyMode, passphrase: bytes | None
 ) -> ssl.SSLContext:
-    """Raises: CertificateError: OpenSSL does not take the certificate or the bundle."""
+    """Raises: CertificateError: OpenSSL does not take the certificate or the bundle, or cannot be given them."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
@@ -375,6 +387,8 @@ def _context(
         raise CertificateError(
             f"The certificate {pair.path} cannot be used: OpenSSL refuses it or its trust bundle ({error.reason})."
         ) from error
+    except OSError as error:
+        raise CertificateError(f"The certificate {pair.path} cannot be loaded: {error.strerror}.") from error
     context.verify_mode = mode
     # An authority in the bundle is trusted by itself: a site may believe one issuing CA and not its whole root.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -419,7 +433,7 @@ def base_url_warning(config: Config, chain: bytes) -> str:
 _MAKE = "make one with `appliance certs init` and `appliance certs issue server`, or `appliance certs import` yours"
 
 
-def read_pem(path: Path, limit: int = MAX_FILE_BYTES, remedy: str = _MAKE) -> bytes:
+def _read_pem(path: Path, limit: int = MAX_FILE_BYTES, remedy: str = _MAKE) -> bytes:
     """The bytes of a file, at most so many. Raises: CertificateError: names the file and what to do."""
     try:
         with path.open("rb") as file:
@@ -458,7 +472,8 @@ def _stamps(paths: Iterable[Path]) -> tuple[object, ...]:
     for path in paths:
         try:
             stat = os.stat(path)
-            stamps.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            # The time of change too: files that could not be read are tried again once their rights are mended.
+            stamps.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         except OSError as error:
             stamps.append(error.errno)
     return tuple(stamps)

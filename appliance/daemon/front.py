@@ -15,7 +15,7 @@ from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
 from appliance.core.types import Endpoint
 from appliance.daemon.certificates import CertificateFiles
-from appliance.daemon.sockets import ListeningSockets, open_listening
+from appliance.daemon.sockets import ListeningSockets, close_inherited, open_listening
 from appliance.daemon.systemd import Notifier
 from appliance.wire.asgi import ASGIApp
 from appliance.wire.grpcio import GrpcioServer
@@ -66,19 +66,19 @@ def open_front(
 ) -> Front:
     """Bind all ports. Raises: ConfigError: one cannot be bound, or the transport cannot do what is configured."""
     if config.server.transport == "native":
-        problem = native_problem()
+        problem = _native_problem()
         if problem is None:
             return _Native(config, endpoints, pages, certificates, budget, metrics, notifier)
         _log.warning(
-            "the native wire cannot be used, grpcio serves instead: slower, gRPC only (no REST, no gRPC-Web), and "
-            "client certificates only on server.mtls_listen: %s",
+            "the native wire cannot be used, grpcio serves instead: slower, gRPC only (no REST, no gRPC-Web), "
+            "client certificates only on server.mtls_listen, nothing of tls.sni_certificates: %s",
             problem,
         )
         _check_grpcio_will_do(config, problem)
-    return _Grpcio(config, endpoints, certificates)
+    return _Grpcio(config, endpoints, certificates, notifier)
 
 
-def native_problem() -> str | None:
+def _native_problem() -> str | None:
     """Why the native wire cannot be used, or None."""
     try:
         from appliance.wire import _h2  # noqa: F401  # what is asked is whether it can be imported
@@ -167,8 +167,11 @@ class _Grpcio:
     name = "grpcio"
     retires = False
 
-    def __init__(self, config: Config, endpoints: Mapping[str, Endpoint], certificates: CertificateFiles) -> None:
-        self._server = GrpcioServer(endpoints, config.limits.request_size, config.limits.request_timeout_s)
+    def __init__(
+        self, config: Config, endpoints: Mapping[str, Endpoint], certificates: CertificateFiles, notifier: Notifier
+    ) -> None:
+        close_inherited(notifier)
+        self._server = GrpcioServer(endpoints, wire_settings(config))
         self._server.listen("server.listen", config.server.listen, certificates.tls)
         if config.server.mtls_listen:
             self._server.listen("server.mtls_listen", config.server.mtls_listen, certificates.mtls)

@@ -331,6 +331,7 @@ class Daemon:
             self._notifier.alive()
             try:
                 await asyncio.to_thread(self._certificates.refresh)
+                self._measure_certificates()
                 state = self._repository.not_ready()
                 if state != healthy:
                     healthy = state
@@ -338,7 +339,6 @@ class Daemon:
             except Exception:
                 # The watchdog must not bark because a certificate file was odd.
                 _log.exception("the daemon's second-by-second look failed")
-            self._measure_certificates()
             await asyncio.sleep(pause)
 
     def _measure_certificates(self) -> None:

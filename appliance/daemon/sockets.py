@@ -112,15 +112,17 @@ def open_listening(
     opened = ListeningSockets({name: [] for name in wanted})
     try:
         _hand_out(wanted, inherited, opened)
-        _let_go([item for item in inherited if item.stored and not _is_in(item.sock, opened)], notifier)
+        orphans = [item for item in inherited if item.stored and not _is_in(item.sock, opened)]
+        _let_go(orphans, notifier, "no setting has that address any more")
         for name, address in wanted.items():
             from_unit = [item for item in inherited if not item.stored and item.sock in opened.by_name[name]]
             if from_unit:
                 continue  # the .socket unit keeps it
             own = opened.by_name[name]
-            if address.startswith("unix:") and not own:
-                opened._paths.append(Path(address.removeprefix("unix:")))
+            came_along = bool(own)
             _bind(name, address, own, opened._locks, fronts)
+            if address.startswith("unix:") and not came_along:  # only now is what lies there ours to remove
+                opened._paths.append(Path(address.removeprefix("unix:")))
             for sock in own:
                 if sock.family != socket.AF_UNIX:  # its path goes with /run/inference-appliance when we stop
                     notifier.store(_STORED + name, sock)
@@ -131,6 +133,23 @@ def open_listening(
             item.sock.close()
         raise
     return opened
+
+
+def close_inherited(notifier: Notifier, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Close what was passed to us, for a transport that binds its ports itself; the ports are free when it returns.
+
+    A .socket unit keeps its own ones: the log names them. Raises: ConfigError: as `open_listening`.
+    """
+    inherited = _inherited(environment)
+    _let_go([item for item in inherited if item.stored], notifier, "this transport cannot take it over")
+    for item in inherited:
+        if not item.stored:
+            _log.warning(
+                "%s, passed by systemd as %s, is not served: this transport cannot take it over; stop the .socket unit",
+                item.place,
+                item.name,
+            )
+            item.sock.close()
 
 
 # ---- what was passed to us ----
@@ -204,10 +223,10 @@ def _is_in(sock: socket.socket, opened: ListeningSockets) -> bool:
     return any(sock in socks for socks in opened.by_name.values())
 
 
-def _let_go(orphans: Sequence[_Inherited], notifier: Notifier) -> None:
-    """Close what an earlier run listened on and no setting names any more, here and in systemd's store."""
+def _let_go(orphans: Sequence[_Inherited], notifier: Notifier, why: str) -> None:
+    """Close what an earlier run listened on and we do not, here and in systemd's store."""
     for item in orphans:
-        _log.info("%s is closed: no setting has that address any more", item.place)
+        _log.info("%s is closed: %s", item.place, why)
         item.sock.close()
     for name in dict.fromkeys(item.name for item in orphans):
         notifier.forget(name)

@@ -43,10 +43,6 @@ class Notifier:
         """We are going."""
         self._notify("STOPPING=1\nSTATUS=draining")
 
-    def status(self, text: str) -> None:
-        """One line for `systemctl status`."""
-        self._notify(f"STATUS={text}")
-
     def alive(self) -> None:
         """The event loop turns."""
         self._notify("WATCHDOG=1")

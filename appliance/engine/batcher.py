@@ -221,7 +221,7 @@ class Batcher:
             outputs=tuple(outputs),
             deadline=_NEVER if deadline is None else deadline,
             principal=principal,
-            key=shape_key(feeds, self._whole),
+            key=_shape_key(feeds, self._whole),
             future=self._loop.create_future(),
             queued_at=self._clock(),
             open=count,
@@ -451,7 +451,7 @@ class Batcher:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def shape_key(feeds: Mapping[str, Array], whole: bool = False) -> ShapeKey:
+def _shape_key(feeds: Mapping[str, Array], whole: bool) -> ShapeKey:
     """Rows of equal keys can be put into one run."""
     skipped = 0 if whole else 1
     return tuple((name, array.shape[skipped:], array.dtype.str) for name, array in sorted(feeds.items()))

@@ -164,9 +164,10 @@ class InlineLane:
         if self._entries:
             self._loop.call_soon(self._end_turn)
         for batch in _batches(waiting, self._batcher.max_rows):
+            if self.closed:
+                self._hand_over(batch)
+                continue
             try:
-                if self.closed:
-                    raise InferenceFailed("An earlier run of this turn was too slow.")
                 self._run(batch)
             except Exception:
                 # Whatever it is, a bug of ours too: the batcher's thread meets it again and says what is wrong.
@@ -263,14 +264,13 @@ class Watchdog:
         self._awake = False
 
     def begin(self, model: Runs) -> None:
-        """A run of `model` begins."""
+        """A run of `model` begins. Raises: RuntimeError: there is no thread to watch it."""
         with self._lock:
+            if not self._awake:
+                threading.Thread(target=self._look, name="inline watchdog", daemon=True).start()
+                self._awake = True
             self._runs += 1
             self._current, self._told = (model, time.monotonic()), False
-            if self._awake:
-                return
-            self._awake = True
-        threading.Thread(target=self._look, name="inline watchdog", daemon=True).start()
 
     def end(self) -> bool:
         """It is over. The lock sees to it that another run of the model is never ended in its place.

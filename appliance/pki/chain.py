@@ -72,6 +72,17 @@ def verify(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Cert
     return list(find_path(certificates[0], certificates[1:], anchors, now).problems)
 
 
+def climb(leaf: x509.Certificate, candidates: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
+    """Return the leaf and what signed it, as far up as it goes; where there is a choice, the earlier candidate."""
+    path = [leaf]
+    while len(path) < MAX_DEPTH and not is_self_signed(path[-1]):
+        upper = next((cert for cert in candidates if cert not in path and signed_by(path[-1], cert)), None)
+        if upper is None:
+            break
+        path.append(upper)
+    return tuple(path)
+
+
 def _walk(
     path: tuple[x509.Certificate, ...], candidates: Sequence[x509.Certificate], trusted: set[str]
 ) -> Iterator[tuple[x509.Certificate, ...]]:
@@ -135,12 +146,7 @@ def _broken_path(
     leaf: x509.Certificate, others: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]
 ) -> Path:
     """Follow the chain as far as it goes, and say what would have to come next."""
-    path = [leaf]
-    while len(path) < MAX_DEPTH and not is_self_signed(path[-1]):
-        upper = next((c for c in (*others, *anchors) if c not in path and signed_by(path[-1], c)), None)
-        if upper is None:
-            break
-        path.append(upper)
+    path = climb(leaf, (*others, *anchors))
     top = path[-1]
     if is_self_signed(top):
         what = (
@@ -166,4 +172,4 @@ def _broken_path(
             f"The chain ends at {title(top)}: its issuer {name_title(top.issuer)} is neither in the chain "
             "nor in the trust bundle; add that certificate."
         )
-    return Path(tuple(path), (reason,))
+    return Path(path, (reason,))

@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from appliance.core.errors import CertificateError
 from appliance.core.files import alone
 from appliance.pki.files import Layout, NewFile, exists, read_file, write_all
-from appliance.pki.inspect import Extension, extension, key_usages, load_certificates, name_title, signed_by, title
+from appliance.pki.inspect import Extension, key_usages, load_certificates, name_title, signed_by, title
 from appliance.pki.keys import signature_hash
 from appliance.pki.root import load_root
-from appliance.pki.signing import Issued
+from appliance.pki.signing import Issued, authority_key_identifier
 
 MAX_LISTS: Final = 64
 """Lists in one file: one for each authority of a trust bundle."""
@@ -294,18 +294,12 @@ def sign_list(
 ) -> RevocationList:
     """Return a list of what the root revoked, due for replacement after `days`. Source: RFC 5280, section 5.1.2."""
     start = now.replace(microsecond=0)
-    identifier = extension(root.certificate, x509.SubjectKeyIdentifier)
-    authority = (
-        x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
-        if identifier is not None
-        else x509.AuthorityKeyIdentifier.from_issuer_public_key(root.key.public_key())
-    )
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(root.certificate.subject)
         .last_update(start - _BACKDATE)
         .next_update(start + timedelta(days=days))
-        .add_extension(authority, critical=False)
+        .add_extension(authority_key_identifier(root.certificate, root.key), critical=False)
         .add_extension(x509.CRLNumber(number), critical=False)
     )
     for entry in entries:

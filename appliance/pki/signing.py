@@ -48,7 +48,7 @@ def sign(
         .not_valid_before(period[0])
         .not_valid_after(period[1])
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(_authority_key_identifier(issuer, issuer_key), critical=False)
+        .add_extension(authority_key_identifier(issuer, issuer_key), critical=False)
     )
     for value, critical in extensions:
         builder = builder.add_extension(value, critical)
@@ -60,7 +60,8 @@ def certificate_pem(*certificates: x509.Certificate) -> bytes:
     return b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in certificates)
 
 
-def _authority_key_identifier(issuer: x509.Certificate | None, issuer_key: PrivateKey) -> x509.AuthorityKeyIdentifier:
+def authority_key_identifier(issuer: x509.Certificate | None, issuer_key: PrivateKey) -> x509.AuthorityKeyIdentifier:
+    """Return what says whose key signed; `issuer` is None where a root signs itself."""
     if issuer is not None:
         # A CA not made here may have hashed its key in another way: repeat what its certificate says.
         for extension in issuer.extensions:

@@ -13,16 +13,8 @@ from typing import Final
 from cryptography import x509
 
 from appliance.core.errors import CertificateError
-from appliance.pki.chain import MAX_DEPTH
-from appliance.pki.inspect import (
-    date_problems,
-    fingerprint,
-    is_self_signed,
-    load_certificates,
-    name_title,
-    signed_by,
-    title,
-)
+from appliance.pki.chain import climb
+from appliance.pki.inspect import date_problems, fingerprint, load_certificates, name_title, title
 from appliance.pki.revocation import RevocationList
 
 MAX_VERDICTS: Final = 4096
@@ -99,13 +91,14 @@ class Trust:
 
     def _problem(self, leaf: x509.Certificate, sent: Sequence[x509.Certificate], now: datetime) -> str | None:
         path = self._path(leaf, sent, now)
-        anchor = next((place for place, cert in enumerate(path) if place and fingerprint(cert) in self._marks), None)
-        if anchor is None:
+        trusted = [place for place, cert in enumerate(path) if place and fingerprint(cert) in self._marks]
+        if not trusted:
             return self._without_anchor(path, sent)
-        for authority in path[1 : anchor + 1]:
+        for authority in path[1 : trusted[0] + 1]:
             for sentence in date_problems(authority, now):
                 return f"The client certificate {title(leaf)} is no longer backed by a valid CA: {sentence}"
-        return next(self._list_problems(path, now), None)
+        # Above the bundle's topmost nobody has a list here: one that a connection brought may be out of the bundle now.
+        return next(self._list_problems(path[: trusted[-1] + 1], now), None)
 
     def _path(
         self, leaf: x509.Certificate, sent: Sequence[x509.Certificate], now: datetime
@@ -115,13 +108,7 @@ class Trust:
         It goes on beyond the first trusted authority, because one above it may have revoked that one.
         """
         trusted = sorted(self.authorities, key=lambda authority: bool(date_problems(authority, now)))
-        path = [leaf]
-        while len(path) < MAX_DEPTH and not is_self_signed(path[-1]):
-            upper = next((c for c in (*trusted, *sent) if c not in path and signed_by(path[-1], c)), None)
-            if upper is None:
-                break
-            path.append(upper)
-        return tuple(path)
+        return climb(leaf, (*trusted, *sent))
 
     def _without_anchor(self, path: Sequence[x509.Certificate], sent: Sequence[x509.Certificate]) -> str | None:
         """Judge a certificate above which nothing of the bundle was found."""
@@ -153,7 +140,8 @@ class Trust:
         if not self._strict:
             return
         for issuer in path[1:]:
-            if not any(each.covers(issuer) and each.current(now) for each in self.lists):
+            theirs = [each for each in self.lists if each.covers(issuer)]  # several, where a list comes in parts
+            if not theirs or not all(each.current(now) for each in theirs):
                 yield (
                     f"Client certificates of {title(issuer)} are refused while there is no current revocation list of "
                     'that CA (tls.crl_policy is "strict"); the operator must renew the file of tls.crl.'

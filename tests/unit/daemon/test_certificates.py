@@ -1,9 +1,11 @@
 """The files behind the ports, in real handshakes in memory: who is let in, what is shown, and what a change changes."""
 
+import errno
 import logging
 import os
 import ssl
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +17,13 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509 import Name, NameAttribute, ReasonFlags
 from cryptography.x509.oid import NameOID
+from support.handshake import shake_hands
 
 from appliance.core.config import Auth, Config, Server, Tls
 from appliance.core.errors import CertificateError
 from appliance.daemon import certificates
 from appliance.daemon.certificates import CertificateFiles
+from appliance.pki import inspect
 from appliance.pki.files import Layout
 from appliance.pki.inspect import client_identity
 from appliance.pki.keys import generate, key_pem
@@ -96,29 +100,9 @@ def client_context(site: Site, identity: Issued | None = None, alpn: tuple[str, 
     return context
 
 
-def shake(
-    server: ssl.SSLContext, client: ssl.SSLContext, host: str | None = "localhost"
-) -> tuple[ssl.SSLObject, ssl.SSLObject]:
-    """Shake hands in memory. Returns: the server's end and the client's. Raises: ssl.SSLError: one side refuses."""
-    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-    client_end = client.wrap_bio(down, up, server_hostname=host)
-    server_end = server.wrap_bio(up, down, server_side=True)
-    waiting = [client_end, server_end]
-    for _ in range(10):
-        for end in list(waiting):
-            try:
-                end.do_handshake()
-            except ssl.SSLWantReadError:
-                continue
-            waiting.remove(end)
-        if not waiting:
-            return server_end, client_end
-    raise AssertionError("the handshake does not end")
-
-
 def shown(server: ssl.SSLContext, site: Site, host: str | None = "localhost") -> set[str]:
     """The DNS names of the certificate that a client which asks for `host` is shown."""
-    certificate = shake(server, client_context(site), host)[1].getpeercert()
+    certificate = shake_hands(server, client_context(site), host)[1].getpeercert()
     assert certificate is not None
     return {str(value) for kind, value in certificate["subjectAltName"] if kind == "DNS"}  # type: ignore[misc]
 
@@ -131,7 +115,7 @@ def shown(server: ssl.SSLContext, site: Site, host: str | None = "localhost") ->
     [(("h2",), "h2"), (("http/1.1",), "http/1.1"), (("http/1.1", "h2"), "h2"), (("spdy/3",), None)],
 )
 def test_both_protocols_are_spoken(site: Site, offered: tuple[str, ...], chosen: str | None) -> None:
-    server, _ = shake(site.files().context(), client_context(site, alpn=offered))
+    server, _ = shake_hands(site.files().context(), client_context(site, alpn=offered))
     assert server.selected_alpn_protocol() == chosen
 
 
@@ -139,7 +123,7 @@ def test_both_protocols_are_spoken(site: Site, offered: tuple[str, ...], chosen:
 def test_every_cipher_has_forward_secrecy_and_is_authenticated(site: Site, version: ssl.TLSVersion) -> None:
     client = client_context(site)
     client.minimum_version = client.maximum_version = version
-    server, _ = shake(site.files().context(), client)
+    server, _ = shake_hands(site.files().context(), client)
     name = (server.cipher() or ("",))[0]
     assert "GCM" in name or "CHACHA20" in name
     assert name.startswith(("ECDHE", "TLS_"))
@@ -151,7 +135,7 @@ def test_a_client_with_old_ciphers_only_is_refused(site: Site) -> None:
     client.set_ciphers("ECDHE+AES128+SHA256:AES128-GCM-SHA256:AES128-SHA:@SECLEVEL=0")
     client.set_ciphers("AES128-GCM-SHA256:AES128-SHA:@SECLEVEL=0")
     with pytest.raises(ssl.SSLError, match=r"(?i)no.shared.cipher|handshake.failure"):
-        shake(site.files().context(), client)
+        shake_hands(site.files().context(), client)
 
 
 def test_tls_1_1_is_refused(site: Site) -> None:
@@ -161,13 +145,15 @@ def test_tls_1_1_is_refused(site: Site) -> None:
         client.minimum_version = client.maximum_version = ssl.TLSVersion.TLSv1_1
     client.set_ciphers("ALL:@SECLEVEL=0")
     with pytest.raises(ssl.SSLError, match=r"(?i)unsupported.protocol|protocol.version"):
-        shake(site.files().context(), client)
+        shake_hands(site.files().context(), client)
 
 
 def test_a_client_certificate_is_asked_for_and_not_needed(site: Site) -> None:
     context = site.files().context()
-    assert shake(context, client_context(site))[0].getpeercert(True) is None
-    pem = ssl.DER_cert_to_PEM_cert(shake(context, client_context(site, site.client("ada")))[0].getpeercert(True) or b"")
+    assert shake_hands(context, client_context(site))[0].getpeercert(True) is None
+    pem = ssl.DER_cert_to_PEM_cert(
+        shake_hands(context, client_context(site, site.client("ada")))[0].getpeercert(True) or b""
+    )
     assert client_identity(pem.encode()).names == ("uri:spiffe://site/ada",)
 
 
@@ -178,14 +164,14 @@ def test_the_certificate_of_a_stranger_ends_the_handshake(site: Site, version: s
     client = client_context(site, stranger)
     client.maximum_version = version
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake(site.files().context(), client)
+        shake_hands(site.files().context(), client)
 
 
 def test_a_port_that_demands_a_certificate_gets_one(site: Site) -> None:
     context = site.files().context(demand=True)
-    shake(context, client_context(site, site.client("ada")))
+    shake_hands(context, client_context(site, site.client("ada")))
     with pytest.raises(ssl.SSLError, match="PEER_DID_NOT_RETURN_A_CERTIFICATE"):
-        shake(context, client_context(site))
+        shake_hands(context, client_context(site))
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -204,7 +190,7 @@ def test_an_authority_in_the_bundle_needs_no_root(site: Site, tmp_path: Path, ve
     bundle.write_bytes(certificate_pem(authority))
     client = client_context(site, issue(Issued(authority, key), Subject("ada", ()), replace(CLIENT, days=5), NOW))
     client.maximum_version = version
-    server, _ = shake(site.files(client_ca=bundle).context(), client)
+    server, _ = shake_hands(site.files(client_ca=bundle).context(), client)
     assert server.getpeercert(True)
 
 
@@ -213,7 +199,7 @@ def test_no_tickets_are_given(site: Site, version: ssl.TLSVersion) -> None:
     """A resumed connection would bring the client's certificate without its chain."""
     client = client_context(site)
     client.maximum_version = version
-    _, end = shake(site.files().context(), client)
+    _, end = shake_hands(site.files().context(), client)
     assert end.session is None or not end.session.has_ticket
 
 
@@ -223,7 +209,7 @@ def test_no_tickets_are_given(site: Site, version: ssl.TLSVersion) -> None:
 def test_without_a_bundle_no_certificate_is_asked_for(site: Site) -> None:
     site.layout.ca_certificate.unlink()
     files = site.files()
-    server, _ = shake(files.context(), client_context(site, site.client("ada")))
+    server, _ = shake_hands(files.context(), client_context(site, site.client("ada")))
     assert server.getpeercert(True) is None
     assert files.trust().authorities == ()
     with pytest.raises(CertificateError, match=r"tls\.client_ca"):
@@ -286,7 +272,7 @@ def test_a_key_with_a_passphrase_is_served(site: Site, encrypted: bool, monkeypa
     assert set(loaded) == {path.read_bytes()}
     assert len(os.listdir("/proc/self/fd")) == before
     monkeypatch.undo()
-    shake(files.context(), client_context(site))
+    shake_hands(files.context(), client_context(site))
 
 
 @pytest.mark.parametrize("passphrase", [None, "wrong"])
@@ -335,7 +321,7 @@ def test_the_name_asked_for_chooses_the_certificate(
     site: Site, named: CertificateFiles, asked: str | None, owner: str, demand: bool
 ) -> None:
     client = client_context(site, site.client("ada") if demand else None)
-    server, end = shake(named.context(demand=demand), client, asked)
+    server, end = shake_hands(named.context(demand=demand), client, asked)
     certificate = end.getpeercert()
     assert certificate is not None
     assert owner in {value for _, value in certificate["subjectAltName"]}
@@ -345,12 +331,12 @@ def test_the_name_asked_for_chooses_the_certificate(
 def test_client_certificates_are_judged_alike_under_every_name(site: Site, named: CertificateFiles) -> None:
     stranger = issue(create_root("Other", None, NOW), Subject("ada", ()), CLIENT, NOW)
     for host in ("localhost", "lab.example.com"):
-        server, _ = shake(named.context(), client_context(site, site.client("ada")), host)
+        server, _ = shake_hands(named.context(), client_context(site, site.client("ada")), host)
         assert server.getpeercert(True)
         with pytest.raises(ssl.SSLCertVerificationError):
-            shake(named.context(), client_context(site, stranger), host)
+            shake_hands(named.context(), client_context(site, stranger), host)
         with pytest.raises(ssl.SSLError, match="PEER_DID_NOT_RETURN"):
-            shake(named.context(demand=True), client_context(site), host)
+            shake_hands(named.context(demand=True), client_context(site), host)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # `ssl` cannot decode it, and says so
@@ -384,7 +370,7 @@ def test_the_end_of_every_certificate_is_told(site: Site, named: CertificateFile
 def test_a_change_is_for_new_handshakes_alone(site: Site) -> None:
     files = site.files()
     before = files.context()
-    server, client = shake(before, client_context(site))
+    server, client = shake_hands(before, client_context(site))
     site.serve("localhost", "new.example.com")
     files.refresh()
     assert "new.example.com" in shown(files.context(), site)
@@ -417,6 +403,76 @@ def test_bad_files_keep_the_last_good_ones(site: Site, caplog: pytest.LogCapture
     site.other("lab", "lab2.example.com")
     files.refresh()
     assert shown(files.context(), site, "lab2.example.com") == {"lab2.example.com"}
+    assert "new.example.com" in shown(files.context(), site)
+
+
+def test_files_whose_rights_are_mended_are_taken_over(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who copies a key and then gives it to the service changes neither its size nor the time of its content."""
+    files = site.files()
+    site.serve("localhost", "new.example.com")
+    key = site.layout.key("server")
+    key.chmod(0)
+    really_open = Path.open
+
+    def open_as_service(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == key and not path.stat().st_mode & 0o400:  # root, who may run this test, may read everything
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_as_service)
+    files.refresh()
+    assert shown(files.context(), site) == {"localhost"}
+    before = key.stat().st_ctime_ns
+    while key.stat().st_ctime_ns == before:  # the clock of files is coarse
+        key.chmod(0o640)
+    files.refresh()
+    assert "new.example.com" in shown(files.context(), site)
+
+
+def test_a_certificate_of_tomorrow_is_taken_over_tomorrow(
+    site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody touches its file again; and what is wrong with it is said once, however often it is tried."""
+    files = site.files()
+    tomorrow = NOW + timedelta(days=1)
+    hosts = Subject("new.example.com", server_sans(["new.example.com"]))
+    write_leaf(site.layout, "server", None, issue(site.root, hosts, SERVER, tomorrow), replace=True)
+    start = time.monotonic()
+    for seconds in (0.0, 1.0, 100.0, 200.0):
+        monkeypatch.setattr(certificates.time, "monotonic", lambda now=start + seconds: now)
+        files.refresh()
+    assert caplog.text.count("is not valid before") == 1
+    assert shown(files.context(), site) == {"localhost"}
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Tomorrow":
+            return cls.fromtimestamp((tomorrow + timedelta(hours=1)).timestamp(), tz)
+
+    monkeypatch.setattr(certificates, "datetime", Tomorrow)
+    monkeypatch.setattr(certificates.time, "monotonic", lambda: start + 300.0)
+    files.refresh()
+    assert set(inspect.server_names(inspect.load_certificates(files.tls().chain)[0])) == {"new.example.com"}
+
+
+def test_want_of_descriptors_does_not_cost_a_renewed_certificate(
+    site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a fault like others: said, and tried again."""
+    files = site.files()
+    site.serve("localhost", "new.example.com")
+
+    def none_left(*_: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "memfd_create", none_left)
+        files.refresh()
+    assert "Too many open files" in caplog.text
+    assert shown(files.context(), site) == {"localhost"}
+    later = time.monotonic() + 100
+    monkeypatch.setattr(certificates.time, "monotonic", lambda: later)
+    files.refresh()
     assert "new.example.com" in shown(files.context(), site)
 
 
@@ -477,7 +533,7 @@ def test_a_list_that_changes_counts_from_then_on(site: Site, refused: Any) -> No
     files.refresh()
     assert "was revoked by 'Site Root'" in refused(files)
     assert files.context() is context
-    shake(context, client_context(site, site.client("bob")))
+    shake_hands(context, client_context(site, site.client("bob")))
 
 
 def test_a_list_must_be_there_and_good_at_start(site: Site) -> None:
@@ -538,7 +594,7 @@ def test_strict_refuses_certificates_until_there_is_a_current_list(
     files.refresh()
     assert "no current revocation list" in refused(files)
     assert "are refused until then" in caplog.text
-    shake(files.context(), client_context(site, site.client("ada")))
+    shake_hands(files.context(), client_context(site, site.client("ada")))
     renew_list(site.layout, NOW, 30)
     files.refresh()
     assert refused(files) == ""

@@ -144,6 +144,22 @@ def test_a_file_in_place_of_the_unix_socket_is_named_with_its_setting(
         opened({"server.plain_listen": f"unix:{tmp_path / 'wire.sock'}"})
 
 
+def test_what_is_in_the_unix_sockets_place_stays_there(opened: Callable[..., ListeningSockets], tmp_path: Path) -> None:
+    """A file is the operator's, and a socket that answers is another appliance's."""
+    file = tmp_path / "file"
+    file.write_text("precious")
+    with pytest.raises(ConfigError, match="not a socket"):
+        opened({"server.plain_listen": f"unix:{file}"})
+    assert file.read_text() == "precious"
+    path = tmp_path / "other.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(ConfigError, match="Another appliance answers"):
+            opened({"server.plain_listen": f"unix:{path}"})
+    assert path.exists()
+
+
 def test_a_taken_port_is_said_with_the_setting_and_what_to_do(opened: Callable[..., ListeningSockets]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         address = text(stranger)
@@ -412,6 +428,77 @@ def test_something_else_than_a_listening_socket_is_refused(tmp_path: Path, kind:
             given = stack.enter_context((tmp_path / "file").open("w"))
         found = passed_to({"server.listen": "127.0.0.1:0"}, ("odd.socket", given))
     assert found == {"error": f'What systemd passed as "odd.socket" (descriptor 3) {why}; mend the .socket unit.'}
+
+
+# ---- a transport that binds its ports itself ----
+
+_GRPCIO = """
+import asyncio, contextlib, io, json, logging, os, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from appliance.core.config import Config, Server, Tls
+from appliance.core.errors import ConfigError
+from appliance.core.memory import MemoryBudget
+from appliance.core.metrics import Metrics
+from appliance.daemon.certificates import CertificateFiles
+from appliance.daemon.front import open_front
+from appliance.pki.files import Layout
+from appliance.pki.leaf import Subject, issue, write_leaf
+from appliance.pki.names import server_sans
+from appliance.pki.profiles import SERVER
+from appliance.pki.root import create_root
+folder, listen, said, heard = Path(sys.argv[1]), sys.argv[2], [], io.StringIO()
+logging.basicConfig(stream=heard)
+class Store:
+    def forget(self, name): said.append(["forget", name])
+    def wait_heard(self): said.append(["wait"])
+layout, now = Layout(folder / "tls"), datetime.now(UTC)
+leaf = issue(create_root("Root", None, now), Subject("localhost", server_sans(["localhost"])), SERVER, now)
+write_leaf(layout, "server", None, leaf, replace=False)
+paths = {"certificate": layout.certificate("server"), "key": layout.key("server"), "client_ca": folder / "none"}
+config = Config(server=Server(listen=listen, transport="grpcio"), tls=Tls(**paths))
+async def run():
+    try:
+        front = open_front(config, {}, None, CertificateFiles(config), MemoryBudget(1), Metrics(), Store())
+    except ConfigError as error:
+        return {"error": str(error)}
+    await front.start()
+    await front.stop(0)
+    return {"ports": front.ports, "said": said, "heard": heard.getvalue()}
+print(json.dumps(asyncio.run(run())))
+"""
+
+
+def served_by_grpcio(folder: Path, listen: str, passed: list[tuple[str, socket.socket]]) -> dict[str, Any]:
+    """What becomes of grpcio's port when sockets are passed, that nobody else holds."""
+    process = started_with(passed, "-c", _GRPCIO, str(folder), listen)
+    for _, sock in passed:
+        sock.close()
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0
+    found: dict[str, Any] = json.loads(output)
+    return found
+
+
+def test_grpcio_gets_the_port_that_an_earlier_run_stored(
+    listening: Callable[..., socket.socket], tmp_path: Path
+) -> None:
+    """It steps in by itself where the native wire is missing, after an upgrade that went wrong, say."""
+    given = listening()
+    listen, number = text(given), port(given)
+    found = served_by_grpcio(tmp_path, listen, [("stored.server.listen", given)])
+    assert found.get("ports") == {"server.listen": number}, found
+    assert found["said"] == [["forget", "stored.server.listen"], ["wait"]]
+
+
+def test_a_units_socket_that_grpcio_cannot_serve_is_told(
+    listening: Callable[..., socket.socket], tmp_path: Path
+) -> None:
+    given = listening()
+    place = text(given)
+    found = served_by_grpcio(tmp_path, "127.0.0.1:0", [("more.socket", given)])
+    assert f"{place}, passed by systemd as more.socket, is not served" in found["heard"]
+    assert found["said"] == []
 
 
 # ---- hand-over ----

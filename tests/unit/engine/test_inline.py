@@ -306,6 +306,23 @@ async def test_the_watchdog_sleeps_when_nothing_runs(monkeypatch: pytest.MonkeyP
     assert watchdog.end()
 
 
+async def test_no_run_goes_unwatched_when_there_is_no_thread_for_the_watchdog(
+    model: FakeModel, make_lane: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batcher runs it instead; and the next run has its watchdog again."""
+    lane = make_lane()
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert await doubled(lane.ask(1)) == [2]
+    before = set(threading.enumerate())
+    assert await doubled(lane.ask(2)) == [4]
+    assert "inline watchdog" in {thread.name for thread in threading.enumerate() if thread not in before}
+
+
 class Waiting:
     """A waiter that acts at once."""
 

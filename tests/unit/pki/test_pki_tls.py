@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import grpc
 import pytest
+from support.handshake import shake_hands
 
 from appliance.pki.files import Layout
 from appliance.pki.importing import Sources, install
@@ -48,18 +49,7 @@ def shake(layout: Layout, host: str) -> dict[str, object]:
     server_context.load_cert_chain(layout.certificate("server"), layout.key("server"))
     client_context = strict(ssl.PROTOCOL_TLS_CLIENT, layout)
     client_context.load_cert_chain(layout.certificate("client", "ada"), layout.key("client", "ada"))
-    upward, downward = ssl.MemoryBIO(), ssl.MemoryBIO()
-    client = client_context.wrap_bio(downward, upward, server_hostname=host)
-    server = server_context.wrap_bio(upward, downward, server_side=True)
-    waiting = [client, server]
-    for _ in range(10):
-        for side in list(waiting):
-            try:
-                side.do_handshake()
-            except ssl.SSLWantReadError:
-                continue
-            waiting.remove(side)
-    assert not waiting
+    server, _ = shake_hands(server_context, client_context, host)
     return dict(server.getpeercert() or {})
 
 

@@ -103,11 +103,13 @@ def test_of_two_lists_by_one_authority_the_later_counts(world: World, make: Call
         assert found.number == 2
 
 
-def test_the_parts_of_a_list_by_distribution_point_all_count(world: World, make: Callable[..., bytes]) -> None:
-    def part(name: str) -> tuple[x509.ExtensionType, bool]:
-        where = [x509.UniformResourceIdentifier(f"http://crl.example/{name}")]
-        return x509.IssuingDistributionPoint(where, None, False, False, None, False, False), True
+def part(name: str) -> tuple[x509.ExtensionType, bool]:
+    """Makes a list one of several, by distribution point."""
+    where = [x509.UniformResourceIdentifier(f"http://crl.example/{name}")]
+    return x509.IssuingDistributionPoint(where, None, False, False, None, False, False), True
 
+
+def test_the_parts_of_a_list_by_distribution_point_all_count(world: World, make: Callable[..., bytes]) -> None:
     pem = make(world.root, world.bob, more=(part("1"),)) + make(world.root, more=(part("2"),), number=9)
     assert len(read_lists(pem, [world.root.certificate])) == 2
 
@@ -279,6 +281,20 @@ def test_strict_wants_a_list_of_every_authority_of_the_chain(world: World, make:
         sentence = world.problem(world.trust(world.root, world.issuing, lists=lists, strict=True))
         assert sentence is not None
         assert f"'{missing}' are refused while there is no current revocation list" in sentence
+
+
+def test_strict_wants_no_list_of_an_authority_above_the_bundle(world: World, make: Callable[..., bytes]) -> None:
+    """Connections bring a root that was in the bundle when they began; it is out now, and no list of it is taken."""
+    trust = world.trust(world.issuing, lists=make(world.issuing), strict=True)
+    assert world.problem(trust) is None
+
+
+def test_strict_wants_every_part_of_a_list_to_be_current(world: World, make: Callable[..., bytes]) -> None:
+    """Who was revoked lately may stand in the part that is past its time."""
+    parts = make(world.root, more=(part("1"),), end=DAY) + make(world.root, more=(part("2"),))
+    trust = world.trust(world.root, world.issuing, lists=parts + make(world.issuing), strict=True)
+    assert world.problem(trust) is None
+    assert "'Corp Root' are refused" in str(world.problem(trust, 2 * DAY))
 
 
 def test_strict_takes_no_list_from_the_future(world: World, make: Callable[..., bytes]) -> None:
