@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 from appliance.core.errors import Overloaded
+from appliance.wire import sentences
 from appliance.wire.peer import Peer
 from appliance.wire.settings import WireSettings
 
@@ -169,7 +170,7 @@ class Exchange:
             # Last resort: the client gets a stock sentence, the log the traceback. Who is gone gets nothing.
             if not self._gone:
                 _log.exception("unforeseen error", extra={"path": self._scope["path"]})
-                self._fail(INTERNAL, "Something went wrong in the appliance; its log tells more.")
+                self._fail(INTERNAL, sentences.UNFORESEEN)
         finally:
             self._drop()
 
@@ -319,8 +320,3 @@ def body_limit(headers: Headers, settings: WireSettings) -> int:
     """
     grpc_web = any(name == b"content-type" and value.startswith(b"application/grpc-web") for name, value in headers)
     return settings.max_message * 3 // 2 + 1024 if grpc_web else settings.max_message
-
-
-def too_large(settings: WireSettings) -> str:
-    """The sentence for a body over the limit."""
-    return f"The request's body is over limits.request_size, {settings.max_message} bytes. Send several requests."

@@ -5,7 +5,6 @@ Whatever happens, a call ends once: with its reply, with a status, or because th
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -14,13 +13,11 @@ from typing import TYPE_CHECKING
 from appliance.core.errors import Overloaded
 from appliance.core.memory import Reservation
 from appliance.core.types import Call, RpcAbort, RpcStatus
-from appliance.wire import grpc
+from appliance.wire import grpc, sentences
 from appliance.wire.context import Head
 
 if TYPE_CHECKING:
     from appliance.wire.h2 import Http2
-
-_log = logging.getLogger(__name__)
 
 MARK = 64 * 1024
 """Bytes that may wait for a client before the handler that streams to it is held back."""
@@ -48,7 +45,7 @@ class Unary:
         self._served = False  # the request is here, and in somebody's hands
         self._compress = False
         self._until = time.monotonic() + connection.context.settings.request_timeout_s
-        self._timer = _at_deadline(call, self._expire)
+        self._timer = _at_deadline(call, self.abort)
 
     @property
     def receiving(self) -> bool:
@@ -68,7 +65,7 @@ class Unary:
     def message(self, body: bytes, compressed: bool) -> None:
         """The request is here; perhaps more than it."""
         if self._served:
-            self.abort(RpcAbort(RpcStatus.INTERNAL, "A unary call has one message; this one has more."))
+            self.abort(more_than_one())
             return
         self._compress = compressed and self.head.wants_gzip
         if compressed:
@@ -78,7 +75,7 @@ class Unary:
                 self.abort(abort)
                 return
         quick = self.head.endpoint.quick
-        if quick is not None and not compressed and quick(self.call, body, self.refuse):
+        if quick is not None and not compressed and quick(self.call, body, self.answer):
             self._served = True
         else:
             self.whole(body)
@@ -86,28 +83,24 @@ class Unary:
     def ended(self) -> None:
         """The client has said everything."""
         if not self._served:
-            self.abort(RpcAbort(RpcStatus.INTERNAL, "The call ended without a message."))
+            self.abort(RpcAbort(RpcStatus.INTERNAL, grpc.NO_MESSAGE))
 
     def drained(self) -> None:
         """Nobody waits for that."""
 
-    def late(self, now: float) -> bool:
-        """Whether the body takes too long; then the call is over."""
-        if self._served or now < self._until:
-            return False
-        self._over()
-        return True
+    def tick(self, now: float) -> None:
+        """A request that takes too long ends."""
+        if not self._served and now >= self._until:
+            self.abort(_late(self.connection))
 
-    def refuse(self, reply: bytes | RpcAbort) -> None:
+    def answer(self, reply: bytes | RpcAbort) -> None:
         """End with a reply, or with a status."""
         self._over()
         self.connection.reply(self.stream, reply)
 
     def abort(self, abort: RpcAbort) -> None:
         """End with a status; a handler that is at work is cancelled."""
-        self._over()
-        if self._task is not None:
-            self._task.cancel()
+        self.lost()
         self.connection.finish(self.stream, abort)
 
     def expel(self) -> None:
@@ -120,9 +113,6 @@ class Unary:
         if self._task is not None:
             self._task.cancel()
 
-    def _expire(self) -> None:
-        self.abort(_EXPIRED)
-
     async def _run(self, body: bytes) -> None:
         assert self.head.endpoint.unary is not None
         reply: bytes | None = None
@@ -134,7 +124,7 @@ class Unary:
         except asyncio.CancelledError:
             end = _GOING  # by the server's end; a client that is gone hears nothing
         except Exception:
-            end = unforeseen(self.head.method)
+            end = grpc.unforeseen(self.head.method)
         finally:
             self._over()
         if reply is None:
@@ -163,7 +153,7 @@ class Stream:
         self._news: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._task = asyncio.create_task(self._run())
-        self._timer = _at_deadline(call, self._expire)
+        self._timer = _at_deadline(call, self.abort)
 
     @property
     def receiving(self) -> bool:
@@ -208,23 +198,23 @@ class Stream:
         """The client has taken enough for more to be written."""
         wake(self._room)
 
-    def late(self, now: float) -> bool:
+    def tick(self, now: float) -> None:
         """Streams may take their time, but a message that has begun may not: memory is held for it."""
-        if not self._until or now < self._until:
-            return False
-        self._over()
-        self._task.cancel()
-        return True
+        if self._until and now >= self._until:
+            self.abort(_late(self.connection))
 
-    def refuse(self, reply: bytes) -> None:
+    def answer(self, reply: bytes) -> None:
         """End with one message, as the endpoint itself would."""
-        self.connection.push(self.stream, reply, False)
-        self.abort(_FINE)
+        end = _FINE
+        try:
+            self.connection.push(self.stream, reply, False)
+        except RpcAbort as abort:
+            end = abort
+        self.abort(end)
 
     def abort(self, abort: RpcAbort) -> None:
         """End with a status; the endpoint is cancelled."""
-        self._over()
-        self._task.cancel()
+        self.lost()
         self.connection.finish(self.stream, abort)
 
     def expel(self) -> None:
@@ -235,9 +225,6 @@ class Stream:
         """The client is gone."""
         self._over()
         self._task.cancel()
-
-    def _expire(self) -> None:
-        self.abort(_EXPIRED)
 
     async def _run(self) -> None:
         assert self.head.endpoint.stream is not None
@@ -252,7 +239,7 @@ class Stream:
         except asyncio.CancelledError:
             end = _GOING  # as above
         except Exception:
-            end = unforeseen(self.head.method)
+            end = grpc.unforeseen(self.head.method)
         finally:
             self._over()
         self.connection.finish(self.stream, end)
@@ -308,24 +295,29 @@ def _inflated(opened: "Unary | Stream", body: bytes) -> bytes:
     context, call = opened.connection.context, opened.call
     if call.memory is None:
         call.memory = context.budget.hold(0)
-    try:
-        return grpc.inflate(body, context.settings.max_message, call.memory.grow)
-    except grpc.TooLarge as error:
-        raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, str(error)) from error
-    except ValueError as error:
-        raise RpcAbort(RpcStatus.INTERNAL, str(error)) from error
-    except Overloaded as error:
-        raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, str(error)) from error
+    limit = grpc.message_limit(opened.head.endpoint, context.settings.max_message)
+    return grpc.unpack(body, limit, call.memory.grow)
 
 
-def _at_deadline(call: Call, expire: Callable[[], None]) -> asyncio.TimerHandle | None:
+def _at_deadline(call: Call, abort: Callable[[RpcAbort], None]) -> asyncio.TimerHandle | None:
     """Not every client cancels what it no longer waits for."""
     if call.deadline is None:
         return None
-    return asyncio.get_running_loop().call_later(max(0.0, call.deadline - time.monotonic()), expire)
+    return asyncio.get_running_loop().call_later(max(0.0, call.deadline - time.monotonic()), abort, _EXPIRED)
+
+
+def _late(connection: "Http2") -> RpcAbort:
+    seconds = connection.context.settings.request_timeout_s
+    return RpcAbort(RpcStatus.DEADLINE_EXCEEDED, sentences.request_too_late(seconds))
+
+
+def more_than_one() -> RpcAbort:
+    """How a unary call ends that has a second message."""
+    return RpcAbort(RpcStatus.INTERNAL, "A unary call has one message; this one has more.")
 
 
 def release(call: Call) -> None:
+    """Give back what the call holds, if anything."""
     memory: Reservation | None = call.memory
     if memory is not None:
         call.memory = None
@@ -333,11 +325,6 @@ def release(call: Call) -> None:
 
 
 def wake(future: "asyncio.Future[None] | None") -> None:
+    """Let whoever waits for it go on."""
     if future is not None and not future.done():
         future.set_result(None)
-
-
-def unforeseen(method: str) -> RpcAbort:
-    """The last resort; called while the exception is being handled."""
-    _log.exception("unforeseen error", extra={"method": method})
-    return RpcAbort(RpcStatus.INTERNAL, "Something went wrong in the appliance; its log tells more.")

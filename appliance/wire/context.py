@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from appliance.core.memory import MemoryBudget
-from appliance.core.types import Endpoint, RpcStatus
+from appliance.core.types import Endpoint, RpcAbort
+from appliance.wire import grpc
 from appliance.wire.asgi import ASGIApp
 from appliance.wire.settings import WireSettings
 
@@ -15,7 +16,6 @@ _HEAD_KEPT = 2048
 """Bytes of a head that is remembered: whoever sends others must not fill our memory with them."""
 
 _NOWHERE = Endpoint()
-_ENCODINGS = (None, b"identity", b"gzip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Head:
     """The headers of gRPC calls, understood once for all calls that send the same ones.
 
     Attributes:
-        refusal: the status and sentence that such a call ends with, or None.
+        refusal: how such a call ends at once, or None.
         gzip: whether its compressed messages are gzip.
         wants_gzip: whether the replies shall be, too: who packs what it sends, and says so, unpacks what it gets.
     """
@@ -31,7 +31,7 @@ class Head:
     method: str
     metadata: Mapping[str, str]
     endpoint: Endpoint
-    refusal: tuple[RpcStatus, str] | None
+    refusal: RpcAbort | None
     gzip: bool
     wants_gzip: bool
 
@@ -64,25 +64,24 @@ class Context:
         return known
 
 
-def _parse_head(block: bytes, endpoints: Mapping[str, Endpoint]) -> Head:
+def header_pairs(block: bytes) -> list[tuple[bytes, bytes]]:
+    """Headers as the native session gives them, one by one."""
     parts = block.split(b"\0")
+    return list(zip(parts[0::2], parts[1::2], strict=False))
+
+
+def _parse_head(block: bytes, endpoints: Mapping[str, Endpoint]) -> Head:
     raw: dict[bytes, bytes] = {}
-    for name, value in zip(parts[0::2], parts[1::2], strict=False):
+    for name, value in header_pairs(block):
         raw.setdefault(name, value)
     method = raw.get(b":path", b"").decode("latin-1")
-    encoding = raw.get(b"grpc-encoding")
-    metadata = {
-        name.decode("latin-1"): value.decode("latin-1")
-        for name, value in raw.items()
-        if name[:1] != b":" and name[-4:] != b"-bin"
-    }
+    encoding = raw.get(b"grpc-encoding", b"identity")
     endpoint = endpoints.get(method, _NOWHERE)
     refusal = None
     if raw.get(b":method") != b"POST" or endpoint is _NOWHERE:
-        refusal = (RpcStatus.UNIMPLEMENTED, f"This appliance does not serve {method[:200]}.")
-    elif encoding not in _ENCODINGS:
-        shown = encoding.decode("latin-1")[:40] if encoding else ""
-        refusal = (RpcStatus.UNIMPLEMENTED, f"Messages encoded as {shown!r} are not understood; use gzip or identity.")
+        refusal = grpc.not_served(method)
+    elif encoding not in (b"identity", b"gzip"):
+        refusal = grpc.encoding_not_served(encoding.decode("latin-1"))
     gzip = encoding == b"gzip"
     wants_gzip = gzip and b"gzip" in raw.get(b"grpc-accept-encoding", b"")
-    return Head(method, metadata, endpoint, refusal, gzip, wants_gzip)
+    return Head(method, grpc.metadata(raw.items()), endpoint, refusal, gzip, wants_gzip)

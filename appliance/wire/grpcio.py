@@ -5,10 +5,9 @@ model. Certificates are read again for each new handshake when they changed; liv
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -17,8 +16,9 @@ from grpc import aio
 from appliance.core.config import parse_address
 from appliance.core.errors import ConfigError
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
-
-_log = logging.getLogger(__name__)
+from appliance.wire import sentences
+from appliance.wire.grpc import NO_MESSAGE, unforeseen
+from appliance.wire.settings import WireSettings
 
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -33,32 +33,32 @@ class Credentials:
     """
 
     chain: bytes
-    key: bytes
+    key: bytes = field(repr=False)
     client_ca: bytes | None
 
 
 class GrpcioServer:
     """Both ports of the grpcio transport."""
 
-    def __init__(self, endpoints: Mapping[str, Endpoint], max_message: int, body_timeout_s: float) -> None:
+    def __init__(self, endpoints: Mapping[str, Endpoint], settings: WireSettings) -> None:
         """Make a server that is not listening yet.
 
-        Args:    max_message: bytes of one request. body_timeout_s: seconds in which it must arrive.
+        Args:    settings: followed in the limits of messages and metadata and in `request_timeout_s`.
         """
         self._server = aio.server(
             options=[
-                ("grpc.max_receive_message_length", max_message),
-                ("grpc.max_send_message_length", -1),
+                ("grpc.max_receive_message_length", settings.max_message),
+                ("grpc.max_send_message_length", -1),  # _checked names the setting
                 ("grpc.so_reuseport", 0),  # a taken port is an error, not a share
                 # Idle clients ping as they like: the stock ones do not, and a proxy that does is not an attacker.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", 300_000),
-                ("grpc.max_metadata_size", 16 * 1024),
+                ("grpc.max_metadata_size", settings.metadata),
                 ("grpc.max_concurrent_streams", 1024),
             ],
         )
-        self._server.add_generic_rpc_handlers((_Handlers(endpoints, body_timeout_s),))
+        self._server.add_generic_rpc_handlers((_Handlers(endpoints, settings),))
         self.ports: dict[str, int] = {}
 
     def listen(self, name: str, address: str, read: Callable[[], Credentials]) -> None:
@@ -114,15 +114,15 @@ def _certificates(credentials: Credentials) -> grpc.ServerCertificateConfigurati
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no types
     """Endpoints as grpcio's method handlers, without (de)serialisers."""
 
-    def __init__(self, endpoints: Mapping[str, Endpoint], body_timeout_s: float) -> None:
-        self._handlers = {name: _handler(name, endpoint, body_timeout_s) for name, endpoint in endpoints.items()}
+    def __init__(self, endpoints: Mapping[str, Endpoint], settings: WireSettings) -> None:
+        self._handlers = {name: _handler(name, endpoint, settings) for name, endpoint in endpoints.items()}
 
     def service(self, handler_call_details: Any) -> Any:
         """The handler of a method, or None, which grpcio answers with UNIMPLEMENTED."""
         return self._handlers.get(handler_call_details.method)
 
 
-def _handler(name: str, endpoint: Endpoint, body_timeout_s: float) -> Any:
+def _handler(name: str, endpoint: Endpoint, settings: WireSettings) -> Any:
     """An endpoint as grpcio's handler. Unary calls are taken as streams of one, so that a caller is admitted before its
     body is read; on the wire they are the same."""
     if endpoint.unary is not None:
@@ -134,11 +134,12 @@ def _handler(name: str, endpoint: Endpoint, body_timeout_s: float) -> Any:
                 refusal = endpoint.admit(call, 0) if endpoint.admit else None
                 if refusal is not None:
                     return refusal
-                return await unary(call, await _body(requests, body_timeout_s))
+                body = await _body(requests, settings.request_timeout_s)
+                return _checked(await unary(call, body), settings.max_reply)
             except RpcAbort as abort:
                 return await _end(context, abort)
-            except Exception:
-                return await _end(context, _unforeseen(name))
+            except Exception:  # else grpcio would show it to the caller
+                return await _end(context, unforeseen(name))
 
         return grpc.stream_unary_rpc_method_handler(serve_unary)
     stream = endpoint.stream
@@ -152,11 +153,11 @@ def _handler(name: str, endpoint: Endpoint, body_timeout_s: float) -> Any:
                 yield refusal
                 return
             async for reply in stream(call, requests):
-                yield reply
+                yield _checked(reply, settings.max_reply)
         except RpcAbort as abort:
             await _end(context, abort)
-        except Exception:
-            await _end(context, _unforeseen(name))
+        except Exception:  # as above
+            await _end(context, unforeseen(name))
 
     return grpc.stream_stream_rpc_method_handler(serve_stream)
 
@@ -168,14 +169,15 @@ async def _body(requests: AsyncIterator[bytes], timeout_s: float) -> bytes:
             async for body in requests:
                 return body
     except TimeoutError as error:
-        raise RpcAbort(RpcStatus.DEADLINE_EXCEEDED, f"The request did not arrive within {timeout_s:g} s.") from error
-    raise RpcAbort(RpcStatus.INTERNAL, "The call ended without a message.")
+        raise RpcAbort(RpcStatus.DEADLINE_EXCEEDED, sentences.request_too_late(timeout_s)) from error
+    raise RpcAbort(RpcStatus.INTERNAL, NO_MESSAGE)
 
 
-def _unforeseen(name: str) -> RpcAbort:
-    """The last resort: without it grpcio would show the caller the exception."""
-    _log.exception("unforeseen error", extra={"method": name})
-    return RpcAbort(RpcStatus.INTERNAL, "Something went wrong in the appliance; its log tells more.")
+def _checked(reply: bytes, limit: int) -> bytes:
+    """Raises: RpcAbort: it is too large."""
+    if len(reply) > limit:
+        raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, sentences.reply_too_large(len(reply), limit))
+    return reply
 
 
 async def _end(context: Any, abort: RpcAbort) -> Any:

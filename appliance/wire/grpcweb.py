@@ -6,10 +6,10 @@ Whatever is not gRPC-Web goes to the application beneath. Sources: grpc/grpc doc
 import asyncio
 import base64
 import binascii
-import logging
+import contextlib
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -17,12 +17,10 @@ from starlette.middleware.cors import CORSMiddleware
 from appliance.core.errors import Overloaded
 from appliance.core.memory import MemoryBudget, Reservation
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
-from appliance.wire import grpc
+from appliance.wire import grpc, sentences
 from appliance.wire.asgi import PEER, ASGIApp, ClientGone, Receive, Send
 from appliance.wire.peer import Peer
 from appliance.wire.settings import WireSettings
-
-_log = logging.getLogger(__name__)
 
 _KINDS = re.compile(r"application/grpc-web(-text)?(\+proto)?")
 _COMPRESSED = 1
@@ -30,8 +28,6 @@ _TRAILERS = 0x80
 _PADDED = re.compile(rb"[^=]+={0,2}")
 _TEXTS = 10_000
 """Padded pieces of one base64 body: each costs us far more than its sender."""
-_OPEN_TO_ALL = 64 * 1024
-"""Bytes of a message for a method that admits nobody in particular."""
 
 _REQUEST_HEADERS = (
     "authorization",
@@ -54,18 +50,18 @@ class GrpcWeb:
         endpoints: Mapping[str, Endpoint],
         settings: WireSettings,
         budget: MemoryBudget,
-        origins: Sequence[str] = (),
     ) -> None:
         """Make it.
 
         Args:
             app: answers what is not gRPC-Web.
-            origins: web origins whose pages may call, here and `app` (`server.cors_origins`); "*": all.
+            settings: its `cors_origins` may call, here and `app`; "*": all.
         """
         self._app = app
         self._endpoints = endpoints
         self._settings = settings
         self._budget = budget
+        origins = settings.cors_origins
         self._serve: ASGIApp = _with_cors(self._route, origins) if origins else self._route
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -74,7 +70,7 @@ class GrpcWeb:
 
     async def _route(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
-            headers = _first_values(scope["headers"])
+            headers = grpc.metadata(scope["headers"])
             kind = _KINDS.fullmatch(headers.get("content-type", "").partition(";")[0].strip().lower())
             if kind is not None:
                 await self._call(scope, headers, kind[1] is not None, receive, send)
@@ -92,11 +88,12 @@ class GrpcWeb:
         try:
             endpoint = self._endpoints.get(call.method)
             if endpoint is None:
-                raise RpcAbort(RpcStatus.UNIMPLEMENTED, f"This appliance does not serve {call.method[:200]}.")
+                raise grpc.not_served(call.method)
             seconds = _seconds(headers)
             if seconds is not None:
                 call.deadline = time.monotonic() + seconds
-            body = _Body(receive, text, _is_gzip(headers), self._settings)
+            limit = grpc.message_limit(endpoint, self._settings.max_message)
+            body = _Body(receive, text, _is_gzip(headers), limit, self._settings.request_timeout_s)
             async with asyncio.timeout(seconds) as timer:
                 if endpoint.unary is not None:
                     await self._unary(call, endpoint, body, reply)
@@ -112,9 +109,7 @@ class GrpcWeb:
             if isinstance(error, TimeoutError) and timer.expired():
                 end = RpcAbort(RpcStatus.DEADLINE_EXCEEDED, "The call's time is over.")
             else:
-                # Last resort of every endpoint: the caller gets a stock sentence, the log the traceback.
-                _log.exception("unforeseen error", extra={"method": call.method})
-                end = RpcAbort(RpcStatus.INTERNAL, "Something went wrong in the appliance; its log tells more.")
+                end = grpc.unforeseen(call.method)
         finally:
             if call.memory is not None:
                 call.memory.release()
@@ -124,7 +119,7 @@ class GrpcWeb:
         assert endpoint.unary is not None
         size = await body.next_size()
         if size is None:
-            raise RpcAbort(RpcStatus.INTERNAL, "The call ended without a message.")
+            raise RpcAbort(RpcStatus.INTERNAL, grpc.NO_MESSAGE)
         refusal = self._admit(call, endpoint, size)
         if refusal is None:
             assert call.memory is not None
@@ -139,15 +134,11 @@ class GrpcWeb:
         if refusal is not None:
             await reply.message(refusal)
             return
-        limit = self._settings.max_message if endpoint.admit is not None else _OPEN_TO_ALL
-        replies = endpoint.stream(call, self._messages(body, limit))
-        try:
+        replies = endpoint.stream(call, self._messages(body))
+        # Whoever leaves early ends the endpoint now, not when the garbage collector finds it.
+        async with contextlib.aclosing(replies):  # type: ignore[type-var]  # endpoints are async generators
             async for message in replies:
                 await reply.message(message)
-        finally:
-            # Whoever leaves early ends the endpoint now, not when the garbage collector finds it.
-            if isinstance(replies, AsyncGenerator):
-                await replies.aclose()
 
     def _admit(self, call: Call, endpoint: Endpoint, size: int) -> bytes | None:
         """Ask whether the caller may send `size` bytes; the reply that says no, or None.
@@ -155,7 +146,6 @@ class GrpcWeb:
         Raises: RpcAbort, Overloaded.
         """
         if endpoint.admit is None:
-            _check_size(size, _OPEN_TO_ALL)
             call.memory = self._budget.hold(size)
             return None
         refusal = endpoint.admit(call, size)
@@ -163,10 +153,9 @@ class GrpcWeb:
             call.memory = self._budget.hold(size)
         return refusal
 
-    async def _messages(self, body: "_Body", limit: int) -> AsyncIterator[bytes]:
+    async def _messages(self, body: "_Body") -> AsyncIterator[bytes]:
         """The messages of a stream. Each is paid for while it comes; the endpoint pays once it has it."""
         while (size := await body.next_size()) is not None:
-            _check_size(size, limit)
             with self._budget.hold(size) as memory:
                 message = await body.message(memory)
             yield message
@@ -175,11 +164,13 @@ class GrpcWeb:
 class _Body:
     """The messages in a request's body."""
 
-    def __init__(self, receive: Receive, text: bool, gzip: bool, settings: WireSettings) -> None:
+    def __init__(self, receive: Receive, text: bool, gzip: bool, limit: int, timeout_s: float) -> None:
+        """Args: limit: bytes of a message, packed and unpacked. timeout_s: seconds in which one must arrive."""
         self._receive = receive
         self._decode = _Base64().feed if text else bytes
         self._gzip = gzip
-        self._settings = settings
+        self._limit = limit
+        self._timeout_s = timeout_s
         self._data = bytearray()
         self._ended = False
         self._size = 0
@@ -197,33 +188,27 @@ class _Body:
             raise RpcAbort(RpcStatus.INTERNAL, "A frame of the request is neither a message nor a compressed one.")
         if self._flag == _COMPRESSED and not self._gzip:
             raise RpcAbort(RpcStatus.INTERNAL, "A message is marked as compressed; the call names no grpc-encoding.")
-        _check_size(self._size, self._settings.max_message)
+        if self._size > self._limit:
+            raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, grpc.too_large(self._limit))
         return self._size
 
     async def message(self, memory: Reservation) -> bytes:
-        """The message whose size was asked for; `memory` grows with what is unpacked. Raises: RpcAbort, Overloaded."""
+        """The message whose size was asked for; `memory` grows with what is unpacked. Raises: RpcAbort."""
         if not await self._fill(self._size):
             raise RpcAbort(RpcStatus.INTERNAL, "The request ends inside a message.")
         message = bytes(memoryview(self._data)[: self._size])
         del self._data[: self._size]
-        if self._flag != _COMPRESSED:
-            return message
-        try:
-            return grpc.inflate(message, self._settings.max_message, memory.grow)
-        except grpc.TooLarge as error:
-            raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, str(error)) from error
-        except ValueError as error:
-            raise RpcAbort(RpcStatus.INTERNAL, str(error)) from error
+        return grpc.unpack(message, self._limit, memory.grow) if self._flag == _COMPRESSED else message
 
     async def _fill(self, count: int) -> bool:
         """Read until `count` bytes are here; False when there are not as many. Raises: RpcAbort."""
-        seconds = self._settings.request_timeout_s
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(self._timeout_s):
                 while len(self._data) < count and not self._ended:
                     await self._read()
         except TimeoutError as error:
-            raise RpcAbort(RpcStatus.DEADLINE_EXCEEDED, f"The request did not arrive within {seconds:g} s.") from error
+            late = sentences.request_too_late(self._timeout_s)
+            raise RpcAbort(RpcStatus.DEADLINE_EXCEEDED, late) from error
         return len(self._data) >= count
 
     async def _read(self) -> None:
@@ -268,10 +253,7 @@ class _Reply:
     async def message(self, data: bytes) -> None:
         """Send a message. Raises: RpcAbort: it is over the limit."""
         if len(data) > self._limit:
-            raise RpcAbort(
-                RpcStatus.RESOURCE_EXHAUSTED,
-                f"The reply has {len(data)} bytes; limits.reply_size allows {self._limit}. Ask for less at once.",
-            )
+            raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, sentences.reply_too_large(len(data), self._limit))
         await self._write(grpc.frame(data), True)
 
     async def end(self, abort: RpcAbort) -> None:
@@ -298,21 +280,6 @@ class _Reply:
 _FINE = RpcAbort(RpcStatus.OK, "")
 
 
-def _check_size(size: int, limit: int) -> None:
-    if size > limit:
-        detail = grpc.too_large(limit) if limit != _OPEN_TO_ALL else f"This method takes {limit} bytes at most."
-        raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, detail)
-
-
-def _first_values(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Header name → first value, without binary headers."""
-    found: dict[str, str] = {}
-    for name, value in headers:
-        if not name.endswith(b"-bin"):
-            found.setdefault(name.decode("latin-1"), value.decode("latin-1"))
-    return found
-
-
 def _seconds(headers: Mapping[str, str]) -> float | None:
     """Seconds that the caller gives us, or None. Raises: RpcAbort."""
     if "grpc-timeout" not in headers:
@@ -327,10 +294,7 @@ def _is_gzip(headers: Mapping[str, str]) -> bool:
     """Whether compressed messages are gzip. Raises: RpcAbort: they are something else."""
     encoding = headers.get("grpc-encoding", "identity")
     if encoding not in ("identity", "gzip"):
-        shown = encoding[:40]
-        raise RpcAbort(
-            RpcStatus.UNIMPLEMENTED, f"Messages encoded as {shown!r} are not understood; use gzip or identity."
-        )
+        raise grpc.encoding_not_served(encoding)
     return encoding == "gzip"
 
 

@@ -15,24 +15,22 @@ from functools import partial
 from typing import Any
 
 from appliance.core.errors import Overloaded
+from appliance.core.logs import RateLimitedLog
 from appliance.core.types import Call, RpcAbort, RpcStatus
-from appliance.wire import _h2, grpc
+from appliance.wire import _h2, grpc, sentences
 from appliance.wire.asgi import HEADERS_TOO_LARGE, Problem, json_headers
-from appliance.wire.calls import MARK, Stream, Unary, release, unforeseen
+from appliance.wire.calls import MARK, Stream, Unary, more_than_one, release
 from appliance.wire.context import Context, Head
-from appliance.wire.h2http import NO_ERROR, HttpRequest
+from appliance.wire.h2http import INTERNAL_ERROR, NO_ERROR, HttpRequest
 from appliance.wire.peer import Peer
 
-_log = logging.getLogger(__name__)
+_log = RateLimitedLog(logging.getLogger(__name__))
 
 WINDOW = 65_535
 """Bytes of a body that may come before its caller was asked for: HTTP/2's own initial window."""
 
 _PULL = 256 * 1024
 """Bytes handed to the transport at once."""
-
-_OPEN_TO_ALL = 4 * 1024
-"""Bytes of a message to an endpoint that asks for no credentials."""
 
 _SENTENCE, _DETAILS = 1000, 4096
 """Characters of a status's message, and bytes of its details, that are sent. grpcio takes 8 kB of trailers."""
@@ -167,12 +165,11 @@ class Http2(asyncio.Protocol):
         transport, settings = self._transport, self._settings
         if transport is None:
             return
-        for stream, call in list(self._calls.items()):
-            if call.late(now):
-                self._finish(stream, RpcStatus.DEADLINE_EXCEEDED, _too_late(settings.request_timeout_s))
+        for call in tuple(self._calls.values()):
+            call.tick(now)
         self._session.tick(now, settings.request_timeout_s)
         if self._crawls(now):
-            _log.info("closed: the client does not take its replies", extra={"peer": self._peer.text})
+            self._say_closed("the client does not take its replies")
             transport.abort()
             return
         if self._session.streams:
@@ -202,8 +199,11 @@ class Http2(asyncio.Protocol):
             self._session.ping()
             self.plan_flush()
         elif now - self._pinged_at > self._settings.keepalive_timeout_s:
-            _log.info("closed: the client gives no sign of life", extra={"peer": self._peer.text})
+            self._say_closed("the client gives no sign of life")
             self._transport.abort()
+
+    def _say_closed(self, why: str) -> None:
+        _log.write("closed", logging.INFO, f"closed: {why}", peer=self._peer.text)
 
     # ---- events ----
 
@@ -222,11 +222,14 @@ class Http2(asyncio.Protocol):
         """A call that came in one piece: most do."""
         refusal = self._refusal(head, timeout_us)
         if refusal is not None:
-            self._finish(stream, *refusal)
+            self.finish(stream, refusal)
             return
         endpoint = head.endpoint
         call = self._call(head, timeout_us)
         if endpoint.quick is not None and endpoint.quick(call, body, partial(self.reply, stream)):
+            return
+        if endpoint.admit is None and len(body) > grpc.OPEN_TO_ALL:
+            self.finish(stream, _too_large_for_all())
             return
         opened = self._calls[stream] = self._open(stream, head, call)
         opened.whole(body)
@@ -239,7 +242,8 @@ class Http2(asyncio.Protocol):
             assert head is not None
             self._begin(stream, self._context.head(head), timeout_us, size if flags & _h2.WANT else 0)
         elif flags & _h2.HEAVY:
-            self._finish(stream, RpcStatus.RESOURCE_EXHAUSTED, _heavy(self._settings.metadata))
+            sentence = sentences.headers_too_large(self._settings.metadata)
+            self._finish(stream, RpcStatus.RESOURCE_EXHAUSTED, sentence)
         opened = self._calls.get(stream)
         if not isinstance(opened, Unary | Stream):
             return  # answered already; what still comes is dropped
@@ -247,7 +251,8 @@ class Http2(asyncio.Protocol):
             del self._calls[stream]
             opened.lost()
         elif flags & _h2.TOO_BIG:
-            opened.abort(RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, _too_big(size, self._settings.max_message)))
+            sentence = sentences.request_too_large(self._settings.max_message)
+            opened.abort(RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, sentence))
         elif flags & _h2.BROKEN:
             opened.abort(RpcAbort(RpcStatus.INTERNAL, "The call ended inside a message, or is no gRPC."))
         elif flags & _h2.DRAINED:
@@ -256,6 +261,9 @@ class Http2(asyncio.Protocol):
             return
         if flags & _h2.MESSAGE:
             assert body is not None
+            if opened.head.endpoint.admit is None and len(body) > grpc.OPEN_TO_ALL:
+                opened.abort(_too_large_for_all())
+                return
             opened.message(body, bool(flags & _h2.COMPRESSED))
         if flags & _h2.END:
             opened.ended()
@@ -264,50 +272,54 @@ class Http2(asyncio.Protocol):
         """The head of a call is here and its body is not: it is let in, or turned away."""
         refusal = self._refusal(head, timeout_us)
         if refusal is not None:
-            self._finish(stream, *refusal)
+            self.finish(stream, refusal)
             return
         opened = self._open(stream, head, self._call(head, timeout_us))
         if self._admit(stream, opened, size):
             self._calls[stream] = opened
 
-    def _refusal(self, head: Head, timeout_us: int) -> tuple[RpcStatus, str] | None:
+    def _refusal(self, head: Head, timeout_us: int) -> RpcAbort | None:
         """Why a call goes no further than its headers, or None."""
         if head.refusal is not None:
             return head.refusal
         if timeout_us < -1:
             return _BAD_TIMEOUT
         if self._charged > self._context.budget.limit // _HOARD:
-            return _HOARDING
+            return RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, _HOARDING)
         return None
 
     def _admit(self, stream: int, opened: "Unary | Stream", size: int) -> bool:
         """Ask who the caller is and reserve `size` bytes for its message; if both succeed, let it come."""
+        if isinstance(opened, Unary) and not opened.receiving:  # the bytes of its first message are still held
+            opened.abort(more_than_one())
+            return False
         admit = opened.head.endpoint.admit
         asked = replace(opened.call, memory=None)  # a stream's own is that of the message its endpoint works on
+        refusal: bytes | RpcAbort | None = None
         try:
             if admit is not None:
                 refusal = admit(asked, size)
-            elif size <= _OPEN_TO_ALL:
-                refusal, asked.memory = None, self._context.budget.hold(size)
+            elif size <= grpc.OPEN_TO_ALL:
+                asked.memory = self._context.budget.hold(size)
             else:
-                raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, f"This method takes {_OPEN_TO_ALL} bytes at most.")
+                refusal = _too_large_for_all()
         except Overloaded as error:
-            opened.abort(RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, str(error)))
-            return False
+            refusal = RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, str(error))
         except RpcAbort as abort:
-            opened.abort(abort)
-            return False
+            refusal = abort
         except Exception:  # one call's trouble, and not that of all others on the connection
-            opened.abort(unforeseen(opened.head.method))
-            return False
-        if refusal is not None:
-            release(asked)
-            opened.refuse(refusal)
-            return False
-        opened.admitted(asked.memory, size)
-        if size:
-            self._session.admit(stream)
-        return True
+            refusal = grpc.unforeseen(opened.head.method)
+        if refusal is None:
+            opened.admitted(asked.memory, size)
+            if size:
+                self._session.admit(stream)
+            return True
+        release(asked)
+        if isinstance(refusal, RpcAbort):
+            opened.abort(refusal)
+        else:
+            opened.answer(refusal)
+        return False
 
     def _call(self, head: Head, timeout_us: int) -> Call:
         deadline = None if timeout_us < 0 else time.monotonic() + timeout_us * 1e-6
@@ -321,7 +333,7 @@ class Http2(asyncio.Protocol):
     def _http(self, stream: int, flags: int, head: bytes | None, body: bytes | None) -> None:
         """A piece of a request that is not gRPC."""
         if flags & _h2.HEAVY:
-            self.refuse_http(stream, HEADERS_TOO_LARGE, _heavy(self._settings.metadata))
+            self.refuse_http(stream, HEADERS_TOO_LARGE, sentences.headers_too_large(self._settings.metadata))
             return
         if flags & _h2.HEAD:
             assert head is not None
@@ -363,27 +375,33 @@ class Http2(asyncio.Protocol):
             self.finish(stream, message)
             return
         if len(message) > self._settings.max_reply:
-            self._finish(stream, RpcStatus.RESOURCE_EXHAUSTED, _too_big_a_reply(len(message), self._settings.max_reply))
+            sentence = sentences.reply_too_large(len(message), self._settings.max_reply)
+            self._finish(stream, RpcStatus.RESOURCE_EXHAUSTED, sentence)
             return
-        no_room = self._no_room(len(message))
+        no_room = self.no_room(len(message))
         if no_room is not None:
-            self._finish(stream, *no_room)
+            self._finish(stream, RpcStatus.RESOURCE_EXHAUSTED, no_room)
         elif self._transport is not None and self._session.reply(stream, message, compressed):
-            self._queued(len(message))
+            self.queued(len(message))
 
     def push(self, stream: int, message: bytes, compressed: bool) -> bool:
-        """Send one message of a stream. Returns: whether its client is there, and can take more at once."""
+        """Send one message of a stream.
+
+        Returns: False: wait for `drained` before the next one; True also when the client is gone.
+        Raises:  RpcAbort: it is over the limit, or cannot be kept.
+        """
         if len(message) > self._settings.max_reply:
-            raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, _too_big_a_reply(len(message), self._settings.max_reply))
-        no_room = self._no_room(len(message))
+            sentence = sentences.reply_too_large(len(message), self._settings.max_reply)
+            raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, sentence)
+        no_room = self.no_room(len(message))
         if no_room is not None:
-            raise RpcAbort(*no_room)
+            raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, no_room)
         if self._transport is None or not self._session.push(stream, message, compressed):
             return True
-        self._queued(len(message))
+        self.queued(len(message))
         return self._session.queued(stream, MARK) <= MARK
 
-    def _no_room(self, size: int) -> tuple[RpcStatus, str] | None:
+    def no_room(self, size: int) -> str | None:
         """Why a reply of `size` bytes cannot be kept until its client takes it, or None."""
         pending, budget = self._session.pending, self._context.budget
         if pending + size <= _PULL:
@@ -394,7 +412,8 @@ class Http2(asyncio.Protocol):
             return _NO_MEMORY
         return None
 
-    def _queued(self, size: int) -> None:
+    def queued(self, size: int) -> None:
+        """`size` bytes of a reply were given to the session: count them, and write soon."""
         if size > MARK:
             self._charge(self._session.pending)  # many may be made in this turn of the loop
         self.plan_flush()
@@ -409,7 +428,7 @@ class Http2(asyncio.Protocol):
         if self._session.respond(stream, problem.status, json_headers(body), False):
             self._session.data(stream, body, True)
         else:  # the app has begun to answer, and that cannot be unsaid
-            self._session.reset(stream, NO_ERROR)
+            self._session.reset(stream, INTERNAL_ERROR)
         self.plan_flush()
 
     def done(self, stream: int) -> None:
@@ -453,7 +472,7 @@ class Http2(asyncio.Protocol):
             self._charge(pending)
         if not session.alive:
             if session.fault:
-                _log.info("closed: %s", session.fault, extra={"peer": self._peer.text})
+                self._say_closed(session.fault)
             self._close()
 
     def _close(self) -> None:
@@ -468,32 +487,18 @@ class Http2(asyncio.Protocol):
         budget.used += pending - self._charged
         self._charged = pending
         if pending > max(budget.limit // _SHARE, _PULL) and pending > self._settings.max_reply:
-            _log.warning("closed: %d bytes of replies wait for the client", pending, extra={"peer": self._peer.text})
+            told = f"closed: {pending} bytes of replies wait for the client"
+            _log.write("hoarding", logging.WARNING, told, peer=self._peer.text)
             self._session.abandon(_CALM)
             self._transport.abort()
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
-_HOARDING = (RpcStatus.RESOURCE_EXHAUSTED, "Too many replies wait on this connection; read them, then call again.")
-_NO_MEMORY = (
-    RpcStatus.RESOURCE_EXHAUSTED,
-    "There is no memory for the reply: limits.memory_in_flight is used up; try again.",
-)
-_BAD_TIMEOUT = (RpcStatus.INTERNAL, "The call's grpc-timeout cannot be read.")
+_HOARDING = "Too many replies wait on this connection; read them, then call again."
+_NO_MEMORY = "There is no memory for the reply: limits.memory_in_flight is used up; try again."
+_BAD_TIMEOUT = RpcAbort(RpcStatus.INTERNAL, "The call's grpc-timeout cannot be read.")
 
 
-def _too_big(size: int, limit: int) -> str:
-    return f"The request has {size} bytes; limits.request_size allows {limit}. Send fewer or smaller inputs."
-
-
-def _too_big_a_reply(size: int, limit: int) -> str:
-    return f"The reply has {size} bytes; limits.reply_size allows {limit}. Ask for fewer inputs at once."
-
-
-def _heavy(limit: int) -> str:
-    return f"The call's headers are larger than {limit} bytes, which limits.metadata_size allows."
-
-
-def _too_late(seconds: float) -> str:
-    return f"The request did not arrive within {seconds:g} s."
+def _too_large_for_all() -> RpcAbort:
+    return RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, grpc.too_large(grpc.OPEN_TO_ALL))

@@ -5,27 +5,16 @@ import time
 from typing import TYPE_CHECKING
 
 from appliance.core.errors import Overloaded
-from appliance.wire.asgi import (
-    OVERLOADED,
-    TIMED_OUT,
-    TOO_LARGE,
-    Exchange,
-    Headers,
-    Problem,
-    body_limit,
-    scope,
-    too_large,
-)
+from appliance.wire import sentences
+from appliance.wire.asgi import OVERLOADED, TIMED_OUT, TOO_LARGE, Exchange, Headers, Problem, body_limit, scope
 from appliance.wire.calls import MARK, wake
+from appliance.wire.context import header_pairs
 
 if TYPE_CHECKING:
     from appliance.wire.h2 import Http2
 
 NO_ERROR, INTERNAL_ERROR = 0x0, 0x2
 """Error codes of RFC 9113, 7."""
-
-_HTTP1_ONLY = (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"proxy-connection")
-"""Headers that HTTP/2 forbids. Source: RFC 9113, 8.2.2."""
 
 
 class HttpRequest:
@@ -34,8 +23,8 @@ class HttpRequest:
     def __init__(self, connection: "Http2", stream: int, head: bytes) -> None:
         self.connection, self.stream = connection, stream
         self._room: asyncio.Future[None] | None = None
-        parts = head.split(b"\0")
-        headers = list(zip(parts[0::2], parts[1::2], strict=False))
+        self._head: tuple[int, Headers] | None = None  # of the reply, until its first piece is written
+        headers = header_pairs(head)
         pseudo = {name: value for name, value in headers if name[:1] == b":"}
         plain = [(name, value) for name, value in headers if name[:1] != b":"]
         if b":authority" in pseudo:
@@ -68,7 +57,7 @@ class HttpRequest:
         """A piece of the body."""
         self._received += len(data)
         if self._received > self._limit:
-            self._refuse(TOO_LARGE, too_large(self.connection.context.settings))
+            self._refuse(TOO_LARGE, sentences.request_too_large(self.connection.context.settings.max_message))
             return
         try:
             self._held.grow(len(data))
@@ -95,19 +84,19 @@ class HttpRequest:
 
     def expel(self) -> None:
         """End because the server does."""
-        self.connection.session.reset(self.stream, NO_ERROR)
+        self.connection.session.reset(self.stream, INTERNAL_ERROR if self._exchange.started else NO_ERROR)
         self.connection.done(self.stream)
         self.lost()
 
-    def late(self, now: float) -> bool:
-        """Whether the body takes too long; then the request is answered so."""
+    def tick(self, now: float) -> None:
+        """A request whose body takes too long is answered so."""
         if not self._until or now < self._until:
-            return False
+            return
+        seconds = self.connection.context.settings.request_timeout_s
         if self._exchange.queued:  # the app is slow, not the client
-            self._until = now + self.connection.context.settings.request_timeout_s
-            return False
-        self._refuse(TIMED_OUT, _too_late(self.connection.context.settings.request_timeout_s))
-        return False
+            self._until = now + seconds
+        else:
+            self._refuse(TIMED_OUT, sentences.request_too_late(seconds))
 
     def drained_now(self) -> None:
         """The client has taken enough for more to be written."""
@@ -117,17 +106,21 @@ class HttpRequest:
 
     def start(self, status: int, headers: Headers) -> None:
         """See `Outlet.start`."""
-        kept = [(name, value) for name, value in headers if name not in _HTTP1_ONLY]
-        self.connection.session.respond(self.stream, status, kept, False)
-        self.connection.plan_flush()
+        self._head = (status, headers)
 
     def body(self, data: bytes, last: bool) -> None:
         """See `Outlet.body`."""
+        no_room = self.connection.no_room(len(data)) if len(data) > MARK else None
+        if no_room is not None:
+            raise Overloaded(no_room)
+        if self._head is not None:
+            (status, headers), self._head = self._head, None
+            self.connection.session.respond(self.stream, status, list(headers), False)
         self.connection.session.data(self.stream, data, last)
         if last:
             self._held.release()
             self.connection.done(self.stream)
-        self.connection.plan_flush()
+        self.connection.queued(len(data))
 
     async def drained(self) -> None:
         """See `Outlet.drained`."""
@@ -147,7 +140,3 @@ class HttpRequest:
         self.connection.session.reset(self.stream, INTERNAL_ERROR)
         self.connection.done(self.stream)
         self.connection.plan_flush()
-
-
-def _too_late(seconds: float) -> str:
-    return f"The request did not arrive within {seconds:g} s."

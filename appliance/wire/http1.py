@@ -19,7 +19,7 @@ import h11
 from appliance.core.errors import Overloaded
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget
-from appliance.wire import asgi
+from appliance.wire import asgi, sentences
 from appliance.wire.asgi import ASGIApp, Exchange, Headers, Problem
 from appliance.wire.peer import Peer
 from appliance.wire.settings import WireSettings
@@ -36,6 +36,8 @@ _DISCARDED = 256 * 1024
 """Bytes of a body that nobody wanted, which are read so that the connection can go on."""
 _LINGER_S = 2.0
 """After a refusal a client may still be sending; closed at once, it would lose our answer to a TCP reset."""
+_LAST_REQUEST_S = 1.0
+"""Seconds that an idle client has for a request that was on its way when we decided to close."""
 _CHUNKS = 1000
 _MEAN_CHUNK = 16
 """After that many chunks they must have that many bytes on average: each costs us far more than its sender."""
@@ -47,10 +49,6 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _LENGTH = re.compile(rb"[0-9]{1,19}")
 _HOST = re.compile(rb"[A-Za-z0-9._~%:\[\]-]*")
 _REASON = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
-
-
-_LAST_REQUEST_S = 1.0
-"""Seconds that an idle client has for a request that was on its way when we decided to close."""
 
 
 class Refusal(Exception):
@@ -234,7 +232,7 @@ class Http1(asyncio.Protocol):
         end = self._input.find(b"\r\n\r\n", max(0, self._searched - 3), limit) + 4
         if end < 4:
             if len(self._input) >= limit:
-                raise Refusal(asgi.HEADERS_TOO_LARGE, _headers_too_large(limit))
+                raise Refusal(asgi.HEADERS_TOO_LARGE, sentences.headers_too_large(limit))
             # Only what is new: a client that sends byte by byte must not make us look at all of it each time.
             screened, self._searched = max(0, self._searched - 1), len(self._input)
             _screen(self._input, screened, len(self._input) - self._input.endswith(b"\r"))
@@ -470,7 +468,7 @@ class _Request:
         self._check()
         self._limit = asgi.body_limit(self.headers, settings)
         if int(dict(self.headers).get(b"content-length", b"0")) > self._limit:
-            raise Refusal(asgi.TOO_LARGE, asgi.too_large(settings))
+            raise Refusal(asgi.TOO_LARGE, sentences.request_too_large(settings.max_message))
         self._answer: h11.Response | None = None
         self._size = 0
         self._chunks = 0
@@ -494,7 +492,7 @@ class _Request:
         # As HTTP/2 counts them (RFC 9113, section 6.5.2).
         size = sum(len(name) + len(value) + 32 for name, value in self.headers) + len(self.target)
         if size > self._settings.metadata:
-            raise Refusal(asgi.HEADERS_TOO_LARGE, _headers_too_large(self._settings.metadata))
+            raise Refusal(asgi.HEADERS_TOO_LARGE, sentences.headers_too_large(self._settings.metadata))
 
     def _next_event(self) -> object:
         try:
@@ -541,7 +539,7 @@ class _Request:
     def _count(self, size: int) -> None:
         self._size += size
         if self._size > self._limit:
-            raise Refusal(asgi.TOO_LARGE, asgi.too_large(self._settings))
+            raise Refusal(asgi.TOO_LARGE, sentences.request_too_large(self._settings.max_message))
         if self._chunks > _CHUNKS + self._size // _MEAN_CHUNK:
             raise Refusal(asgi.MALFORMED, "The request's body comes in too many small chunks.")
 
@@ -594,7 +592,3 @@ def _screen_head(head: bytes) -> list[bytes]:
     if not all(_LENGTH.fullmatch(value) for name, value in pairs if name == b"content-length"):
         raise Refusal(asgi.MALFORMED, "Content-Length must be a number.")
     return names
-
-
-def _headers_too_large(limit: int) -> str:
-    return f"The request's head is over limits.metadata_size, {limit} bytes. Send fewer or shorter headers."

@@ -145,6 +145,7 @@ class Gate:
             waiting, self._waiting = self._waiting, []
             for resume in waiting:
                 resume()
+        self._watch_eldest()  # perhaps only handshakes are in the way now
 
     def _watch_eldest(self) -> None:
         """While somebody waits for handshakes to end, look again when the eldest has had its time."""
@@ -160,8 +161,7 @@ class Gate:
             if eldest.began + _PRESSED_S <= time.monotonic():
                 del self._handshakes[eldest]
                 eldest.cut()
-                self._made_room()
-        self._watch_eldest()
+        self._made_room()
 
 
 class Place:
@@ -252,7 +252,7 @@ class Listener:
         self._make = make
         self._gate = gate
         self._settings = settings
-        self._proxies = [ipaddress.ip_network(proxy) for proxy in settings.trusted_proxies]
+        self._proxies = [ipaddress.ip_network(network) for network in settings.trusted_proxies]
         self._setting_up: set[asyncio.Task[None]] = set()
         self._retry: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

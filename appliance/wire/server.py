@@ -42,6 +42,10 @@ _TICK_S = 1.0
 """Seconds between two looks at what takes too long."""
 
 
+_DER = 2
+"""`_ssl.ENCODING_DER`."""
+
+
 class WireServer:
     """All listeners and their connections."""
 
@@ -58,9 +62,7 @@ class WireServer:
         Args:    app: answers what is neither gRPC nor gRPC-Web.
         """
         self._settings = settings
-        self._context = Context(
-            endpoints, GrpcWeb(app, endpoints, settings, budget, settings.cors_origins), settings, budget
-        )
+        self._context = Context(endpoints, GrpcWeb(app, endpoints, settings, budget), settings, budget)
         self._gate = Gate(settings, metrics)
         self._listeners: list[Listener] = []
         self._connections: set[_Connection] = set()
@@ -269,7 +271,7 @@ class _Connection(asyncio.Protocol):
         return self._protocol is None or self._protocol.retired
 
     def end(self) -> None:
-        """Answer what is going on, and close."""
+        """End what is going on, and close; calls over HTTP/2 are told to try elsewhere."""
         if isinstance(self._protocol, Http2):
             self._protocol.end()
         elif self._transport is not None:
@@ -301,7 +303,3 @@ def _certificates(tls: ssl.SSLObject) -> tuple[bytes | None, bytes]:
     chain = inner.get_verified_chain() or inner.get_unverified_chain() or []
     above = [ssl.DER_cert_to_PEM_cert(link.public_bytes(_DER)) for link in chain[1:]]
     return ssl.DER_cert_to_PEM_cert(leaf).encode(), "".join(above).encode()
-
-
-_DER = 2
-"""`_ssl.ENCODING_DER`."""

@@ -21,8 +21,8 @@ def transport() -> str:
 def test_a_restart_on_a_kept_socket_loses_and_refuses_nobody(
     make_appliance: Callable[..., Appliance], pki: Pki
 ) -> None:
-    """Three daemons in turn on one socket, as systemd's store hands it on, and callers that try nothing twice: each call
-    is answered, or told that the model is still loading, which the stock SDKs wait for."""
+    """Three daemons in turn on one socket, as systemd's store hands it on, and callers that try nothing twice: each
+    call is answered, or told that the model is still loading, which the stock SDKs wait for."""
     appliance = make_appliance("digits", shutdown={"lame_duck_s": 0.1, "drain_s": 60})
     appliance.key = appliance.new_key()
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as kept:

@@ -278,9 +278,10 @@ def test_a_gzip_message_over_the_limit_is_refused(native: Server, oracle: Server
             assert ends(call)[1] == "RESOURCE_EXHAUSTED"
 
 
-def test_a_reply_over_the_limit_names_its_setting(pki: Pki) -> None:
+@pytest.mark.parametrize("transport", ["native", "grpcio"])
+def test_a_reply_over_the_limit_names_its_setting(pki: Pki, transport: str) -> None:
     """Unary and streaming."""
-    with Server(pki, max_reply=1000) as server, server.channel() as channel:
+    with Server(pki, transport, max_reply=1000) as server, server.channel() as channel:
         assert ends(channel.unary("Make").future(b"1000", timeout=PATIENCE_S))[1] == "OK"
         for end in (
             ends(channel.unary("Make").future(b"1001", timeout=PATIENCE_S)),
@@ -455,6 +456,18 @@ def names() -> Iterator[str]:
     return (f"call-{number}" for number in itertools.count())
 
 
+def held(server: Server, channel: Channel, kind: str) -> tuple[str, grpc.Call]:
+    """A call that stays in its handler, which has it already, and its name; `kind`: "unary" or "stream"."""
+    name = next(names())
+    if kind == "unary":
+        call = channel.unary("Hold").future(name.encode())
+    else:
+        call = channel.chat("HoldStream")(iter([name.encode()]))
+        assert next(call) == name.encode()
+    server.wait("holding", id=name)
+    return name, call
+
+
 def test_a_deadline_reaches_the_handler(server: Server) -> None:
     """As seconds that are left; and when they are over, the call is."""
     with server.channel() as channel:
@@ -469,13 +482,7 @@ def test_a_deadline_reaches_the_handler(server: Server) -> None:
 def test_a_cancelled_call_cancels_its_handler(server: Server, kind: str) -> None:
     """At once: the handler has nothing else that could end it."""
     with server.channel() as channel:
-        name = next(names())
-        if kind == "unary":
-            call = channel.unary("Hold").future(name.encode())
-        else:
-            call = channel.chat("HoldStream")(iter([name.encode()]))
-            assert next(call) == name.encode()
-        server.wait("holding", id=name)
+        name, call = held(server, channel, kind)
         call.cancel()
         server.wait("cancelled", id=name)
 
@@ -484,12 +491,7 @@ def test_a_cancelled_call_cancels_its_handler(server: Server, kind: str) -> None
 def test_a_client_that_goes_cancels_its_handlers(server: Server, kind: str) -> None:
     """The connection's end is the end of all its calls."""
     with server.channel() as channel:
-        name = next(names())
-        if kind == "unary":
-            call = channel.unary("Hold").future(name.encode())
-        else:
-            call = channel.chat("HoldStream")(iter([name.encode()]))
-        server.wait("holding", id=name)
+        name, call = held(server, channel, kind)
         assert call.is_active()
     server.wait("cancelled", id=name)
 

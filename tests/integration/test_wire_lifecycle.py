@@ -199,9 +199,31 @@ def test_a_handshake_that_ends_after_the_stop_began_is_told_at_once(pki: Pki) ->
         assert server.wait("stopped")["used"] == 0
 
 
+def test_a_server_that_retires_waits_for_handshakes(pki: Pki) -> None:
+    """Whoever was accepted may still send a call, and is told like all others before the server calls itself retired."""
+    with Server(pki) as server:
+        context = ssl.create_default_context(cafile=str(pki.ca))
+        context.set_alpn_protocols(["h2"])
+        with socket.create_connection(("localhost", server.ports["tls"]), TIMEOUT_S) as plain:
+            with server.channel() as other:  # what connected before us is accepted before us
+                other.unary("Echo")(b"", timeout=PATIENCE_S)
+            server.do("retire", timeout_s=PATIENCE_S)
+            with server.channel() as other:
+                eventually(lambda: _refused(other))
+            assert not server.told("retired")
+            with context.wrap_socket(plain, server_hostname="localhost") as sock:
+                late = RawClient(sock)
+                late.greet()
+                late.until(h2.events.ConnectionTerminated)
+                assert not server.told("retired")
+                late.ask(1, "/wire.Test/Echo", framed(b"late"))
+                late.until(h2.events.StreamEnded)
+                server.wait("retired")
+
+
 def test_a_stop_is_announced_before_it_happens(pki: Pki) -> None:
-    """GOAWAY for all streams there may be, a ping that goes round twice, and only then GOAWAY for those that were taken:
-    what a client sent in between is served."""
+    """GOAWAY for all streams there may be, a ping that goes round twice, and only then GOAWAY for those that were
+    taken: what a client sent in between is served."""
     with Server(pki) as server, connected(server) as client:
         client.greet()
         client.ask(1, HOLD, framed(b"one"))

@@ -297,7 +297,7 @@ def _native(app: App, settings: WireSettings, budget: MemoryBudget, tls: Tls, un
 
 
 def _grpcio(app: App, settings: WireSettings, folder: Path) -> GrpcioServer:
-    server = GrpcioServer(app.endpoints(), settings.max_message, settings.request_timeout_s)
+    server = GrpcioServer(app.endpoints(), settings)
     chain, key = (folder / "server.crt").read_bytes(), (folder / "server.key").read_bytes()
     server.listen("tls", "127.0.0.1:0", lambda: Credentials(chain, key, None))
     return server
@@ -332,11 +332,20 @@ async def serve(arguments: argparse.Namespace) -> None:
     def stop_later(grace_s: float = 0.0) -> None:
         stopping.add(asyncio.create_task(stop(grace_s)))
 
+    async def retire(timeout_s: float) -> None:
+        assert isinstance(server, WireServer)
+        await server.retire(timeout_s, 0)
+        tell("retired")
+
+    def retire_later(timeout_s: float) -> None:
+        stopping.add(asyncio.create_task(retire(timeout_s)))
+
     def gate(open_: bool) -> None:
         (app.gate.set if open_ else app.gate.clear)()
 
     commands: dict[str, Callable[..., None]] = {
         "stop": stop_later,
+        "retire": retire_later,
         "gate": gate,
         "made": lambda: tell("made", count=app.made),
         "used": lambda: tell("used", bytes=budget.used),

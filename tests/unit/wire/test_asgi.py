@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from appliance.core.errors import Overloaded
-from appliance.wire import asgi
+from appliance.wire import asgi, sentences
 from appliance.wire.asgi import Exchange, scope
 from appliance.wire.peer import Peer
 from appliance.wire.settings import WireSettings
@@ -111,7 +111,7 @@ def test_a_grpc_web_body_may_be_longer_by_what_its_text_form_adds() -> None:
     settings = WireSettings(max_message=900)
     assert asgi.body_limit([(b"content-type", b"application/json")], settings) == 900
     assert asgi.body_limit([(b"content-type", b"application/grpc-web-text")], settings) >= (900 + 5) * 4 / 3
-    assert "limits.request_size, 900" in asgi.too_large(settings)
+    assert "limits.request_size, 900" in sentences.request_too_large(settings.max_message)
 
 
 # ---- the body ----

@@ -48,9 +48,9 @@ def test_an_encoded_message_is_one_header_line_and_decodes_to_itself(text: str) 
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("1H", 3600), ("2M", 120), ("3S", 3), ("500m", 0.5), ("7u", 7e-6), (b"99999999n", 0.099999999), ("0S", 0)],
+    [("1H", 3600), ("2M", 120), ("3S", 3), ("500m", 0.5), ("7u", 7e-6), ("99999999n", 0.099999999), ("0S", 0)],
 )
-def test_a_timeout_is_digits_and_a_unit(value: str | bytes, seconds: float) -> None:
+def test_a_timeout_is_digits_and_a_unit(value: str, seconds: float) -> None:
     assert grpc.timeout_seconds(value) == pytest.approx(seconds)
 
 

@@ -57,16 +57,35 @@ class Connection:
         async def fails(call: Call, body: bytes) -> bytes:
             raise RpcAbort(RpcStatus.INTERNAL, "é" * 5000, bytes(5000))
 
+        async def held(call: Call, body: bytes) -> bytes:
+            await self.go_on.wait()
+            return body[:1]
+
+        def turn_away(call: Call, size: int) -> bytes | None:
+            call.memory = self.budget.hold(size)
+            return b"refused"
+
+        def fail_to_admit(call: Call, size: int) -> bytes | None:
+            call.memory = self.budget.hold(100)
+            raise RpcAbort(RpcStatus.UNAUTHENTICATED, "No.")
+
         return {
             "/test/Fails": Endpoint(unary=fails, admit=admit),
             "/test/Large": Endpoint(unary=large, admit=admit),
+            "/test/Held": Endpoint(unary=held, admit=admit),
             "/test/Slow": Endpoint(stream=slow, admit=admit),
+            "/test/Refused": Endpoint(stream=slow, admit=turn_away),
+            "/test/NotAdmitted": Endpoint(unary=held, admit=fail_to_admit),
             "/test/Open": Endpoint(stream=slow),
+            "/test/OpenUnary": Endpoint(unary=held),
         }
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/stuck":
             await self.go_on.wait()
+        if scope["path"].startswith("/large"):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": bytes(300_000), "more_body": scope["path"] != "/large"})
         while (await receive())["type"] != "http.disconnect":
             pass
 
@@ -117,6 +136,10 @@ class Connection:
                 found.append((stream, {"reset": str(int.from_bytes(payload))}))
         self._written = b""
         return found
+
+    def statuses(self) -> dict[int, str]:
+        """With which status calls ended since the last time, by stream."""
+        return {stream: headers["grpc-status"] for stream, headers in self.heard() if "grpc-status" in headers}
 
     def gone(self) -> None:
         """The client leaves."""
@@ -183,6 +206,109 @@ async def test_a_message_of_a_stream_must_arrive_in_time() -> None:
     assert (stream, headers["grpc-status"]) == (3, "4")
     assert connection.budget.used == 0
     connection.gone()
+
+
+async def test_a_second_message_of_a_unary_call_does_not_free_the_first() -> None:
+    """It ends the call as soon as it begins; until then the first message's bytes are held."""
+    connection = Connection()
+    connection.open(1, "/test/Held")
+    for piece in (message(bytes(30_000))[:15_000], bytes(15_005)):
+        connection.feed(frame(peer.DATA, 0, 1, piece))
+    await connection.turn()
+    assert connection.budget.used == 30_000
+    connection.feed(frame(peer.DATA, 0, 1, struct.pack(">BI", 0, 10) + b"x"))
+    await connection.turn()
+    assert connection.statuses() == {1: "13"}
+    assert connection.budget.used == 0
+    connection.gone()
+
+
+async def test_a_refusal_that_cannot_be_kept_is_a_status() -> None:
+    """A stream's refusal is a message; where there is no memory for it, the connection's other calls go on."""
+    connection = Connection(limit=8_000_000)
+    connection.feed(peer.settings((4, 0)))
+    connection.open(1, "/test/Large")
+    connection.feed(frame(peer.DATA, 1, 1, message(b"300000")))
+    await connection.turn()
+    budget = connection.budget
+    with budget.hold(budget.limit - budget.used):
+        connection.open(3, "/test/Refused")
+        await connection.turn()
+        assert connection.statuses() == {3: "8"}
+    connection.gone()
+    assert budget.used == 0
+
+
+async def test_an_admission_that_fails_gives_back_what_it_held() -> None:
+    """Whatever it reserved before."""
+    connection = Connection()
+    connection.open(1, "/test/NotAdmitted")
+    await connection.turn()
+    assert connection.heard()[0][1]["grpc-status"] == "16"
+    assert connection.budget.used == 0
+    connection.gone()
+
+
+@pytest.mark.parametrize("path", ["/test/Open", "/test/OpenUnary"])
+@pytest.mark.parametrize("pieces", ["one", "head first", "end last", "body cut"])
+async def test_an_endpoint_that_is_open_to_all_takes_little(path: str, pieces: str) -> None:
+    """However its message comes: where the network cuts it is nobody's choice."""
+    for size, ends in ((4096, "0"), (4097, "8")):
+        connection = Connection()
+        connection.go_on.set()
+        head, body = frame(peer.HEADERS, peer.END_HEADERS, 1, block(path)), message(bytes(size))
+        said = {
+            "one": [head + frame(peer.DATA, 1, 1, body)],
+            "head first": [head, frame(peer.DATA, 1, 1, body)],
+            "end last": [head + frame(peer.DATA, 0, 1, body), frame(peer.DATA, 1, 1, b"")],
+            "body cut": [head, frame(peer.DATA, 0, 1, body[:100]), frame(peer.DATA, 1, 1, body[100:])],
+        }
+        for piece in said[pieces]:
+            connection.feed(piece)
+            await connection.turn()
+        assert connection.statuses() == {1: ends}
+        connection.gone()
+        await connection.turn()
+        assert connection.budget.used == 0
+
+
+async def test_a_packed_message_to_an_endpoint_that_is_open_to_all_unpacks_to_little() -> None:
+    """Whoever has no key cannot have us unpack a thousand times of what he sends."""
+    connection = Connection()
+    connection.open(1, "/test/OpenUnary", *GRPC[4:5], ("grpc-encoding", "gzip"))
+    connection.feed(frame(peer.DATA, 1, 1, message(deflate(bytes(500_000)), 1)))
+    assert connection.budget.used < 10_000
+    await connection.turn()
+    assert connection.statuses() == {1: "8"}
+    connection.gone()
+
+
+async def test_http_replies_that_nobody_takes_are_few() -> None:
+    """They stay within the connection's part of the budget like those of gRPC; beyond it requests end with 503."""
+    connection = Connection(limit=8_000_000)
+    connection.feed(peer.settings((4, 0)))
+    for stream in range(1, 41, 2):
+        connection.open(stream, "/large", ("content-type", "text/plain"))
+    await connection.turn()
+    assert 300_000 <= connection.budget.used <= 2_000_000
+    refused = [stream for stream, headers in connection.heard() if headers.get(":status") == "503"]
+    assert len(refused) >= 13
+    assert connection.protocol.busy
+    connection.gone()
+    await connection.turn()
+    assert connection.budget.used == 0
+
+
+async def test_a_reply_that_was_begun_is_not_taken_for_whole() -> None:
+    """A request that ends while its answer is on its way is reset with an error; NO_ERROR would say that all came."""
+    connection = Connection()
+    connection.feed(peer.settings((4, 2**24)))
+    connection.open(1, "/large/half", ("content-type", "text/plain"))
+    await connection.turn()
+    await connection.wait(8)
+    assert {"reset": "2"} in [headers for _, headers in connection.heard()]
+    connection.gone()
+    await connection.turn()
 
 
 async def test_an_http_body_must_arrive_in_time() -> None:

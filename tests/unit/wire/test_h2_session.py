@@ -582,8 +582,8 @@ def test_frames_are_of_the_usual_size() -> None:
 
 
 def test_shutting_down_loses_no_stream() -> None:
-    """A notice that names no stream, then a ping, twice; when that is answered, the last stream. Until then calls go on:
-    gRPC's C core answers a ping before it sends the calls that it had begun."""
+    """A notice that names no stream, then a ping, twice; when that is answered, the last stream. Until then calls go
+    on: gRPC's C core answers a ping before it sends the calls that it had begun."""
     native = opened()
     native.feed(call(1))
     native.shut()

@@ -345,6 +345,20 @@ def test_silent_connections_do_not_keep_others_out(
     run(scenario)
 
 
+async def test_who_waits_for_a_connection_may_find_handshakes_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both limits are reached, and a connection ends: then it is the handshakes that must make room."""
+    monkeypatch.setattr(module, "_PRESSED_S", 0.01)
+    gate = Gate(WireSettings(max_connections=3, handshakes=2))
+    established = gate.enter(lambda: None)
+    established.established(secure=False)
+    silent = [gate.enter(lambda: silent[0].release()), gate.enter(lambda: None)]
+    resumed = asyncio.Event()
+    gate.wait(resumed.set)
+    established.release()
+    await asyncio.wait_for(resumed.wait(), PATIENCE_S)
+    assert gate.open == 1
+
+
 def test_an_address_has_only_so_many_connections(run: Callable[[Scenario], None]) -> None:
     async def scenario() -> None:
         async with World(per_address=2) as world, world.client() as one, world.client() as two:
