@@ -27,9 +27,9 @@ def choose_cpus() -> Cpus:
     return Cpus(usable[0], usable[min(1, len(usable) - 1)])
 
 
-def pin_to(cpu: int) -> Callable[[], None]:
-    """For `preexec_fn`: keep the new process, and all it starts, on one CPU."""
-    return lambda: os.sched_setaffinity(0, {cpu})
+def pin_to(*cpus: int) -> Callable[[], None]:
+    """For `preexec_fn`: keep the new process, and all it starts, on these CPUs."""
+    return lambda: os.sched_setaffinity(0, cpus)
 
 
 def tree_seconds(root: int) -> float:

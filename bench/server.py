@@ -52,11 +52,13 @@ class Server:
 
     Attributes:
         address: "host:port" of its TLS port.
+        plain_address: the same without TLS.
         ca: PEM file of the root that signed its certificate.
         key: a PAT that it accepts.
     """
 
     address: str
+    plain_address: str
     ca: Path
     key: str
     pid: int
@@ -84,8 +86,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(bundle: Path, cpu: int) -> Iterator[Server]:
-    """A daemon that serves `bundle`, pinned to one CPU; stopped and removed at the end.
+def serving(bundle: Path, *cpus: int) -> Iterator[Server]:
+    """A daemon that serves `bundle` on these CPUs; stopped and removed at the end.
 
     Raises: RuntimeError: it did not become ready; with the end of its log.
     """
@@ -93,9 +95,9 @@ def serving(bundle: Path, cpu: int) -> Iterator[Server]:
         folder = Path(name)
         shutil.copytree(bundle, folder / "models" / bundle.name)
         (folder / "state").mkdir()
-        port, admin_port = _free_ports(2)
+        port, plain_port, admin_port = _free_ports(3)
         config = folder / "appliance.toml"
-        config.write_text(_config(folder, port, admin_port), encoding="utf-8")
+        config.write_text(_config(folder, port, plain_port, admin_port), encoding="utf-8")
         tls = str(folder / "tls")
         _appliance("certs", "init", "--dir", tls)
         _appliance("certs", "issue", "server", "--san", "localhost", "--san", _HOST, "--dir", tls)
@@ -107,21 +109,23 @@ def serving(bundle: Path, cpu: int) -> Iterator[Server]:
                 cwd=ROOT,
                 stdout=file,
                 stderr=file,
-                preexec_fn=pin_to(cpu),
+                preexec_fn=pin_to(*cpus),
             )
         try:
             _wait_ready(process, admin_port, log)
-            yield Server(f"{_HOST}:{port}", folder / "tls" / "ca.crt", key, process.pid, admin_port)
+            addresses = f"{_HOST}:{port}", f"{_HOST}:{plain_port}"
+            yield Server(*addresses, folder / "tls" / "ca.crt", key, process.pid, admin_port)
         finally:
             _stop(process)
 
 
-def _config(folder: Path, port: int, admin_port: int) -> str:
+def _config(folder: Path, port: int, plain_port: int, admin_port: int) -> str:
     """Everything as shipped, except where things are, and how long a stop takes."""
     return f"""\
 [server]
 base_url = "https://localhost:{port}"
 listen = "{_HOST}:{port}"
+plain_listen = "{_HOST}:{plain_port}"
 [tls]
 certificate = "{folder}/tls/server.crt"
 key = "{folder}/tls/server.key"

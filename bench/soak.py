@@ -266,7 +266,7 @@ def main() -> None:
     body = digit_request()
     _BODY.append(b"\0" + struct.pack(">I", len(body)) + body)
     honest, attacks, stop = Honest(), Counter[str](), threading.Event()
-    with serving(digits, cpu=0) as server:
+    with serving(digits, 0) as server:
         threads = [threading.Thread(target=call_over_http, args=(server, honest, stop))]
         threads += [
             threading.Thread(target=call_over_grpc, args=(server, body, honest, stop)) for _ in range(arguments.honest)

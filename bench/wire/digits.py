@@ -40,7 +40,7 @@ class Subject:
     """One bundle and a request for it.
 
     Attributes:
-        like_peers: whether the model and the request are like those of `PEERS`.
+        like_peers: whether all is as it was for `PEERS`: model, request, plaintext, and all CPUs for both sides.
         figures: by connections and streams, one for each round.
     """
 
@@ -59,10 +59,11 @@ def measure(cpus: Cpus, rounds: int, seconds: float, say: Callable[[str], None])
         load = H2load(cpus.load, folder, None)
         if load.missing:
             raise RuntimeError(load.missing)
-        subjects = [_pictures(), _arrays(folder), _mlp(folder)]
+        subjects = [_pictures(), _arrays(folder), _mlp(folder), _mlp(folder, like_peers=True)]
         for subject in subjects:
             say(f"digits: {subject.title}")
-            with serving(subject.bundle, cpus.server) as server:
+            shared = (cpus.load,) if subject.like_peers else ()
+            with serving(subject.bundle, cpus.server, *shared) as server:
                 for _ in range(rounds):
                     _round(subject, server, load, folder, seconds)
         return subjects
@@ -74,7 +75,8 @@ def _round(subject: Subject, server: Server, load: H2load, folder: Path, seconds
     reply_bytes = _ask(server, subject)
     for connections, streams in LOADS:
         shot = Shot(
-            url=f"https://{server.address}{workload.METHOD}",
+            url=(f"http://{server.plain_address}" if subject.like_peers else f"https://{server.address}")
+            + workload.METHOD,
             body=framed,
             reply_bytes=reply_bytes,
             connections=connections,
@@ -107,12 +109,14 @@ def _arrays(folder: Path) -> Subject:
     return Subject(bundle.name, title, bundle, _request(bundle.name, (1, 8, 8)))
 
 
-def _mlp(folder: Path) -> Subject:
+def _mlp(folder: Path, *, like_peers: bool = False) -> Subject:
     """What the peers served: 64 floats in, 10 out, and next to nothing in between."""
-    bundle = folder / "mlp"
+    bundle = folder / ("mlp-as-peers" if like_peers else "mlp")
     write_bundle(bundle, mlp())
-    title = "an MLP 64 → 64 → 10 as the peers served it: 64 float32 → 10 float32"
-    return Subject(bundle.name, title, bundle, _request(bundle.name, (64,)), like_peers=True)
+    title = "an MLP 64 → 64 → 10: 64 float32 → 10 float32"
+    if like_peers:
+        title += "; as the peers served it: plaintext, and daemon and load share both cores"
+    return Subject(bundle.name, title, bundle, _request(bundle.name, (64,)), like_peers)
 
 
 def _request(model: str, shape: tuple[int, ...]) -> bytes:

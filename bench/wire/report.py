@@ -86,7 +86,7 @@ def render_digits(facts: Mapping[str, Any], subjects: Sequence[Subject], rounds:
     parts = [_facts_text("Digits end to end", facts, rounds)]
     parts.append(
         "`appliance serve` with its default settings, TLS, a key on every call; load by h2load, one picture or array a "
-        "request. The daemon has one core and the load the other."
+        "request. The daemon has one core and the load the other, where nothing else is said."
     )
     best = {
         clients: max((rates[index], name) for name, rates in PEERS.items()) for index, clients in enumerate((1, 8, 64))
@@ -109,9 +109,9 @@ def render_digits(facts: Mapping[str, Any], subjects: Sequence[Subject], rounds:
     rows = [[name, *map(str, rates)] for name, rates in PEERS.items()]
     parts += [
         "## Reference, another run",
-        "To be held against `mlp`. Requests a second of an MLP for digits, 64 floats → 10, plaintext, one request at "
-        "a time on 1, 8 and 64 connections; server and client shared two cores of the same kind of machine; best of 2 "
-        "or 3 runs.",
+        "To be held against `mlp-as-peers`. Requests a second of an MLP for digits, 64 floats → 10, plaintext, one "
+        "request at a time on 1, 8 and 64 connections; server and client shared two cores of the same kind of machine; "
+        "best of 2 or 3 runs.",
         _table(["peer", "1", "8", "64"], rows),
     ]
     return "\n\n".join(parts) + "\n"
