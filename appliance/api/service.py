@@ -178,8 +178,8 @@ class Api:
 
         def admit(call: Call, size: int) -> bytes | None:
             try:
-                self._authenticator.grant(call)
-                call.memory = self._budget.hold(size)
+                grant = self._authenticator.grant(call)
+                call.memory = self._budget.expect(size, grant.name)
             except (AccessError, Overloaded) as error:
                 reply = self._refuse(rpc, call, _request_id(call), error, None, b"")
                 self._record(rpc, None, reply.code, 0.0)

@@ -5,19 +5,28 @@ from typing import Self
 
 from appliance.core.errors import Overloaded
 
+STRANGER = ""
+"""Owner of what comes from clients whose credentials nobody has seen."""
+
+_KEPT = 8
+"""One part in so many of the limit is kept from what is still coming: small requests that are here find room in it."""
+
 
 class MemoryBudget:
     """Bytes that requests may hold at once; beyond it a request is refused, and the process never runs out of memory.
 
-    Used from the event loop's thread only.
+    Whoever announces much and sends it slowly must not shut the others out. What is still coming, or waits for a client
+    to take it, may not use the last eighth; of that, one principal may have three quarters of the limit, and all
+    strangers together a sixteenth. Used from the event loop's thread only.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
+        self._shares: dict[str, int] = {}  # owner → bytes
 
     def hold(self, count: int) -> "Reservation":
-        """Reserve `count` bytes until the reservation is released.
+        """Reserve `count` bytes for a request that is here, until the reservation is released.
 
         Raises: Overloaded: they are not free now; the sentence says when they never will be.
         """
@@ -25,39 +34,71 @@ class MemoryBudget:
         reservation.grow(count)
         return reservation
 
+    def expect(self, count: int, owner: str | None = None) -> "Reservation":
+        """Reserve `count` bytes for what is still coming, or waits to be taken.
+
+        Args:    owner: the principal it is for, or STRANGER; None: nobody's share is asked.
+        Raises:  Overloaded: as `hold`.
+        """
+        reservation = Reservation(self, coming=True, owner=owner)
+        reservation.grow(count)
+        return reservation
+
+    @property
+    def free(self) -> int:
+        """Bytes for what is still coming, or waits to be taken."""
+        return self.limit - self.limit // _KEPT - self.used
+
+    def _share(self, owner: str) -> int:
+        return self.limit // 16 if owner == STRANGER else self.limit // 4 * 3
+
 
 class Reservation:
     """Bytes held by one request; grows as the request turns out to need more, and is given back once."""
 
-    __slots__ = ("_budget", "count")
+    __slots__ = ("_budget", "_coming", "_owner", "count")
 
-    def __init__(self, budget: MemoryBudget) -> None:
+    def __init__(self, budget: MemoryBudget, *, coming: bool = False, owner: str | None = None) -> None:
         self._budget = budget
+        self._coming = coming
+        self._owner = owner
         self.count = 0
 
     def grow(self, count: int) -> None:
         """Reserve `count` more bytes. Raises: Overloaded: they are not free."""
-        budget = self._budget
+        budget, owner = self._budget, self._owner
+        free, most = budget.limit - budget.used, budget.limit
+        if self._coming:
+            free, most = budget.free, budget.limit - budget.limit // _KEPT
+        if owner is not None:
+            share = budget._share(owner)
+            free, most = min(free, share - budget._shares.get(owner, 0)), min(most, share)
         # Nothing can always be had, even while replies that wait have taken more than there is.
-        if count and budget.used + count > budget.limit:
+        if count and count > free:
             raise Overloaded(
-                f"This request needs {_mib(self.count + count)} of memory; {_mib(budget.limit - budget.used)} of "
-                f"limits.memory_in_flight ({_mib(budget.limit)}) are free. "
-                + ("Send fewer or smaller inputs." if self.count + count > budget.limit else "Try again.")
+                f"This request needs {_size(self.count + count)} of memory; {_size(max(0, free))} of "
+                f"limits.memory_in_flight ({_size(budget.limit)}) are free for it. "
+                + ("Send fewer or smaller inputs." if self.count + count > most else "Try again.")
             )
-        budget.used += count
-        self.count += count
+        self._add(count)
 
     def shrink_to(self, count: int) -> None:
         """Give back what is held beyond `count` bytes."""
         if self.count > count:
-            self._budget.used -= self.count - count
-            self.count = count
+            self._add(count - self.count)
 
     def release(self) -> None:
         """Give everything back; a second call does nothing."""
-        self._budget.used -= self.count
-        self.count = 0
+        self._add(-self.count)
+
+    def _add(self, count: int) -> None:
+        self.count += count
+        self._budget.used += count
+        if self._owner is not None:
+            shares = self._budget._shares
+            shares[self._owner] = shares.get(self._owner, 0) + count
+            if not shares[self._owner]:
+                del shares[self._owner]
 
     def __enter__(self) -> Self:
         return self
@@ -68,5 +109,5 @@ class Reservation:
         self.release()
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

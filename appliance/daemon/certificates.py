@@ -36,8 +36,8 @@ _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 Source: RFC 9113, section 9.2.2 and appendix A. TLS 1.3 has no others."""
 
 _TRY_AGAIN_S = 60.0
-"""Seconds after which certificate files that were not taken over are tried again, though they did not change: one that
-is not valid yet becomes so, and what the system lacked may be there."""
+"""Seconds after which files that were not taken over are tried again, though they did not change: a certificate that is
+not valid yet becomes so, and what the system lacked (memory, descriptors) may be there."""
 
 _SAY_AGAIN_S = 3600.0
 """Seconds after which a revocation list that is out of date is complained of again."""
@@ -151,7 +151,7 @@ class CertificateFiles:
             self.config, self._shown = config, shown
             self._trust = Trust(shown.authorities, lists, strict=config.tls.crl_policy == "strict")
             self._shown_stamps, self._list_stamps = stamps
-            self._refused, self._tried = "", 0.0
+            self._refused_shown, self._refused_lists = _Refusal(), _Refusal()
             self._complained = -_SAY_AGAIN_S
 
     def refresh(self) -> None:
@@ -161,12 +161,14 @@ class CertificateFiles:
             new_shown, new_lists = shown_stamps != self._shown_stamps, list_stamps != self._list_stamps
             self._shown_stamps, self._list_stamps = shown_stamps, list_stamps
             if new_shown:
-                self._refused = ""
-            again = bool(self._refused) and time.monotonic() - self._tried >= _TRY_AGAIN_S
-            taken_over = (new_shown or again) and self._refresh_shown()
+                self._refused_shown = _Refusal()
+            taken_over = (new_shown or self._refused_shown.due) and self._refresh_shown()
             if taken_over or new_lists:  # a new bundle may know the CA of a list that was refused before
+                self._refused_lists = _Refusal()
                 self._refresh_lists()
                 self._complained = -_SAY_AGAIN_S
+            elif self._refused_lists.due:
+                self._refresh_lists()
             self._complain()
 
     def _refresh_shown(self) -> bool:
@@ -174,11 +176,9 @@ class CertificateFiles:
         try:
             self._shown = _read_shown(self.config, client_ca_expected=self._shown.client_ca is not None)
         except CertificateError as error:
-            if str(error) != self._refused:
-                _log.error("changed certificate files are not taken over, the ones before stay: %s", error)
-            self._refused, self._tried = str(error), time.monotonic()
+            self._refused_shown.note("changed certificate files are not taken over, the ones before stay", error)
             return False
-        self._refused = ""
+        self._refused_shown = _Refusal()
         _log.info("certificates reloaded", extra={"certificate": str(self.config.tls.certificate)})
         return True
 
@@ -187,8 +187,9 @@ class CertificateFiles:
         try:
             lists = _read_lists(self.config, self._shown.authorities)
         except CertificateError as error:
-            _log.error("the changed revocation lists are not taken over, the ones before stay: %s", error)
+            self._refused_lists.note("the changed revocation lists are not taken over, the ones before stay", error)
         else:
+            self._refused_lists = _Refusal()
             if lists is not None:
                 _log.info("revocation lists read", extra={"crl": str(self.config.tls.crl), "lists": len(lists)})
         self._trust = Trust(self._shown.authorities, lists, strict=self.config.tls.crl_policy == "strict")
@@ -203,6 +204,25 @@ class CertificateFiles:
         self._complained = time.monotonic()
         for sentence in stale:
             _log.warning("%s %s", sentence, _CONSEQUENCE[self.config.tls.crl_policy])
+
+
+@dataclass(slots=True)
+class _Refusal:
+    """Files that were not taken over: said once, and tried again now and then."""
+
+    sentence: str = ""
+    at: float = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether there is something to try again, and it is time."""
+        return bool(self.sentence) and time.monotonic() - self.at >= _TRY_AGAIN_S
+
+    def note(self, what: str, error: CertificateError) -> None:
+        """They were refused, once more perhaps."""
+        if str(error) != self.sentence:
+            _log.error("%s: %s", what, error)
+        self.sentence, self.at = str(error), time.monotonic()
 
 
 _CONSEQUENCE: Mapping[str, str] = {

@@ -25,7 +25,7 @@ from appliance.catalog.repository import Repository, State, describe
 from appliance.core import config as configuration
 from appliance.core import logs
 from appliance.core.config import Config, LoadedConfig
-from appliance.core.errors import ApplianceError, ConfigError
+from appliance.core.errors import ApplianceError, ConfigError, Draining
 from appliance.core.machine import usable_memory
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
@@ -67,16 +67,16 @@ class Daemon:
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._reloading = asyncio.Lock()
+        self._reload_waits = False
         self._tasks: set[asyncio.Task[object]] = set()
         self.ports: Mapping[str, int] = {}
 
     async def run(self) -> None:
         """Serve until told to stop. Raises: ConfigError: what the operator must change before it can start."""
         async with contextlib.AsyncExitStack() as stack:
-            self._watch_stop_signals()
+            self._watch_signals()
             self._open(stack)
             await self._listen(stack)
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_reload_signal)
             await self._load_models(stack)
             self._say_ready()
             await self._stop.wait()
@@ -199,9 +199,13 @@ class Daemon:
 
     # ---- signals and reload ----
 
-    def _watch_stop_signals(self) -> None:
-        """From the first moment on: a stop during the start is a stop, and no failure."""
+    def _watch_signals(self) -> None:
+        """From the first moment on: a stop during the start is a stop, and no failure.
+
+        Nothing runs between two steps of the start that do not wait, so that a reload finds the ports bound.
+        """
         loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop_signal)
 
@@ -212,11 +216,15 @@ class Daemon:
         self._stop.set()
 
     def _on_reload_signal(self) -> None:
+        """One reload at a time, and one that waits: it takes over whatever changed before it begins."""
+
         async def reload() -> None:
             with contextlib.suppress(ApplianceError):  # logged where it happened
                 await self.reload()
 
-        self._spawn(reload())
+        if not self._reload_waits:
+            self._reload_waits = True
+            self._spawn(reload())
 
     async def reload(self) -> str:
         """Build the new state aside and take it over as a whole; if any of it is bad, the old one goes on.
@@ -224,19 +232,23 @@ class Daemon:
         Returns: what was taken over, and what needs a restart. Raises: ApplianceError: nothing was taken over.
         """
         async with self._reloading:
-            self._notifier.reloading()
+            self._reload_waits = False
+            if self._stop.is_set():
+                raise Draining
+            if self._phase is Phase.READY:  # systemd takes the end of a reload for that of the start
+                self._notifier.reloading()
             try:
                 message = await asyncio.to_thread(self._reloaded)
             except ApplianceError as error:
                 self._metrics.reloads.labels("failed").inc()
                 _log.error("reload failed, the old state goes on: %s", error)
-                self._notifier.ready(f"reload failed: {str(error).splitlines()[0]}")
+                self._say_reloaded(f"reload failed: {str(error).splitlines()[0]}")
                 raise
             except Exception as error:
                 # systemd must hear that the reload is over, whatever it was.
                 self._metrics.reloads.labels("failed").inc()
                 _log.exception("reload failed unexpectedly, the old state goes on")
-                self._notifier.ready("reload failed unexpectedly")
+                self._say_reloaded("reload failed unexpectedly")
                 raise ConfigError("The reload failed unexpectedly; the daemon's log tells more.") from error
             self._api.configure(self._config)
             self._budget.limit = _memory_for_requests(self._config)
@@ -245,8 +257,12 @@ class Daemon:
             self._warn()
             self._metrics.reloads.labels("ok").inc()
             _log.info("reloaded: %s", message)
-            self._notifier.ready(f"serving {self._config.server.base_url}")
+            self._say_reloaded(f"serving {self._config.server.base_url}")
             return message
+
+    def _say_reloaded(self, status: str) -> None:
+        if self._phase is Phase.READY:  # else a stop would be taken back
+            self._notifier.ready(status)
 
     def _reloaded(self) -> str:
         """The part of a reload that reads files; nothing is kept unless all of it succeeds."""

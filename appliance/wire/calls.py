@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 from appliance.core.errors import Overloaded
-from appliance.core.memory import Reservation
+from appliance.core.memory import STRANGER, Reservation
 from appliance.core.types import Call, RpcAbort, RpcStatus
 from appliance.wire import grpc, sentences
 from appliance.wire.context import Head
@@ -65,7 +65,7 @@ class Unary:
     def message(self, body: bytes, compressed: bool) -> None:
         """The request is here; perhaps more than it."""
         if self._served:
-            self.abort(more_than_one())
+            self.abort(grpc.more_than_one())
             return
         self._compress = compressed and self.head.wants_gzip
         if compressed:
@@ -179,7 +179,7 @@ class Stream:
             return
         memory, self._coming, self._until = self._coming, None, 0.0
         if memory is None:
-            memory = self.connection.context.budget.hold(0)
+            memory = self.connection.context.budget.expect(0, _owner(self.head))
         try:
             memory.grow(max(0, len(body) + _MESSAGE_COST - memory.count))
         except Overloaded as error:
@@ -294,9 +294,14 @@ def _inflated(opened: "Unary | Stream", body: bytes) -> bytes:
         raise RpcAbort(RpcStatus.INTERNAL, "A message is marked as compressed, and the call names no grpc-encoding.")
     context, call = opened.connection.context, opened.call
     if call.memory is None:
-        call.memory = context.budget.hold(0)
+        call.memory = context.budget.expect(0, _owner(opened.head))
     limit = grpc.message_limit(opened.head.endpoint, context.settings.max_message)
     return grpc.unpack(body, limit, call.memory.grow)
+
+
+def _owner(head: Head) -> str | None:
+    """Whose share of the memory budget a message takes that its endpoint was not asked about."""
+    return STRANGER if head.endpoint.admit is None else None
 
 
 def _at_deadline(call: Call, abort: Callable[[RpcAbort], None]) -> asyncio.TimerHandle | None:
@@ -309,11 +314,6 @@ def _at_deadline(call: Call, abort: Callable[[RpcAbort], None]) -> asyncio.Timer
 def _late(connection: "Http2") -> RpcAbort:
     seconds = connection.context.settings.request_timeout_s
     return RpcAbort(RpcStatus.DEADLINE_EXCEEDED, sentences.request_too_late(seconds))
-
-
-def more_than_one() -> RpcAbort:
-    """How a unary call ends that has a second message."""
-    return RpcAbort(RpcStatus.INTERNAL, "A unary call has one message; this one has more.")
 
 
 def release(call: Call) -> None:

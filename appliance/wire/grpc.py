@@ -75,6 +75,11 @@ def encoding_not_served(name: str) -> RpcAbort:
     return RpcAbort(RpcStatus.UNIMPLEMENTED, sentence)
 
 
+def more_than_one() -> RpcAbort:
+    """How a unary call ends that has a second message."""
+    return RpcAbort(RpcStatus.INTERNAL, "A unary call has one message; this one has more.")
+
+
 def unforeseen(method: str) -> RpcAbort:
     """The last resort of every call; called while the exception is being handled, which goes to the log."""
     _log.exception("unforeseen error", extra={"method": method})

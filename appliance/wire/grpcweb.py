@@ -15,7 +15,7 @@ from typing import Any
 from starlette.middleware.cors import CORSMiddleware
 
 from appliance.core.errors import Overloaded
-from appliance.core.memory import MemoryBudget, Reservation
+from appliance.core.memory import STRANGER, MemoryBudget, Reservation
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 from appliance.wire import grpc, sentences
 from appliance.wire.asgi import PEER, ASGIApp, ClientGone, Receive, Send
@@ -124,6 +124,8 @@ class GrpcWeb:
         if refusal is None:
             assert call.memory is not None
             message = await body.message(call.memory)
+            if await body.next_size() is not None:
+                raise grpc.more_than_one()
             await reply.message(await endpoint.unary(call, message))
         else:
             await reply.message(refusal)
@@ -134,7 +136,7 @@ class GrpcWeb:
         if refusal is not None:
             await reply.message(refusal)
             return
-        replies = endpoint.stream(call, self._messages(body))
+        replies = endpoint.stream(call, self._messages(body, STRANGER if endpoint.admit is None else None))
         # Whoever leaves early ends the endpoint now, not when the garbage collector finds it.
         async with contextlib.aclosing(replies):  # type: ignore[type-var]  # endpoints are async generators
             async for message in replies:
@@ -146,17 +148,17 @@ class GrpcWeb:
         Raises: RpcAbort, Overloaded.
         """
         if endpoint.admit is None:
-            call.memory = self._budget.hold(size)
+            call.memory = self._budget.expect(size, STRANGER)
             return None
         refusal = endpoint.admit(call, size)
         if refusal is None and call.memory is None:
-            call.memory = self._budget.hold(size)
+            call.memory = self._budget.expect(size)
         return refusal
 
-    async def _messages(self, body: "_Body") -> AsyncIterator[bytes]:
+    async def _messages(self, body: "_Body", owner: str | None) -> AsyncIterator[bytes]:
         """The messages of a stream. Each is paid for while it comes; the endpoint pays once it has it."""
         while (size := await body.next_size()) is not None:
-            with self._budget.hold(size) as memory:
+            with self._budget.expect(size, owner) as memory:
                 message = await body.message(memory)
             yield message
 

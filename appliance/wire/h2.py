@@ -16,10 +16,11 @@ from typing import Any
 
 from appliance.core.errors import Overloaded
 from appliance.core.logs import RateLimitedLog
+from appliance.core.memory import STRANGER
 from appliance.core.types import Call, RpcAbort, RpcStatus
 from appliance.wire import _h2, grpc, sentences
 from appliance.wire.asgi import HEADERS_TOO_LARGE, Problem, json_headers
-from appliance.wire.calls import MARK, Stream, Unary, more_than_one, release
+from appliance.wire.calls import MARK, Stream, Unary, release
 from appliance.wire.context import Context, Head
 from appliance.wire.h2http import INTERNAL_ERROR, NO_ERROR, HttpRequest
 from appliance.wire.peer import Peer
@@ -291,7 +292,7 @@ class Http2(asyncio.Protocol):
     def _admit(self, stream: int, opened: "Unary | Stream", size: int) -> bool:
         """Ask who the caller is and reserve `size` bytes for its message; if both succeed, let it come."""
         if isinstance(opened, Unary) and not opened.receiving:  # the bytes of its first message are still held
-            opened.abort(more_than_one())
+            opened.abort(grpc.more_than_one())
             return False
         admit = opened.head.endpoint.admit
         asked = replace(opened.call, memory=None)  # a stream's own is that of the message its endpoint works on
@@ -300,7 +301,7 @@ class Http2(asyncio.Protocol):
             if admit is not None:
                 refusal = admit(asked, size)
             elif size <= grpc.OPEN_TO_ALL:
-                asked.memory = self._context.budget.hold(size)
+                asked.memory = self._context.budget.expect(size, STRANGER)
             else:
                 refusal = _too_large_for_all()
         except Overloaded as error:
@@ -408,7 +409,7 @@ class Http2(asyncio.Protocol):
             return None
         if pending and pending + size > budget.limit // _SHARE:
             return _HOARDING
-        if budget.used - self._charged + pending + size > budget.limit:
+        if pending - self._charged + size > budget.free:
             return _NO_MEMORY
         return None
 

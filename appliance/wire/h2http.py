@@ -5,6 +5,7 @@ import time
 from typing import TYPE_CHECKING
 
 from appliance.core.errors import Overloaded
+from appliance.core.memory import STRANGER
 from appliance.wire import sentences
 from appliance.wire.asgi import OVERLOADED, TIMED_OUT, TOO_LARGE, Exchange, Headers, Problem, body_limit, scope
 from appliance.wire.calls import MARK, wake
@@ -32,7 +33,8 @@ class HttpRequest:
         self._limit = body_limit(plain, connection.context.settings)
         self._received = 0
         self._until = time.monotonic() + connection.context.settings.request_timeout_s  # when the body must be here
-        self._held = connection.context.budget.hold(0)  # for what was given to the exchange, and not taken by the app
+        # For what was given to the exchange, and not taken by the app.
+        self._held = connection.context.budget.expect(0, STRANGER)
         self._exchange = Exchange(
             connection.context.app,
             scope(

@@ -18,7 +18,7 @@ import h11
 
 from appliance.core.errors import Overloaded
 from appliance.core.logs import RateLimitedLog
-from appliance.core.memory import MemoryBudget
+from appliance.core.memory import STRANGER, MemoryBudget
 from appliance.wire import asgi, sentences
 from appliance.wire.asgi import ASGIApp, Exchange, Headers, Problem
 from appliance.wire.peer import Peer
@@ -84,8 +84,8 @@ class Http1(asyncio.Protocol):
         self._input = bytearray()  # received and not parsed
         self._searched = 0  # bytes of it in which no head ends
         self._forgiven = False  # it began with a line end too many
-        self._taken = budget.hold(0)  # for what is queued for the application
-        self._given = budget.hold(0)  # for what the client has not taken
+        self._taken = budget.expect(0, STRANGER)  # for what is queued for the application
+        self._given = budget.expect(0)  # for what the client has not taken
         self._output: deque[memoryview] = deque()
         self._drained = asyncio.Event()
         self._drained.set()

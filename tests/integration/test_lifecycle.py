@@ -1,5 +1,6 @@
 """Start, reload, swap, drain and stop, under load: nothing accepted is lost."""
 
+import contextlib
 import shutil
 import signal
 import socket
@@ -199,7 +200,7 @@ class TestReload:
     def test_the_memory_budget_follows_a_reload(self, appliance: Appliance) -> None:
         appliance.write_config(limits={"memory_in_flight": "100MiB"})
         appliance.command("reload")
-        assert metric(appliance, "inference_appliance_memory_in_flight_limit_bytes") == 100 * 2**20
+        assert appliance.metric("inference_appliance_memory_in_flight_limit_bytes") == 100 * 2**20
 
     def test_a_rotated_certificate_is_shown_to_new_connections(
         self, appliance: Appliance, pki: Pki, tmp_path: Path
@@ -393,6 +394,42 @@ class TestSystemd:
             until(notified, "STOPPING=1")
         assert appliance.stop() == 0
 
+    def test_a_reload_takes_no_stop_back(self, make_appliance: Make, tmp_path: Path) -> None:
+        """Neither one that is asked for while it stops, nor the end of one that was going on: READY would."""
+        pytest.importorskip("systemd.daemon", reason="systemd-python could not be built here")
+        appliance = make_appliance("digits", shutdown={"lame_duck_s": 60, "drain_s": 60})
+        with notify_socket(tmp_path) as notified:
+            appliance.spawn({"NOTIFY_SOCKET": notified.getsockname()})
+            until(notified, "READY=1")
+            appliance.signal(signal.SIGTERM)
+            until(notified, "STOPPING=1")
+            appliance.signal(signal.SIGHUP)
+            refused = appliance.command("reload", check=False)
+            assert refused.returncode != 0
+            assert "shutting down" in refused.stdout + refused.stderr
+            assert appliance.stop() == 0
+            notified.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while text := notified.recv(4096).decode():
+                    assert not {"READY=1", "RELOADING=1"} & set(text.splitlines())
+
+    def test_a_reload_during_the_start_is_no_end(self, make_appliance: Make) -> None:
+        """The signal is heard before the ports are bound."""
+        appliance = make_appliance("digits")
+        appliance.spawn()
+        appliance.wait(lambda: "device cpu" in appliance.log)
+        appliance.signal(signal.SIGHUP)
+        appliance.wait(lambda: appliance.admin("/readyz")["ready"])
+        appliance.wait(lambda: reloads(appliance, "ok") >= 1)
+
+    def test_a_storm_of_reloads_is_few(self, appliance: Appliance) -> None:
+        """What waits already takes over what the others would."""
+        before, count = reloads(appliance, "ok"), 500
+        for _ in range(count):
+            appliance.signal(signal.SIGHUP)
+        appliance.command("reload")  # comes after those that wait
+        assert 1 <= reloads(appliance, "ok") - before < count
+
 
 def until(notified: socket.socket, word: str) -> str:
     """Read notifications until one has that line, and return it."""
@@ -413,15 +450,9 @@ def answers(appliance: Appliance, ca: Path) -> bool:
 
 def reloads(appliance: Appliance, result: str) -> float:
     """How many reloads ended so."""
-    return metric(appliance, f'inference_appliance_config_reloads_total{{result="{result}"}}')
+    return appliance.metric(f'inference_appliance_config_reloads_total{{result="{result}"}}')
 
 
 def swaps(appliance: Appliance) -> float:
     """How often a running version of digits was replaced."""
-    return metric(appliance, 'inference_appliance_model_swaps_total{model="digits"}')
-
-
-def metric(appliance: Appliance, name: str) -> float:
-    """One sample of the metrics page; 0 when it is not there yet."""
-    lines = [line for line in appliance.metrics().splitlines() if line.startswith(name)]
-    return float(lines[0].rsplit(" ", 1)[1]) if lines else 0.0
+    return appliance.metric('inference_appliance_model_swaps_total{model="digits"}')

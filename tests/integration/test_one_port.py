@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import httpx
@@ -19,6 +20,7 @@ from clarifai_grpc.grpc.api import service_pb2, service_pb2_grpc
 from clarifai_grpc.grpc.api.status.status_code_pb2 import StatusCode
 from google.rpc import status_pb2
 from support.appliance import ROOT, Appliance, Client, Pki, make_pki, request_for, text_input
+from support.raw_http2 import connected, framed
 
 NOTHING = service_pb2.ListModelsRequest()
 LINE_3 = {"name": "line-3", "identities": ["uri:spiffe://test/line-3"]}
@@ -277,3 +279,31 @@ class TestDrain:
             )
         stopper.join(60)
         assert b"grpc-status: 0" in answer.content or b"grpc-status:0" in answer.content
+
+
+class TestShares:
+    @pytest.mark.parametrize("who", ["a principal", "strangers"])
+    def test_what_is_announced_and_never_sent_shuts_nobody_out(self, make_appliance: Make, pki: Pki, who: str) -> None:
+        """One connection takes all the memory that it can get and sends nothing; others are served as ever."""
+        appliance = make_appliance(
+            "ml-topics", limits={"memory_in_flight": "8MiB"}, principal=[{"name": "greedy"}, {"name": "honest"}]
+        )
+        greedy, honest = (appliance.new_key("--principal", name) for name in ("greedy", "honest"))
+        if who == "strangers":
+            path, headers, sizes = "/grpc.health.v1.Health/Check", {}, [4096] * 250
+        else:
+            path, headers = "/clarifai.api.V2/PostModelOutputs", {"authorization": f"Key {greedy}"}
+            sizes = [2**20] * 20 + [4096] * 230
+        with appliance:
+            ports = {"tls": appliance.port()}
+            with connected(SimpleNamespace(ports=ports, pki=pki)) as attacker:
+                attacker.greet()
+                for number, size in enumerate(sizes):
+                    attacker.begin(2 * number + 1, path, framed(b"x", length=size), headers)
+                share = 2**23 // 16 if who == "strangers" else 2**23 // 4 * 3
+                held = "inference_appliance_memory_in_flight_bytes"
+                appliance.wait(lambda: appliance.metric(held) > share - 4096, "what is held")
+                with Client(appliance.port(), pki.ca, honest) as client:
+                    ends = Counter(client.predict(TOPIC).status.code for _ in range(50))
+                assert appliance.metric(held) <= share
+        assert ends == {StatusCode.SUCCESS: 50}

@@ -243,6 +243,11 @@ class Appliance:
         number: int = self.admin("/status")["ports"][name]
         return number
 
+    def metric(self, name: str) -> float:
+        """One sample of the metrics page; 0 when it is not there yet."""
+        lines = [line for line in self.metrics().splitlines() if line.startswith(name)]
+        return float(lines[0].rsplit(" ", 1)[1]) if lines else 0.0
+
     def metrics(self) -> str:
         """The Prometheus page."""
         return httpx.get(f"http://127.0.0.1:{self.port('admin.listen')}/metrics", timeout=PATIENCE_S).text

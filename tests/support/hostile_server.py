@@ -37,7 +37,7 @@ def _admission(budget: MemoryBudget) -> Any:
         if call.metadata.get("authorization") != "key":
             raise RpcAbort(RpcStatus.UNAUTHENTICATED, "No key.")
         try:
-            call.memory = budget.hold(size)
+            call.memory = budget.expect(size, "key")
         except Overloaded as error:
             raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, str(error)) from error
         return None

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.errors import Overloaded
-from appliance.core.memory import MemoryBudget
+from appliance.core.memory import STRANGER, MemoryBudget
 
 MIB = 2**20
 
@@ -53,18 +53,62 @@ def test_an_error_inside_gives_everything_back() -> None:
     assert budget.used == 0
 
 
-@given(st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=30))
-def test_the_budget_is_never_exceeded_and_always_balances(steps: list[tuple[int, bool]]) -> None:
+def test_what_is_still_coming_leaves_room_for_what_is_here() -> None:
+    """Whoever announces much and sends it slowly does not shut out those who send little at once."""
+    budget = MemoryBudget(800)
+    coming = [budget.expect(350, owner) for owner in ("ann", "bob")]
+    for owner in (None, "ann", "cleo", STRANGER):
+        with pytest.raises(Overloaded, match="Try again"):
+            budget.expect(1, owner)
+    with budget.hold(100):
+        assert (budget.used, budget.free) == (800, -100)
+    for reservation in coming:
+        reservation.release()
+    with pytest.raises(Overloaded, match="Send fewer or smaller inputs"):
+        budget.expect(701)
+    assert budget.used == 0
+
+
+@pytest.mark.parametrize(("owner", "share"), [("ann", 1200), (STRANGER, 100)])
+def test_nobody_has_all_of_it(owner: str, share: int) -> None:
+    """Three quarters for one principal, a sixteenth for all strangers together; others have what is left."""
+    budget = MemoryBudget(1600)
+    first, second = budget.expect(share - 1, owner), budget.expect(1, owner)
+    with pytest.raises(Overloaded, match=r"0\.0 KiB of .* are free for it. Try again"):
+        budget.expect(1, owner)
+    with pytest.raises(Overloaded, match="Send fewer or smaller inputs"):
+        second.grow(share)
+    budget.expect(100, "another").release()
+    first.shrink_to(10)
+    second.grow(share - 11)
+    second.release()
+    first.release()
+    budget.expect(share, owner).release()
+    assert budget.used == 0
+
+
+OWNERS = st.sampled_from([None, STRANGER, "ann", "bob"])
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.booleans(), st.booleans(), OWNERS), max_size=30))
+def test_the_budget_is_never_exceeded_and_always_balances(steps: list[tuple[int, bool, bool, str | None]]) -> None:
     budget = MemoryBudget(100)
     live = []
-    for count, release in steps:
+    for count, release, here, owner in steps:
+        used = budget.used
         try:
-            live.append(budget.hold(count))
+            live.append(budget.hold(count) if here else budget.expect(count, owner))
         except Overloaded:
-            assert budget.used + count > 100
+            assert used + count > (100 if here else 6)
+        else:
+            assert used + count <= (100 if here else 88) or not count
         if release and live:
             live.pop(0).release()
         assert budget.used == sum(reservation.count for reservation in live) <= 100
+    for reservation in live:
+        reservation.release()
+    assert budget.used == 0
+    budget.expect(75, "ann")
 
 
 def test_what_turned_out_not_to_be_needed_is_given_back() -> None:

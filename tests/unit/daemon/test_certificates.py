@@ -536,6 +536,32 @@ def test_a_list_that_changes_counts_from_then_on(site: Site, refused: Any) -> No
     shake_hands(context, client_context(site, site.client("bob")))
 
 
+def test_a_list_that_could_not_be_read_is_tried_again(
+    site: Site, refused: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else want of descriptors, which clients can bring about, would keep a revocation out for good. Said once."""
+    renew_list(site.layout, NOW, 30)
+    files = site.files(crl=site.layout.crl)
+    revoke_ada(site)
+    real, start = Path.open, time.monotonic()
+
+    def none_left(path: Path, *words: Any) -> Any:
+        if path == site.layout.crl:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", none_left)
+        for later in (0, 100):
+            patch.setattr(certificates.time, "monotonic", lambda later=later: start + later)
+            files.refresh()
+    assert refused(files) == ""
+    assert caplog.text.count("Too many open files") == 1
+    monkeypatch.setattr(certificates.time, "monotonic", lambda: start + 200)
+    files.refresh()
+    assert "was revoked" in refused(files)
+
+
 def test_a_list_must_be_there_and_good_at_start(site: Site) -> None:
     """There is no last good one."""
     with pytest.raises(CertificateError, match=r"crl\.pem.*appliance certs crl"):
