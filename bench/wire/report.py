@@ -195,12 +195,9 @@ def bars(results: Results) -> list[dict[str, Any]]:
 
     def ratio(bar: str, least: float, what: str, ours: Sequence[Figures], other: Sequence[Figures]) -> None:
         if ours and other:
-            by_rps = median(a.rps / max(b.rps, 1e-9) for a, b in zip(ours, other, strict=False))
-            by_cpu = median(b.cpu_us / max(a.cpu_us, 1e-9) for a, b in zip(ours, other, strict=False))
+            by_rps, by_cpu = _ratios(ours, other)
             verdict = _verdict(by_rps >= least, by_cpu >= least, [*ours, *other])
-            found.append(
-                {"bar": bar, "case": what, "by_rps": round(by_rps, 3), "by_cpu": round(by_cpu, 3), "verdict": verdict}
-            )
+            found.append({"bar": bar, "case": what, "by_rps": by_rps, "by_cpu": by_cpu, "verdict": verdict})
 
     def cells(work: str, payload: str, mode: str, clients: int, server: str) -> list[Figures]:
         return results.load.get((Case(payload, work, mode, clients, 1), server), [])
@@ -222,11 +219,22 @@ def bars(results: Results) -> list[dict[str, Any]]:
         for mode in ("tls", "mtls"):
             for clients in counts:
                 for work in ("prepared", "predict"):
-                    ours = cells(work, payload, mode, clients, "ours")
-                    own = cells(work, payload, "plain", clients, "ours")
+                    (ours, own), cpp = (
+                        [cells(work, payload, with_tls, clients, name) for with_tls in (mode, "plain")]
+                        for name in ("ours", "cpp")
+                    )
                     title = f"{_MODE_TITLES[mode]} ≥ {least:g} × own plaintext"
                     ratio(title, least, f"{payload}, {work}, {clients} × 1", ours, own)
+                    if ours and own and all(cpp):
+                        found[-1]["cpp"] = _ratios(*cpp)
     return found
+
+
+def _ratios(ours: Sequence[Figures], other: Sequence[Figures]) -> tuple[float, float]:
+    """Medians of the rounds' ratios: requests a second, and the other's CPU time for a request to ours."""
+    by_rps = median(a.rps / max(b.rps, 1e-9) for a, b in zip(ours, other, strict=False))
+    by_cpu = median(b.cpu_us / max(a.cpu_us, 1e-9) for a, b in zip(ours, other, strict=False))
+    return round(by_rps, 3), round(by_cpu, 3)
 
 
 def _verdict(by_rps: bool, by_cpu: bool, rounds: Sequence[Figures]) -> str:
@@ -245,11 +253,13 @@ def _bars_text(results: Results) -> str:
     rows = []
     for bar in bars(results):
         figures = [f"p50 {bar['p50']:.2f} ×", ""] if "p50" in bar else [f"{bar['by_rps']:.2f}", f"{bar['by_cpu']:.2f}"]
-        rows.append([bar["bar"], bar["case"], *figures, bar["verdict"]])
-    head = ["bar", "case", "by requests/s", "by CPU", ""]
+        cpp = " · ".join(f"{figure:.2f}" for figure in bar.get("cpp", ()))
+        rows.append([bar["bar"], bar["case"], *figures, cpp, bar["verdict"]])
+    head = ["bar", "case", "by requests/s", "by CPU", "C++ gRPC, the same", ""]
     return (
         _table(head, rows)
-        + "\n\nBy CPU: the other's CPU µs for one request to ours; hardly moves with the neighbours' load."
+        + "\n\nBy CPU: the other's CPU µs for one request to ours; hardly moves with the neighbours' load. C++ gRPC, the "
+        "same: its own TLS to its own plaintext, by requests/s · by CPU."
     )
 
 
