@@ -258,8 +258,8 @@ def _bars_text(results: Results) -> str:
     head = ["bar", "case", "by requests/s", "by CPU", "C++ gRPC, the same", ""]
     return (
         _table(head, rows)
-        + "\n\nBy CPU: the other's CPU µs for one request to ours; hardly moves with the neighbours' load. C++ gRPC, the "
-        "same: its own TLS to its own plaintext, by requests/s · by CPU."
+        + "\n\nBy CPU: the other's CPU µs for one request to ours; hardly moves with the neighbours' load. "
+        "C++ gRPC, the same: its own TLS to its own plaintext, by requests/s · by CPU."
     )
 
 
