@@ -452,8 +452,8 @@ class Limits(Section):
     memory_in_flight: Size | None = Field(
         None,
         examples=["2GiB"],
-        description="Bytes that requests may hold at once (bodies, decoded inputs, replies); one principal may announce "
-        "three quarters. Unset: a quarter of the memory this service may use.",
+        description="Bytes that requests may hold at once (bodies, decoded inputs, replies); one principal may "
+        "announce three quarters. Unset: a quarter of the memory this service may use.",
     )
     request_timeout_s: float = Field(
         60.0, gt=0, le=3600, description="Seconds after which a request is answered that its time is over."
