@@ -11,6 +11,9 @@ STRANGER = ""
 _KEPT = 8
 """One part in so many of the limit is kept from what is still coming: small requests that are here find room in it."""
 
+_STRANGERS = 16
+"""All strangers together have one part in so many of the limit."""
+
 
 class MemoryBudget:
     """Bytes that requests may hold at once; beyond it a request is refused, and the process never runs out of memory.
@@ -47,10 +50,14 @@ class MemoryBudget:
     @property
     def free(self) -> int:
         """Bytes for what is still coming, or waits to be taken."""
-        return self.limit - self.limit // _KEPT - self.used
+        return self._for_coming - self.used
+
+    @property
+    def _for_coming(self) -> int:
+        return self.limit - self.limit // _KEPT
 
     def _share(self, owner: str) -> int:
-        return self.limit // 16 if owner == STRANGER else self.limit // 4 * 3
+        return self.limit // _STRANGERS if owner == STRANGER else self.limit // 4 * 3
 
 
 class Reservation:
@@ -67,20 +74,22 @@ class Reservation:
     def grow(self, count: int) -> None:
         """Reserve `count` more bytes. Raises: Overloaded: they are not free."""
         budget, owner = self._budget, self._owner
-        free, most = budget.limit - budget.used, budget.limit
-        if self._coming:
-            free, most = budget.free, budget.limit - budget.limit // _KEPT
+        free = budget.free if self._coming else budget.limit - budget.used
         if owner is not None:
-            share = budget._share(owner)
-            free, most = min(free, share - budget._shares.get(owner, 0)), min(most, share)
+            free = min(free, budget._share(owner) - budget._shares.get(owner, 0))
         # Nothing can always be had, even while replies that wait have taken more than there is.
         if count and count > free:
             raise Overloaded(
                 f"This request needs {_size(self.count + count)} of memory; {_size(max(0, free))} of "
                 f"limits.memory_in_flight ({_size(budget.limit)}) are free for it. "
-                + ("Send fewer or smaller inputs." if self.count + count > most else "Try again.")
+                + ("Send fewer or smaller inputs." if self.count + count > self._most() else "Try again.")
             )
         self._add(count)
+
+    def _most(self) -> int:
+        """Bytes that it could have if nobody else held any."""
+        most = self._budget._for_coming if self._coming else self._budget.limit
+        return most if self._owner is None else min(most, self._budget._share(self._owner))
 
     def shrink_to(self, count: int) -> None:
         """Give back what is held beyond `count` bytes."""

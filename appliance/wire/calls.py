@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 from appliance.core.errors import Overloaded
-from appliance.core.memory import STRANGER, Reservation
+from appliance.core.memory import Reservation
 from appliance.core.types import Call, RpcAbort, RpcStatus
 from appliance.wire import grpc, sentences
 from appliance.wire.context import Head
@@ -179,7 +179,7 @@ class Stream:
             return
         memory, self._coming, self._until = self._coming, None, 0.0
         if memory is None:
-            memory = self.connection.context.budget.expect(0, _owner(self.head))
+            memory = self.connection.context.budget.expect(0, grpc.owner(self.head.endpoint))
         try:
             memory.grow(max(0, len(body) + _MESSAGE_COST - memory.count))
         except Overloaded as error:
@@ -294,14 +294,9 @@ def _inflated(opened: "Unary | Stream", body: bytes) -> bytes:
         raise RpcAbort(RpcStatus.INTERNAL, "A message is marked as compressed, and the call names no grpc-encoding.")
     context, call = opened.connection.context, opened.call
     if call.memory is None:
-        call.memory = context.budget.expect(0, _owner(opened.head))
+        call.memory = context.budget.expect(0, grpc.owner(opened.head.endpoint))
     limit = grpc.message_limit(opened.head.endpoint, context.settings.max_message)
     return grpc.unpack(body, limit, call.memory.grow)
-
-
-def _owner(head: Head) -> str | None:
-    """Whose share of the memory budget a message takes that its endpoint was not asked about."""
-    return STRANGER if head.endpoint.admit is None else None
 
 
 def _at_deadline(call: Call, abort: Callable[[RpcAbort], None]) -> asyncio.TimerHandle | None:

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable
 
 from appliance.core.errors import Overloaded
+from appliance.core.memory import STRANGER
 from appliance.core.types import Endpoint, RpcAbort, RpcStatus
 from appliance.wire import sentences
 
@@ -89,6 +90,11 @@ def unforeseen(method: str) -> RpcAbort:
 def message_limit(endpoint: Endpoint, max_message: int) -> int:
     """Bytes that a message to this endpoint may have, packed and unpacked."""
     return OPEN_TO_ALL if endpoint.admit is None else max_message
+
+
+def owner(endpoint: Endpoint) -> str | None:
+    """Whose share of the memory budget a message takes that the endpoint was not asked about."""
+    return STRANGER if endpoint.admit is None else None
 
 
 def too_large(limit: int) -> str:

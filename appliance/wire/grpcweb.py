@@ -136,7 +136,7 @@ class GrpcWeb:
         if refusal is not None:
             await reply.message(refusal)
             return
-        replies = endpoint.stream(call, self._messages(body, STRANGER if endpoint.admit is None else None))
+        replies = endpoint.stream(call, self._messages(body, grpc.owner(endpoint)))
         # Whoever leaves early ends the endpoint now, not when the garbage collector finds it.
         async with contextlib.aclosing(replies):  # type: ignore[type-var]  # endpoints are async generators
             async for message in replies:
