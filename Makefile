@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
+# Stock clients, each in an environment of its own from requirements/<name>.txt.
+ENVIRONMENTS := sdk-12 sdk-11 sdk-10 openai triton
 APT := python3-venv gcc pkg-config libsystemd-dev libnghttp2-dev iproute2 curl
 PIP := --quiet --disable-pip-version-check --require-hashes
 
@@ -17,7 +19,7 @@ help: ## What there is.
 demo: $(VENV)/built $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock SDK that classifies digits over TLS.
 	$(BIN)/python demo/run.py --sdk $(CLIENTS)/sdk-12/bin/python
 
-test: $(VENV)/built $(CLIENTS)/sdk-12/ready $(CLIENTS)/sdk-10/ready $(CLIENTS)/node/ready check ## All tests; the exit code is kept in build/.
+test: $(VENV)/built $(ENVIRONMENTS:%=$(CLIENTS)/%/ready) $(CLIENTS)/node/ready check ## All tests; the exit code is kept in build/.
 	@mkdir -p build
 	@$(BIN)/python -m pytest $(ARGS); code=$$?; echo $$code > build/pytest-exit-code; exit $$code
 
@@ -104,7 +106,7 @@ lock: $(VENV)/ready ## Pin and hash every requirement anew.
 	$(COMPILE) --extra cpu -o requirements/run-cpu.txt pyproject.toml
 	$(COMPILE) --extra gpu -o requirements/run-gpu.txt pyproject.toml
 	$(COMPILE) --extra cpu --extra dev -o requirements/dev.txt pyproject.toml
-	for name in sdk-10 sdk-12 systemd; do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
+	for name in $(ENVIRONMENTS) systemd; do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
 
 clean: ## Remove what was made.
 	rm -rf $(VENV) $(CLIENTS) .demo build dist
