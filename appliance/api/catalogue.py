@@ -37,7 +37,16 @@ _TYPES = {
     RAW_TYPE: ("Tensor to Tensor", "A graph's own inputs and outputs.", "ndarray", "ndarray"),
 }
 
-_SCOPES = ("Predict", "Models:Get", "Concepts:Get", "Users:Get")
+_SCOPES = (
+    "Predict",
+    "Models:Get",
+    "Concepts:Get",
+    "ComputeClusters:Get",
+    "Nodepools:Get",
+    "Deployments:Get",
+    "Runners:Get",
+    "Users:Get",
+)
 
 T = TypeVar("T")
 
@@ -298,6 +307,14 @@ RPCS = (
     "ListConcepts",
     "GetModelType",
     "ListModelTypes",
+    "GetComputeCluster",
+    "ListComputeClusters",
+    "GetNodepool",
+    "ListNodepools",
+    "GetDeployment",
+    "ListDeployments",
+    "GetRunner",
+    "ListRunners",
     "GetUser",
     "MyScopes",
     "ListStatusCodes",

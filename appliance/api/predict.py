@@ -14,10 +14,11 @@ from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from appliance.api import messages, methods, replies, status
 from appliance.api.context import Context
 from appliance.api.limits import Asked, check_input_count, options_for
+from appliance.api.placement import Ids, chosen
 from appliance.api.replies import Reply, ReplyWriter
 from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError, NotPermitted, PlacementUnknown, RequestError
+from appliance.core.errors import ApplianceError, NotPermitted, RequestError
 from appliance.core.types import Payload, PredictOptions
 from appliance.engine.batcher import Outcome
 from appliance.engine.inline import Waiter
@@ -114,9 +115,10 @@ class Predictions:
         Raises: ApplianceError: when the request as a whole cannot be answered.
         """
         check_input_count(len(request.inputs), self.config.limits)
-        _check_selector(request.runner_selector)
         ids = request.user_app_id
-        with self._repository.use(ids.user_id, ids.app_id, request.model_id, request.version_id) as servable:
+        asked = Ids(ids.user_id, ids.app_id, request.model_id, request.version_id)
+        meant = chosen(request.runner_selector, asked, context.grant, self.config, self._repository)
+        with self._repository.use(*meant) as servable:
             context.model = (servable.key.model_id, servable.version)
             if not context.grant.allows(servable.key):
                 raise NotPermitted(f"Principal {context.grant.name!r} may not use model {servable.key}.")
@@ -280,14 +282,6 @@ def _asked_by_request(request: service_pb2.PostModelOutputsRequest) -> Asked:
         min_value=new.min_value or old.min_value,
         select=tuple((concept.id, concept.name) for concept in select),
     )
-
-
-def _check_selector(selector: resources_pb2.RunnerSelector) -> None:
-    """A request that names a place must have named this one. Raises: PlacementUnknown."""
-    for kind in ("deployment", "nodepool", "runner"):
-        name = getattr(selector, kind).id
-        if name:
-            raise PlacementUnknown(kind, name)
 
 
 def _signatures(

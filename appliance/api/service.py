@@ -25,6 +25,7 @@ from google.rpc import status_pb2 as rpc_status_pb2  # type: ignore[import-untyp
 from appliance.api import messages, methods, status
 from appliance.api.auth import Authenticator
 from appliance.api.catalogue import RPCS, Catalogue
+from appliance.api.compute import Compute
 from appliance.api.context import Context
 from appliance.api.health import Health
 from appliance.api.predict import Begun, Predictions
@@ -89,6 +90,7 @@ class Api:
         self._metrics = metrics
         self._predictions = Predictions(config, repository)
         self._catalogue = Catalogue(config, repository)
+        self._compute = Compute(config, repository)
         self._errors = RateLimitedLog(_log)
         self._running: set[asyncio.Task[Any]] = set()
         self._quick_calls: set[_QuickCall] = set()
@@ -108,11 +110,12 @@ class Api:
         self._config = config
         self._predictions.config = config
         self._catalogue.config = config
+        self._compute.config = config
         self._authenticator.configure(config)
 
     def endpoints(self) -> dict[str, Endpoint]:
         """Endpoint by full gRPC method name; every other method is unimplemented."""
-        catalogue, predictions = self._catalogue, self._predictions
+        catalogue, compute, predictions = self._catalogue, self._compute, self._predictions
         unary: dict[str, Handler] = {
             "PostModelOutputs": predictions.post,
             "GetModel": catalogue.get_model,
@@ -124,6 +127,14 @@ class Api:
             "ListConcepts": catalogue.list_concepts,
             "GetModelType": catalogue.get_model_type,
             "ListModelTypes": catalogue.list_model_types,
+            "GetComputeCluster": compute.get_compute_cluster,
+            "ListComputeClusters": compute.list_compute_clusters,
+            "GetNodepool": compute.get_nodepool,
+            "ListNodepools": compute.list_nodepools,
+            "GetDeployment": compute.get_deployment,
+            "ListDeployments": compute.list_deployments,
+            "GetRunner": compute.get_runner,
+            "ListRunners": compute.list_runners,
             "GetUser": catalogue.get_user,
             "MyScopes": catalogue.my_scopes,
             "ListStatusCodes": catalogue.list_status_codes,

@@ -1,8 +1,8 @@
 """Configuration: frozen models of the sections, read from layers, every problem reported at once.
 
 Layers, later ones win: built-in defaults → vendor file → main file → `conf.d/*.toml` in name order → `APPLIANCE_*`
-environment (`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value is read as TOML, else as text). The
-`[[principal]]` and `[[deployment]]` tables of all files are put one behind the other, so that a drop-in file can add one.
+environment (`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value is read as TOML, else as text).
+`[[principal]]` and `[[deployment]]` tables of all files are put one behind the other: a drop-in file can add one.
 """
 
 import difflib
