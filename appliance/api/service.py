@@ -31,7 +31,9 @@ from appliance.api.health import Health
 from appliance.api.predict import Begun, Predictions
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
+from appliance.api.workflows import WorkflowResults
 from appliance.catalog.repository import Repository
+from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, InvalidRequest, Overloaded
 from appliance.core.logs import RateLimitedLog
@@ -83,7 +85,9 @@ class Api:
         authenticator: Authenticator,
         budget: MemoryBudget,
         metrics: Metrics,
+        workflows: Workflows | None = None,
     ) -> None:
+        """Args: workflows: those that are served; None for none."""
         self.health = Health()
         self._authenticator = authenticator
         self._budget = budget
@@ -91,6 +95,8 @@ class Api:
         self._predictions = Predictions(config, repository)
         self._catalogue = Catalogue(config, repository)
         self._compute = Compute(config, repository)
+        workflows = workflows or Workflows(config.catalog)
+        self._workflows = WorkflowResults(config, repository, workflows, self._predictions, metrics)
         self._errors = RateLimitedLog(_log)
         self._running: set[asyncio.Task[Any]] = set()
         self._quick_calls: set[_QuickCall] = set()
@@ -111,11 +117,13 @@ class Api:
         self._predictions.config = config
         self._catalogue.config = config
         self._compute.config = config
+        self._workflows.config = config
         self._authenticator.configure(config)
 
     def endpoints(self) -> dict[str, Endpoint]:
         """Endpoint by full gRPC method name; every other method is unimplemented."""
         catalogue, compute, predictions = self._catalogue, self._compute, self._predictions
+        workflows = self._workflows
         unary: dict[str, Handler] = {
             "PostModelOutputs": predictions.post,
             "GetModel": catalogue.get_model,
@@ -127,6 +135,11 @@ class Api:
             "ListConcepts": catalogue.list_concepts,
             "GetModelType": catalogue.get_model_type,
             "ListModelTypes": catalogue.list_model_types,
+            "PostWorkflowResults": workflows.post_results,
+            "GetWorkflow": workflows.get_workflow,
+            "ListWorkflows": workflows.list_workflows,
+            "GetWorkflowVersion": workflows.get_workflow_version,
+            "ListWorkflowVersions": workflows.list_workflow_versions,
             "GetComputeCluster": compute.get_compute_cluster,
             "ListComputeClusters": compute.list_compute_clusters,
             "GetNodepool": compute.get_nodepool,

@@ -177,10 +177,14 @@ class NodeMismatch(InputError):
 
 
 class NodeNotRun(InputError):
-    """A node of a workflow was not run for an input, as a node before it failed."""
+    """A node of a workflow was not run for an input, as a node before it failed.
+
+    Attributes: failed, why: where that began, which may be several nodes before, and what was said there.
+    """
 
     def __init__(self, node: str, failed: str, why: str) -> None:
-        super().__init__(f"Node {node!r} was not run: node {failed!r}, whose output it takes, failed. {why}")
+        super().__init__(f"Node {node!r} was not run: node {failed!r}, whose output it needs, failed. {why}")
+        self.failed, self.why = failed, why
 
 
 class AccessError(RequestError):
