@@ -362,12 +362,16 @@ class Workflows:
             )
         return found[0]
 
-    def problems(self, repository: Repository[Any]) -> dict[str, str]:
-        """What keeps a file, or a node of a workflow, from being served, by file; empty when all is well."""
+    def problems(self, repository: Repository[Any] | None) -> dict[str, str]:
+        """What keeps a file, or a node of a workflow, from being served, by file; empty when all is well.
+
+        Args: repository: what models there are; None when only the files count.
+        """
         problems = {f"{FOLDER}": self._problem} if self._problem else {}
         for entry in self._entries.values():
             found = [entry.problem] if entry.problem else []
-            for node in entry.workflow.nodes if entry.workflow else ():
+            for node in entry.workflow.nodes if entry.workflow and repository else ():
+                assert repository is not None
                 problem = node_problem(node, repository)
                 if problem:
                     found.append(f"node {node.id!r}: {problem}")
@@ -375,8 +379,8 @@ class Workflows:
                 problems[f"{FOLDER}/{printable(entry.path.name)}"] = " ".join(found)
         return problems
 
-    def describe(self, repository: Repository[Any]) -> list[dict[str, object]]:
-        """The files as plain data, for operators."""
+    def describe(self, repository: Repository[Any] | None) -> list[dict[str, object]]:
+        """The files as plain data, for operators. Args: repository: see `problems`."""
         problems = self.problems(repository)
         rows: list[dict[str, object]] = []
         for entry in sorted(self._entries.values(), key=lambda entry: entry.path):

@@ -16,6 +16,7 @@ from appliance.cli.config import config
 from appliance.cli.keys import keys
 from appliance.cli.models import models
 from appliance.cli.serve import reload, serve
+from appliance.cli.workflows import workflows
 from appliance.core.errors import ApplianceError
 
 EXIT_OPERATOR = 2
@@ -48,7 +49,7 @@ def cli(ctx: click.Context, config_file: Path | None) -> None:
     ctx.obj = config_file
 
 
-for command in (serve, reload, check, config, certs, keys, models):
+for command in (serve, reload, check, config, certs, keys, models, workflows):
     cli.add_command(command)
 
 
