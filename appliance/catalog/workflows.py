@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ FOLDER = "workflows"
 SUFFIXES = (".yaml", ".yml")
 MAX_NODES = 64
 MAX_CONCEPTS = 200
+MAX_DEPTH = 16
+"""Levels of lists and mappings in a node's parameters."""
+
 _LIMITS = ("max_concepts", "min_value", "select_concepts")
 """Parameters that are limits of a classifier's answer; `output_config` has them too."""
 
@@ -73,11 +77,23 @@ class OutputInfo(_Part):
 
     @model_validator(mode="after")
     def _check(self) -> "OutputInfo":
-        try:
-            json.dumps(self.params, allow_nan=False)
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError("params must be texts, numbers, truth values, lists and mappings") from None
+        if not _is_plain(self.params):
+            raise ValueError(
+                "params must be texts, finite numbers, truth values, lists and mappings by text, "
+                f"{MAX_DEPTH} deep at most"
+            )
         return self
+
+
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Whether a parameter can be said in a request (a protobuf Struct, whose numbers are doubles)."""
+    if isinstance(value, dict):
+        return depth < MAX_DEPTH and all(isinstance(k, str) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, list):
+        return depth < MAX_DEPTH and all(_is_plain(inner, depth + 1) for inner in value)
+    if isinstance(value, int | float):
+        return -sys.float_info.max <= value <= sys.float_info.max
+    return value is None or isinstance(value, str)
 
 
 class _ModelSection(_Part):
@@ -240,7 +256,7 @@ def _node(section: _NodeSection, user_id: str, app_id: str) -> Node:
         inputs=tuple(given.node_id for given in section.node_inputs),
         suppressed=section.suppress_output,
         model_type_id=model.model_type_id or "",
-        params=json.loads(json.dumps(params)),  # with texts as keys all the way down
+        params=params,
         output_config=config,
     )
 
@@ -325,8 +341,10 @@ class _Look:
 class Workflows:
     """All workflows of the folder. Used from the event loop's thread."""
 
-    def __init__(self, settings: Catalog) -> None:
+    def __init__(self, settings: Catalog, repository: Repository[Any] | None = None) -> None:
+        """Args: repository: what models there are; None when only the files count."""
         self.settings = settings
+        self._repository = repository
         self._entries: dict[Path, _Entry] = {}
         self._problem = ""
         self._looking = asyncio.Lock()
@@ -362,26 +380,26 @@ class Workflows:
             )
         return found[0]
 
-    def problems(self, repository: Repository[Any] | None) -> dict[str, str]:
-        """What keeps a file, or a node of a workflow, from being served, by file; empty when all is well.
-
-        Args: repository: what models there are; None when only the files count.
-        """
-        problems = {f"{FOLDER}": self._problem} if self._problem else {}
+    def problems(self) -> dict[str, str]:
+        """What keeps a file, or a node of a workflow, from being served, by file; empty when all is well."""
+        problems = {FOLDER: self._problem} if self._problem else {}
         for entry in self._entries.values():
             found = [entry.problem] if entry.problem else []
-            for node in entry.workflow.nodes if entry.workflow and repository else ():
-                assert repository is not None
-                problem = node_problem(node, repository)
-                if problem:
-                    found.append(f"node {node.id!r}: {problem}")
+            found += self._missing(entry.workflow) if entry.workflow else []
             if found:
                 problems[f"{FOLDER}/{printable(entry.path.name)}"] = " ".join(found)
         return problems
 
-    def describe(self, repository: Repository[Any] | None) -> list[dict[str, object]]:
-        """The files as plain data, for operators. Args: repository: see `problems`."""
-        problems = self.problems(repository)
+    def _missing(self, workflow: Workflow) -> list[str]:
+        """A sentence for each node whose model is not what the workflow says, by the catalog of now."""
+        if self._repository is None:
+            return []
+        found = ((node, node_problem(node, self._repository)) for node in workflow.nodes)
+        return [f"node {node.id!r}: {problem}" for node, problem in found if problem]
+
+    def describe(self) -> list[dict[str, object]]:
+        """The files as plain data, for operators."""
+        problems = self.problems()
         rows: list[dict[str, object]] = []
         for entry in sorted(self._entries.values(), key=lambda entry: entry.path):
             name = printable(entry.path.name)
@@ -472,6 +490,8 @@ class Workflows:
             self._retry()
         entry.workflow, entry.problem = workflow, ""
         _log.info("workflow served", extra={"workflow": str(workflow), "version": workflow.version})
+        for sentence in self._missing(workflow):
+            _log.warning("not ready: %s", sentence, extra={"workflow": str(workflow)})
 
     def _failed(self, entry: _Entry, problem: str) -> None:
         entry.problem = printable(problem)

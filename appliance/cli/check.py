@@ -127,10 +127,10 @@ async def _check_models(config: Config, engine: LocalEngine, report: _Report) ->
 
 async def _check_workflows(settings: Catalog, repository: Repository[Servable], report: _Report) -> None:
     """Read every workflow, and look whether there are such models."""
-    workflows = Workflows(settings)
+    workflows = Workflows(settings, repository)
     await workflows.look()
-    for row in workflows.describe(repository):
+    for row in workflows.describe():
         if row["problem"]:
             report.fail("workflow", f"{row['file']}: {row['problem']}".removeprefix(": "))
         else:
-            report.ok("workflow", f"{row['file']}: {row['workflow']}, {row['nodes']} nodes")
+            report.ok("workflow", f"{row['file']}: {row['workflow']}, nodes: {row['nodes']}")

@@ -47,5 +47,5 @@ def _rows(config: Config) -> Sequence[Mapping[str, Any]]:
         click.echo("The daemon does not run: this is what the files say, whatever models there are.", err=True)
         found = Workflows(config.catalog.model_copy(update={"settle_s": 0.0}))
         asyncio.run(found.look())
-        return found.describe(None)
+        return found.describe()
     return rows

@@ -109,7 +109,7 @@ class Daemon:
         stack.push_async_callback(self._repository.close)
         self._budget = MemoryBudget(_memory_for_requests(config))
         authenticator = Authenticator(config, self._keys, trust=self._certificates.trust)
-        self._workflows = Workflows(config.catalog)
+        self._workflows = Workflows(config.catalog, self._repository)
         self._api = Api(config, self._repository, authenticator, self._budget, self._metrics, self._workflows)
         self._metrics.watch(self._metrics.keys, lambda: len(self._keys))
         self._warn()
@@ -307,7 +307,7 @@ class Daemon:
             "onnxruntime": session.version(),
             "in_flight": self._api.in_flight,
             "catalog": self._described_catalog(),
-            "workflows": self._workflows.describe(self._repository),
+            "workflows": self._workflows.describe(),
         }
 
     async def look(self) -> None:
@@ -317,7 +317,7 @@ class Daemon:
 
     def _not_ready(self) -> dict[str, str]:
         """Bundles, versions and workflows that do not answer, and why."""
-        return self._repository.not_ready() | self._workflows.problems(self._repository)
+        return self._repository.not_ready() | self._workflows.problems()
 
     def _described_catalog(self) -> list[dict[str, object]]:
         return describe(self._repository, _described_servable)

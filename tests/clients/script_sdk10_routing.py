@@ -3,7 +3,6 @@
 Usage: script_sdk10_routing.py BASE_URL ROOT_CERTIFICATE SAMPLES; the key is in CLARIFAI_PAT.
 """
 
-import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -41,7 +40,6 @@ flow = Workflow(url=f"{CLOUD}/workflows/read-digits", **HERE)
 print(
     json.dumps(
         {
-            "version": f"clarifai {importlib.metadata.version('clarifai')}",
             "plain": classic(),
             "deployment": classic(deployment_id="prod-digits"),
             "place": classic(compute_cluster_id="plant-berlin", nodepool_id="line-7"),

@@ -4,7 +4,6 @@ Usage: script_sdk_routing.py BASE_URL ROOT_CERTIFICATE SAMPLES; the key is in CL
 connection of its own needs CLARIFAI_API_BASE and CLARIFAI_ROOT_CERTIFICATES_PATH.
 """
 
-import importlib.metadata
 import json
 import sys
 import tempfile
@@ -65,7 +64,6 @@ exported = Path(tempfile.mkdtemp()) / "flow.yaml"
 flow.export(str(exported))
 
 results = {
-    "version": f"clarifai {importlib.metadata.version('clarifai')}",
     "plain": classic(),
     "deployment": classic(deployment_id="prod-digits", **OWNER),
     "own_deployment": classic(deployment_id="digits", **OWNER),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.clients
 
 HERE = Path(__file__).parent
 DIGIT = sorted((MODELS / "digits" / "samples").glob("*.png"))[0]
-SDK_12, SDK_10 = "Python SDK", "Python SDK 10.11.1"
+SDK_12, SDK_10 = "Python SDK 12.5.0", "Python SDK 10.11.1"
 HALF = {
     "id": "half",
     "nodes": [
@@ -131,7 +131,6 @@ class TestPlaces:
 
     def test_old_sdks_name_a_place_with_the_call(self, old: dict[str, Any], matrix: Matrix) -> None:
         """And the model's owner as the place's (PROTOCOL 2.3)."""
-        matrix.version(SDK_10, old["version"])
         matrix.row(SDK_10, "`predict_by_bytes(…, deployment_id=…)`, `predict_by_filepath(…, deployment_id=…)`")
         matrix.row(SDK_10, "`predict_by_bytes(…, compute_cluster_id=…, nodepool_id=…)`")
         matrix.row(SDK_10, "a place that is not here is refused")

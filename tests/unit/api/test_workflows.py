@@ -57,7 +57,7 @@ def serving(world: World, tmp_path: Path) -> Make:
             (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"workflow": content}), encoding="utf-8")
         workflows = Workflows(Catalog(workflows=tmp_path, settle_s=0))
         await workflows.look()
-        assert not [row for row in workflows.describe(world.repository) if not row["workflow"]]
+        assert not [row for row in workflows.describe() if not row["workflow"]]
         return world.api(*principals, workflows=workflows, **sections)
 
     return make

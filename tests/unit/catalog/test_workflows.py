@@ -34,6 +34,11 @@ def content(*nodes: Mapping[str, Any], name: str = "flow", **more: Any) -> dict[
     return {"workflow": {"id": name, "nodes": list(nodes) or [node("a")], **more}}
 
 
+def nested(depth: int) -> Any:
+    """Lists in lists."""
+    return [nested(depth - 1)] if depth else []
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Write a workflow file: text as it is, else as YAML."""
@@ -186,6 +191,9 @@ def test_limits_may_be_parameters_or_output_config(write: Write) -> None:
             "max_concepts is given in params and in output_config",
         ),
         ("workflow: {id: x, nodes: [{id: a, model: {model_id: d}, output_info: {params: {d: 2024-01-01}}}]}", "params"),
+        (content(node("a", output_info={"params": {"x": 10**400}})), "finite numbers"),
+        (content(node("a", output_info={"params": {"x": {1: 2}}})), "mappings by text"),
+        (content(node("a", output_info={"params": {"x": nested(20)}})), "16 deep at most"),
         ("# " + "x" * 2**20, "make several workflows of it"),
     ],
     ids=lambda value: str(value)[:50],
@@ -235,9 +243,9 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
-def watcher(tmp_path: Path, **settings: Any) -> Workflows:
+def watcher(tmp_path: Path, repository: Repository[Any] | None = None, **settings: Any) -> Workflows:
     """The workflows of a catalog whose root is `models`; files count as settled at once."""
-    return Workflows(Catalog(root=tmp_path / "models", state_dir=tmp_path, **{"settle_s": 0, **settings}))
+    return Workflows(Catalog(root=tmp_path / "models", state_dir=tmp_path, **{"settle_s": 0, **settings}), repository)
 
 
 @pytest.fixture
@@ -269,20 +277,18 @@ async def test_files_of_the_folder_beside_the_models_are_served(tmp_path: Path, 
     assert workflows.find("appliance", "main", "two").id == "two"
 
 
-async def test_no_folder_is_no_workflow(tmp_path: Path, repository: Repository[Any]) -> None:
+async def test_no_folder_is_no_workflow(tmp_path: Path) -> None:
     """Nobody has to have any."""
     workflows = watcher(tmp_path)
     await workflows.look()
     await asyncio.wait_for(workflows.wait_settled(), 10)
     assert workflows.all == []
-    assert workflows.problems(repository) == {}
+    assert workflows.problems() == {}
     with pytest.raises(UnknownWorkflow, match="no workflow \\*/\\*/flow"):
         workflows.find("", "", "flow")
 
 
-async def test_a_folder_that_is_configured_must_be_there(
-    tmp_path: Path, write: Write, repository: Repository[Any]
-) -> None:
+async def test_a_folder_that_is_configured_must_be_there(tmp_path: Path, write: Write) -> None:
     """When it goes, what was read stays; when it comes back, all is well."""
     write(content())
     folder = tmp_path / "workflows"
@@ -291,11 +297,11 @@ async def test_a_folder_that_is_configured_must_be_there(
     folder.rename(tmp_path / "away")
     await workflows.look()
     assert ids(workflows) == ["flow"]
-    assert "is not there" in workflows.problems(repository)["workflows"]
-    assert any("is not there" in str(row["problem"]) for row in workflows.describe(repository))
+    assert "is not there" in workflows.problems()["workflows"]
+    assert any("is not there" in str(row["problem"]) for row in workflows.describe())
     (tmp_path / "away").rename(folder)
     await workflows.look()
-    assert "workflows" not in workflows.problems(repository)
+    assert "workflows" not in workflows.problems()
 
 
 async def test_changes_are_taken_over_and_removals_too(tmp_path: Path, write: Write) -> None:
@@ -320,7 +326,7 @@ async def test_changes_are_taken_over_and_removals_too(tmp_path: Path, write: Wr
 
 
 async def test_a_file_that_became_bad_keeps_what_it_said(
-    tmp_path: Path, write: Write, repository: Repository[Any], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, write: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With the reason where operators look; and a good one heals it."""
     write(content(node("a")))
@@ -331,17 +337,17 @@ async def test_a_file_that_became_bad_keeps_what_it_said(
     write(content(node("a", "nobody")))
     await workflows.look()
     assert [found.id for found in workflows.find("", "", "flow").nodes] == ["a"]
-    problems = workflows.problems(repository)
+    problems = workflows.problems()
     assert "no such node" in problems["workflows/flow.yaml"]
     assert "workflow: " in problems["workflows/bad.yaml"]
     assert "what it said before goes on" in caplog.text
-    rows = {row["file"]: row for row in workflows.describe(repository)}
+    rows = {row["file"]: row for row in workflows.describe()}
     assert rows["flow.yaml"]["workflow"] == "appliance/main/flow"
     assert "no such node" in str(rows["flow.yaml"]["problem"])
     assert rows["bad.yaml"]["workflow"] == ""
     write(content(node("a"), node("b", "a")))
     await workflows.look()
-    assert workflows.describe(repository)[1]["nodes"] == 2
+    assert workflows.describe()[1]["nodes"] == 2
 
 
 async def test_a_file_is_read_once_it_is_still(tmp_path: Path, write: Write) -> None:
@@ -350,7 +356,7 @@ async def test_a_file_is_read_once_it_is_still(tmp_path: Path, write: Write) -> 
     workflows = watcher(tmp_path, settle_s=3600)
     await workflows.look()
     assert workflows.all == []
-    assert workflows.describe(None)[0]["problem"] == "its file is still changing"  # type: ignore[arg-type]  # not asked
+    assert workflows.describe()[0]["problem"] == "its file is still changing"
     workflows.settings = workflows.settings.model_copy(update={"settle_s": 0.0})
     await workflows.look()
     assert ids(workflows) == ["flow"]
@@ -364,7 +370,7 @@ async def test_two_files_cannot_be_the_same_workflow(tmp_path: Path, write: Writ
     write(content(node("b")), "a.yaml")
     await workflows.look()
     assert [found.id for found in workflows.find("", "", "flow").nodes] == ["a"]
-    assert "which m.yaml is already" in workflows.problems(repository)["workflows/a.yaml"]
+    assert "which m.yaml is already" in workflows.problems()["workflows/a.yaml"]
     first.unlink()
     await workflows.look()
     assert [found.id for found in workflows.find("", "", "flow").nodes] == ["b"]
@@ -394,15 +400,15 @@ async def test_ids_of_several_owners_must_be_told_apart(tmp_path: Path, write: W
 
 
 async def test_models_that_are_not_there_are_told_and_may_come_later(
-    tmp_path: Path, write: Write, repository: Repository[Any]
+    tmp_path: Path, write: Write, repository: Repository[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """In any order; the workflow is there meanwhile."""
     write(content(node("a", model="colours"), node("b", "a", model="tensor", model_type_id="text-embedder")))
-    workflows = watcher(tmp_path)
+    workflows = watcher(tmp_path, repository)
     await workflows.look()
-    assert workflows.problems(repository) == {}  # the catalog was not read yet
+    assert workflows.problems() == {}  # the catalog was not read yet
     await repository.look()
-    problem = workflows.problems(repository)["workflows/flow.yaml"]
+    problem = workflows.problems()["workflows/flow.yaml"]
     assert "node 'a': There is no model appliance/main/colours" in problem
     assert "node 'b': There is no model appliance/main/tensor" in problem
     for name in ("colours", "tensor"):
@@ -411,9 +417,12 @@ async def test_models_that_are_not_there_are_told_and_may_come_later(
             yaml.safe_dump({"model": {"id": name, "model_type_id": "tensor-to-tensor"}, "onnx": {}})
         )
     await repository.look()
-    problem = workflows.problems(repository)["workflows/flow.yaml"]
+    problem = workflows.problems()["workflows/flow.yaml"]
     assert "node 'a'" not in problem
     assert "is a tensor-to-tensor, and model_type_id says text-embedder" in problem
+    write(content(node("z", model="nothing")))
+    await workflows.look()
+    assert "node 'z': There is no model appliance/main/nothing" in caplog.text
     await repository.close()
 
 
