@@ -11,6 +11,8 @@ import pytest
 import pytest_asyncio
 import yaml
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support import graphs, pictures
 from support.api_world import IDS, PICTURE, QUICK, Client, World, predict_request, soon
 
@@ -625,3 +627,83 @@ async def test_without_workflows_there_are_none(world: World) -> None:
     assert listed.status.code == 10000
     assert not listed.workflows
     assert (await results(client, PICTURE)).status.code == 22102
+
+
+# ---- whatever comes --------------------------------------------------------------------------------------------------
+
+ANY_MODEL = ["colours", "topic", "vector", "tensor", "pair", "narrow", "fragile", "gather", "broken", "nothing"]
+ANY_INPUT = [
+    PICTURE,
+    BLACK,
+    b"no picture",
+    "good model",
+    "",
+    resources_pb2.Input(),
+    vector_input(1, 2),
+    vector_input(1, 2, 3),
+    vector_input(float("nan"), 0, 1),
+    resources_pb2.Input(data={"image": {"url": "http://example.com/x.png"}}),
+]
+
+
+@st.composite
+def any_workflow(draw: Any) -> list[dict[str, Any]]:
+    """Nodes that take any others before them."""
+    nodes: list[dict[str, Any]] = []
+    for number in range(draw(st.integers(1, 6))):
+        before = draw(st.lists(st.sampled_from([n["id"] for n in nodes]), unique=True, max_size=2)) if nodes else []
+        name = draw(st.sampled_from(["a", "b", "x", "y", "sum"])) + str(number)
+        nodes.append(node(name, draw(st.sampled_from(ANY_MODEL)), *before, suppress_output=draw(st.booleans())))
+    return draw(st.permutations(nodes))
+
+
+@given(nodes=any_workflow(), inputs=st.lists(st.sampled_from(ANY_INPUT), min_size=1, max_size=5))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_any_graph_answers_every_input_at_every_node(
+    serving: Make, nodes: list[dict[str, Any]], inputs: list[Any]
+) -> None:
+    """With a status of its own, by these laws: failing spreads to what is behind and to nothing else."""
+    client = await serving({"flow": nodes})
+    reply = await results(client, *inputs)
+    shown = [found for found in reply.workflow.nodes if not found.suppress_output]
+    assert len(reply.results) == len(inputs)
+    for result in reply.results:
+        assert len(result.outputs) == len(shown)
+        assert result.status.code in (10000, 10010, 10020)
+        told = {found.id: output for found, output in zip(shown, result.outputs, strict=True)}
+        for found in shown:
+            output = told[found.id]
+            assert output.status.code not in (0, 98004)
+            assert bool(output.data.ByteSize()) == (output.status.code == 10000)
+            assert output.model.id == found.model.id
+            failed = {given.node_id for given in found.node_inputs if given.node_id in told}
+            if any(told[name].status.code != 10000 for name in failed):
+                assert output.status.code in (22108, 21200, 21350)
+            if not found.node_inputs:
+                assert output.status.code != 22108
+    assert client.budget.used == 0
+    assert client.api.in_flight == 0
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_any_bytes_are_answered_or_refused(serving: Make, data: st.DataObject) -> None:
+    """A request some of whose bytes were changed, cut out or put in; nothing is left behind."""
+    client = await serving({"flow": [node("a", "vector"), node("b", "tensor", "a"), node("c", "colours")]})
+    selectors = {"b": resources_pb2.RunnerSelector(deployment={"id": "colours"})}
+    whole = flow_request(
+        BLACK, "text", output_config=resources_pb2.OutputConfig(max_concepts=3), node_runner_selectors=selectors
+    )
+    body = bytearray(whole.SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(body) - 1))
+        if data.draw(st.booleans()):
+            body[place : place + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+        else:
+            body[place] = data.draw(st.integers(0, 255))
+    reply = service_pb2.PostWorkflowResultsResponse.FromString(await client.raw("PostWorkflowResults", bytes(body)))
+    assert reply.status.code not in (0, 98004)
+    codes_ = {output.status.code for result in reply.results for output in result.outputs}
+    assert not codes_ & {0, 98004}
+    assert client.budget.used == 0
+    assert client.api.in_flight == 0
