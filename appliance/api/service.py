@@ -13,7 +13,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,8 @@ _LARGE_BODY = 1 << 20
 _QUICK_BODY = 64 * 1024
 """Bytes of a request up to which it may go the quick way: parsing and copying it takes some ten microseconds."""
 
-Handler = Callable[[Context, Any], Awaitable[Message | Reply]]
+Handler = Callable[[Context, Any], Awaitable[Message | Reply | Sequence[Message | Reply]]]
+"""Answers a message; a stream's may answer it with several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +135,14 @@ class Api:
             rpc = _Rpc.named(name)
             quick = self._quick(rpc) if name == "PostModelOutputs" else None
             found[name] = Endpoint(unary=self._unary(rpc, handler), admit=self._admission(rpc), quick=quick)
-        for name in ("GenerateModelOutputs", "StreamModelOutputs"):
-            # Both answer message by message here: a generate request is a stream of one.
+        # Both answer message by message here: a generate request is a stream of one.
+        streams: dict[str, Callable[[], Handler]] = {
+            "GenerateModelOutputs": lambda: predictions.generate,
+            "StreamModelOutputs": predictions.converse,
+        }
+        for name, begin in streams.items():
             rpc = _Rpc.named(name)
-            found[name] = Endpoint(stream=self._stream(rpc, predictions.post), admit=self._admission(rpc))
+            found[name] = Endpoint(stream=self._stream(rpc, begin), admit=self._admission(rpc))
         assert set(found) == set(RPCS)
         served = {f"/{_SERVICE.full_name}/{name}": endpoint for name, endpoint in found.items()}
         return served | self.health.endpoints() | reflection_endpoints(self._authenticator)
@@ -191,20 +196,25 @@ class Api:
     def _unary(self, rpc: _Rpc, handler: Handler) -> Callable[[Call, bytes], Awaitable[bytes]]:
         async def endpoint(call: Call, body: bytes) -> bytes:
             with self._counted():
-                return await self._answer(rpc, handler, call, body)
+                (reply,) = [reply async for reply in self._answers(rpc, handler, call, body)]
+            return reply
 
         return endpoint
 
-    def _stream(self, rpc: _Rpc, handler: Handler) -> Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]:
+    def _stream(
+        self, rpc: _Rpc, begin: Callable[[], Handler]
+    ) -> Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]:
         async def endpoint(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             task = asyncio.current_task()
             assert task is not None
             self._streams.add(task)
+            handler = begin()
             try:
                 async for body in requests:
                     with self._counted():
-                        reply = await self._answer(rpc, handler, call, body)
-                    yield reply
+                        async with contextlib.aclosing(self._answers(rpc, handler, call, body)) as replies:
+                            async for reply in replies:
+                                yield reply
             except asyncio.CancelledError:
                 if self._ended:
                     raise _abort(Draining()) from None
@@ -230,10 +240,10 @@ class Api:
             if self._ended:
                 raise _abort(Draining()) from None
             raise
-        except RpcAbort:
+        except (RpcAbort, GeneratorExit):  # a stream whose caller left between two replies
             raise
         except BaseException:
-            # `_answer` makes a status of everything; what comes through all the same is a call without an end.
+            # `_answers` makes a status of everything; what comes through all the same is a call without an end.
             self._metrics.lost.inc()
             raise
         finally:
@@ -244,39 +254,44 @@ class Api:
         if not self._running and not self._quick_calls:
             self._idle.set()
 
-    async def _answer(self, rpc: _Rpc, handler: Handler, call: Call, body: bytes) -> bytes:
-        """One message in, one message out, whatever happens."""
+    async def _answers(self, rpc: _Rpc, handler: Handler, call: Call, body: bytes) -> AsyncGenerator[bytes]:
+        """One message in; one out, or as many as a stream's handler gives, whatever happens."""
         begun = time.monotonic()
         req_id = _request_id(call)
         context: Context | None = None
+        code = status.SUCCESS.code
         try:
             grant = self._authenticator.grant(call)
             with grant.admitted(), call.memory or self._budget.hold(0) as memory:
                 memory.grow(max(0, len(body) - memory.count))
                 context = Context(grant.name, self._deadline(call, begun), memory, call, grant, req_id)
-                reply = await self._handle(rpc, handler, context, body)
+                for reply in await self._handle(rpc, handler, context, body):
+                    code = reply.code
+                    yield reply.body
         except RpcAbort:
             raise
         except Exception as error:
             reply = self._error_reply(rpc, call, req_id, error, context, body)
+            code = reply.code
+            yield reply.body
         finally:
             seconds = time.monotonic() - begun
             self._metrics.request_seconds.labels(rpc.name).observe(seconds)
-        self._record(rpc, context, reply.code, seconds)
-        return reply.body
+        self._record(rpc, context, code, seconds)
 
-    async def _handle(self, rpc: _Rpc, handler: Handler, context: Context, body: bytes) -> Reply:
+    async def _handle(self, rpc: _Rpc, handler: Handler, context: Context, body: bytes) -> list[Reply]:
         seconds = context.deadline - time.monotonic()
         if seconds <= 0:
             raise DeadlineExceeded
         try:
             async with asyncio.timeout(seconds) as timer:
                 request = await _parse(rpc, body)
-                return _serialised(await handler(context, request))
+                answered = await handler(context, request)
         except TimeoutError as error:
             if timer.expired():
                 raise DeadlineExceeded(round(seconds, 3)) from error
             raise
+        return [_serialised(each) for each in answered] if isinstance(answered, Sequence) else [_serialised(answered)]
 
     def _deadline(self, call: Call, begun: float) -> float:
         """The caller's deadline, or ours if that is sooner: the stock clients set none and would wait for ever."""

@@ -449,6 +449,8 @@ class Limits(Section):
         85_000_000, ge=1, le=85_000_000, description="Pixels of one image, checked before it is decoded."
     )
     text_size: Size = Field(20 * 2**20, le=20 * 2**20, description="Bytes of one text.")
+    audio_size: Size = Field(20 * 2**20, le=20 * 2**20, description="Bytes of one audio file.")
+    video_size: Size = Field(128 * 2**20, le=128 * 2**20, description="Bytes of one video file.")
     memory_in_flight: Size | None = Field(
         None,
         examples=["2GiB"],

@@ -444,6 +444,8 @@ TAKEN_OVER_LIVE = {
     "limits.image_size": "read for every request",
     "limits.image_pixels": "read for every request",
     "limits.text_size": "read for every request",
+    "limits.audio_size": "read for every request",
+    "limits.video_size": "read for every request",
     "limits.memory_in_flight": "integration: the memory budget follows a reload",
     "limits.request_timeout_s": "read for every request",
     "urls.hosts": "read for every request",
