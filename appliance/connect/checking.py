@@ -92,7 +92,8 @@ def look_at_files(settings: Settings, environ: Mapping[str, str]) -> list[Findin
     except CertificateError as error:
         found.append(Finding("fail", "ca", str(error)))
     else:
-        text = f"{settings.ca}: {len(authorities)} authorities" if settings.ca else "those that this system trusts"
+        names = ", ".join(inspect.title(authority) for authority in authorities)
+        text = f"{settings.ca}: {names}" if settings.ca else "those that this system trusts"
         found.append(Finding("ok", "ca", text))
     return found
 

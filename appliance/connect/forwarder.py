@@ -89,7 +89,7 @@ class Forwarder:
             self.addresses.append(_as_url(sock))
         loaded = self._credentials.loaded
         _log.info(
-            "%s is forwarded to %s, with the client certificate %s",
+            "connections to %s are forwarded to %s, with the client certificate %s",
             " and ".join(self.addresses),
             self._settings.upstream,
             loaded.title(),
@@ -108,7 +108,7 @@ class Forwarder:
         """Read the certificate files anew; keep the last good ones if they are bad. Connections stay."""
         self._notifier.reloading()
         self._credentials.refresh(force=True)
-        self.upstream.forget()
+        self.upstream.try_now()
         self._notifier.ready(self._told_status())
 
     async def stop(self, grace_s: float) -> None:
@@ -186,7 +186,7 @@ class Forwarder:
             if now - looked >= _FILES_S:
                 looked = now
                 if self._credentials.refresh():
-                    self.upstream.forget()
+                    self.upstream.try_now()
                 self._credentials.warn()
             self._notifier.alive()
             status = self._told_status()

@@ -28,7 +28,7 @@ them are answered. Before it has heard from its server, such a client may send 6
 _SILENT_S = 60.0
 """Seconds that a client has for its first byte."""
 
-_REPLY_DUE_S, _REPLY_BEGUN_S = 60.0, 5.0
+_REPLY_DUE_S, _REPLY_BEGUN_S = 30.0, 5.0
 """Seconds without a byte after which a client that will say no more is taken to be gone: before its reply has begun,
 and after."""
 

@@ -72,7 +72,7 @@ class Upstream:
         Raises: Refused: it was not to be.
         """
         if self._credentials.refresh():
-            self.forget()
+            self.try_now()
         await self._turn()
         probe = self._begin_probe() if self._trouble else None
         began = time.monotonic()
@@ -80,15 +80,17 @@ class Upstream:
             async with self._handshakes:
                 if self._trouble is not None and began < self._failed_at:  # while we waited for our turn
                     raise Refused(self._trouble)
-                return await self._attempt(alpn, make)
+                transport = await self._attempt(alpn, make)
         except Exception as error:  # whatever it is, the client hears a sentence, and not a reset
             found = error.trouble if isinstance(error, Refused) else self._explain(error)
             self.failed(found, began)
             raise Refused(found) from error
-        finally:
-            # Also when its client left: then the next one tries.
-            if probe is not None:
-                asyncio.get_running_loop().call_later(_SETTLE_S, self._end_probe, probe, began)
+        except BaseException:  # its client left: the next one tries
+            self._release_probe(probe)
+            raise
+        if probe is not None:
+            asyncio.get_running_loop().call_later(_SETTLE_S, self._end_probe, probe, began)
+        return transport
 
     def proven(self) -> None:
         """The appliance has said something: it takes us."""
@@ -99,7 +101,9 @@ class Upstream:
                 time.monotonic() - self._since,
                 self._refused,
             )
-        self.forget()
+        self._trouble = None
+        self._pause_s = self._retry_at = self._failed_at = 0.0
+        self._release_probe(self._probe)
 
     def failed(self, found: Trouble, began: float) -> None:
         """A connection that began at that monotonic time was not to be."""
@@ -115,17 +119,15 @@ class Upstream:
             self._said_at = now
             _log.warning("%s %s", found.what, found.remedy, extra={"kind": found.kind})
         self._trouble = found
-        self._release_probe()
+        self._release_probe(self._probe)
 
     def refused(self) -> None:
         """A client was told of the trouble."""
         self._refused += 1
 
-    def forget(self) -> None:
-        """Try again with the next connection: it answers, or what we show it has changed."""
-        self._trouble = None
-        self._pause_s = self._retry_at = self._failed_at = 0.0
-        self._release_probe()
+    def try_now(self) -> None:
+        """Pause no longer: what we show the appliance has changed."""
+        self._pause_s = self._retry_at = 0.0
 
     # ---- taking turns ----
 
@@ -144,13 +146,14 @@ class Upstream:
 
     def _end_probe(self, probe: "asyncio.Future[None]", began: float) -> None:
         """Nothing bad was heard of the connection for a while."""
-        if self._probe is probe:
-            if self._failed_at < began:
-                self.proven()
-            self._release_probe()
+        if self._probe is probe and self._failed_at < began:
+            self.proven()
+        self._release_probe(probe)
 
-    def _release_probe(self) -> None:
-        probe, self._probe = self._probe, None
+    def _release_probe(self, probe: "asyncio.Future[None] | None") -> None:
+        """Whoever waits for that attempt looks again."""
+        if self._probe is probe:
+            self._probe = None
         if probe is not None and not probe.done():
             probe.set_result(None)
 

@@ -11,7 +11,7 @@ import grpc
 from clarifai_grpc.channel.clarifai_channel import ClarifaiChannel
 from clarifai_grpc.grpc.api import service_pb2_grpc
 
-from support.appliance import _ENVIRONMENT, COMMAND, PATIENCE_S, Client, Pki, to_toml
+from support.appliance import COMMAND, ENVIRONMENT, PATIENCE_S, Client, Pki, toml_value
 
 _LISTENING = re.compile(r"http://127\.0\.0\.1:(\d+)\b")
 
@@ -58,13 +58,14 @@ class Forwarder:
 
     def write(self) -> None:
         """Write the configuration file."""
-        known = {key: value for key, value in self.settings.items() if value is not None}
-        self.file.write_text(to_toml(known), encoding="utf-8")
+        lines = [f"{key} = {toml_value(value)}\n" for key, value in self.settings.items() if value is not None]
+        self.file.write_text("".join(lines), encoding="utf-8")
 
     @property
     def log(self) -> str:
         """What it has written so far."""
-        return (self.home / "connect.log").read_text(encoding="utf-8")
+        path = self.home / "connect.log"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def start(self, environment: dict[str, str] | None = None) -> Self:
         """Start it, and return when it listens."""
@@ -73,9 +74,9 @@ class Forwarder:
         self._read_from = path.stat().st_size if path.exists() else 0
         with path.open("ab") as log:
             command = [str(COMMAND), "connect", "--config", str(self.file)]
-            environment = {**_ENVIRONMENT, **(environment or {})}
+            environment = {**ENVIRONMENT, **(environment or {})}
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        self.wait(lambda: "is forwarded to" in self.log[self._read_from :])
+        self.wait(lambda: "are forwarded to" in self.log[self._read_from :])
         return self
 
     @property
@@ -145,7 +146,7 @@ class PlainClient(Client):
         ClarifaiChannel.get_insecure_grpc_channel(base="localhost", port=1).close()
         sizes = [(f"grpc.max_{way}_message_length", 2**30) for way in ("send", "receive")]
         options = [*sizes, ("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 200)]
-        options += [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50)]
+        options += [("grpc.initial_reconnect_backoff_ms", 50)]
         if not retries:
             options.append(("grpc.enable_retries", 0))
         self.channel = grpc.insecure_channel(base, options=options)
