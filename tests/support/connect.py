@@ -42,6 +42,7 @@ class Forwarder:
         }
         self.process: subprocess.Popen[bytes] | None = None
         self._read_from = 0
+        self.pat = ""  # for tests that hand one on
 
     certificate = property(lambda self: self.home / "client.crt")
     key = property(lambda self: self.home / "client.key")
