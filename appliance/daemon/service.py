@@ -30,10 +30,10 @@ from appliance.core.errors import ApplianceError, ConfigError, Draining
 from appliance.core.machine import usable_memory
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
+from appliance.core.systemd import Notifier
 from appliance.daemon.admin import AdminServer
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.front import open_front, pass_through_warning
-from appliance.daemon.systemd import Notifier
 from appliance.engine import session
 from appliance.engine.worker import LocalEngine
 from appliance.tasks import servable

@@ -1,6 +1,7 @@
 """The import arrows of DESIGN.md: rooms look downwards only, and some libraries belong to one room.
 
-`cli → daemon → orchestrator → api → tasks → media, engine → catalog → core`; `wire` and `pki` see only `core`.
+`cli → daemon → orchestrator → api → tasks → media, engine → catalog → core`; `wire` and `pki` see only `core`;
+`connect`, the other program, stands beside the daemon and sees `wire`, `pki` and `core`.
 """
 
 import ast
@@ -16,6 +17,7 @@ MAY_SEE = {
     "core": set(),
     "pki": {"core"},
     "wire": {"core"},
+    "connect": {"wire", "pki", "core"},
     "catalog": {"core"},
     "media": {"catalog", "core"},
     "engine": {"catalog", "core"},
@@ -23,7 +25,7 @@ MAY_SEE = {
     "api": {"tasks", "media", "engine", "catalog", "wire", "pki", "core"},
     "orchestrator": {"api", "tasks", "media", "engine", "catalog", "wire", "pki", "core"},
     "daemon": {"orchestrator", "api", "tasks", "media", "engine", "catalog", "wire", "pki", "core"},
-    "cli": {"daemon", "orchestrator", "api", "tasks", "media", "engine", "catalog", "wire", "pki", "core"},
+    "cli": {"connect", "daemon", "orchestrator", "api", "tasks", "media", "engine", "catalog", "wire", "pki", "core"},
 }
 """Room → rooms below it that it may import."""
 
@@ -128,6 +130,9 @@ def test_the_rule_knows_that_the_owning_modules_do_import_their_library() -> Non
         ("wire/grpcio.py", "from appliance.pki import inspect"),
         ("pki/root.py", "from appliance.wire import grpcio"),
         ("api/predict.py", "from appliance.daemon.service import Daemon"),
+        ("connect/forwarder.py", "from appliance.daemon.sockets import Sockets"),
+        ("connect/answers.py", "from appliance.api import status"),
+        ("daemon/service.py", "from appliance.connect import settings"),
         ("api/predict.py", "from appliance.cli import admin"),
         ("api/predict.py", "import httpx"),
         ("daemon/admin.py", "from appliance.cli.main import cli"),
@@ -152,6 +157,8 @@ def test_an_import_against_the_arrows_is_found(tmp_path: Path, place: str, line:
     [
         ("cli/serve.py", "from appliance.daemon.service import Daemon"),
         ("cli/main.py", "from appliance import __version__"),
+        ("cli/connect.py", "from appliance.connect.forwarder import Forwarder"),
+        ("connect/answers.py", "from appliance.wire.h2 import Http2"),
         ("cli/check.py", "from appliance.wire.grpcio import Server\nfrom appliance.pki import root"),
         ("api/auth.py", "from appliance.pki.inspect import client_identity"),
         ("engine/session.py", "import onnxruntime as ort"),
