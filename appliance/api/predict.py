@@ -7,21 +7,23 @@ runs are so short that the loop does them itself; whatever is unusual it leaves 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 
 from appliance.api import messages, methods, replies, status
+from appliance.api.cache import PredictCache
 from appliance.api.context import Context
+from appliance.api.downloads import Downloads
 from appliance.api.limits import Asked, check_input_count, options_for
 from appliance.api.replies import Reply, ReplyWriter
 from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, NotPermitted, PlacementUnknown, RequestError
+from appliance.core.metrics import Metrics
 from appliance.core.types import Payload, PredictOptions
 from appliance.engine.batcher import Outcome
 from appliance.engine.inline import Waiter
-from appliance.media.fetch import fetch
 from appliance.tasks.base import Decoded
 from appliance.tasks.servable import Answer, Servable
 
@@ -67,9 +69,23 @@ class Begun:
 class Predictions:
     """The predict RPCs over the catalog's servables."""
 
-    def __init__(self, config: Config, repository: Repository[Servable]) -> None:
+    def __init__(self, config: Config, repository: Repository[Servable], metrics: Metrics) -> None:
         self.config = config
         self._repository = repository
+        self._downloads = Downloads(metrics)
+        self._cache = PredictCache(metrics)
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Take over a new configuration."""
+        self.config = config
+        self._downloads.configure(config)
+        self._cache.configure(config.cache)
+
+    def forget_gone(self) -> None:
+        """Forget the answers of servables that are not served any more."""
+        served = (version.servable for bundle in self._repository.bundles for version in bundle.versions.values())
+        self._cache.keep_only({servable.serial for servable in served if servable is not None})
 
     def begin(self, context: Context, request: service_pb2.PostModelOutputsRequest, waiter: Waiter) -> Begun | None:
         """Submit the one small input of a request to a model that the loop runs itself; its answer comes soon.
@@ -81,6 +97,8 @@ class Predictions:
         """
         inputs = request.inputs
         if len(inputs) != 1 or request.HasField("runner_selector"):
+            return None
+        if request.use_predict_cache and self._cache.limit:
             return None
         given = inputs[0]
         data = given.data
@@ -127,7 +145,7 @@ class Predictions:
             # Now, as the model may be gone from the catalog afterwards.
             bundle = self._repository.find(key.user_id, key.app_id, key.model_id)
             brief = writer.brief(bundle.versions.get(servable.version))
-            answers = await self._answer(context, servable, questions)
+            answers = await self._answer(context, servable, questions, cached=request.use_predict_cache)
             return _reply(context, request, writer, brief, questions, answers, unknown)
 
     # ---- understanding ----
@@ -175,7 +193,9 @@ class Predictions:
 
     # ---- answering ----
 
-    async def _answer(self, context: Context, servable: Servable, questions: Sequence[_Question]) -> list[Answer]:
+    async def _answer(
+        self, context: Context, servable: Servable, questions: Sequence[_Question], *, cached: bool
+    ) -> list[Answer]:
         """Fetch what lies behind URLs, then predict; inputs with equal options go together."""
         await self._fetch_all(context, questions)
         groups: dict[PredictOptions, list[int]] = {}
@@ -185,7 +205,10 @@ class Predictions:
 
         async def answer(options: PredictOptions, members: list[int]) -> None:
             payloads = [_payload(questions[index]) for index in members]
-            results = await servable.predict(payloads, options, context, self.config.limits)
+            run = partial(servable.predict, options=options, ticket=context, limits=self.config.limits)
+            results = await (
+                self._cache.answers(context, servable, options, payloads, run) if cached else run(payloads)
+            )
             for index, result in zip(members, results, strict=True):
                 answers[index] = result
 
@@ -202,32 +225,11 @@ class Predictions:
         return answers  # type: ignore[return-value]  # every place has been filled
 
     async def _fetch_all(self, context: Context, questions: Sequence[_Question]) -> None:
-        async def replace(question: _Question, link: messages.UrlInput) -> None:
-            try:
-                body = await fetch(link.url, self.config.urls, self.config.limits.image_size)
-                question.payload = link.finish(body)
-            except RequestError as error:
-                question.payload = error
-            else:
-                context.memory.grow(len(body))
-
         links = [(q, q.payload) for q in questions if isinstance(q.payload, messages.UrlInput)]
-        if not links:
-            return
-        # A few at a time: 128 inputs of 20 MB each must not arrive at once.
-        gate = asyncio.Semaphore(8)
-
-        async def gated(question: _Question, link: messages.UrlInput) -> None:
-            async with gate:
-                await replace(question, link)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for question, link in links:
-                    group.create_task(gated(question, link))
-        except ExceptionGroup as failed:
-            # The budget, say: one of them speaks for the request.
-            raise failed.exceptions[0] from None
+        if links:
+            payloads = await self._downloads.payloads(context, [link for _, link in links])
+            for (question, _), payload in zip(links, payloads, strict=True):
+                question.payload = payload
 
 
 def _reply(
