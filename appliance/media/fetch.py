@@ -43,8 +43,8 @@ _PIECES, _PIECE = 4096, 256
 _BREATH = 64
 """Pieces after which other callers have their turn."""
 
-_LOOK_UPS = 32
-"""Names that may be looked up at once. The system's resolver cannot be interrupted: who left is still in its hands."""
+_LOOK_UPS = threading.BoundedSemaphore(32)
+"""So many names may be looked up at once; the system's resolver cannot be interrupted, and who left is still with it."""
 
 _UNREACHABLE = "The URL's host could not be reached, or did not answer as an HTTP server does."
 
@@ -146,20 +146,14 @@ async def _addresses(target: Target, policy: Urls, resolve: Resolve) -> Sequence
     return found
 
 
-_looking_up = 0
-
-
 async def look_up(host: str, port: int) -> Sequence[str]:
     """The system's resolver, on a thread of its own: it may hang longer than anybody waits. Raises: OSError."""
-    global _looking_up
-    if _looking_up >= _LOOK_UPS:
+    if not _LOOK_UPS.acquire(blocking=False):
         raise socket.gaierror(socket.EAI_AGAIN, "too many names are being looked up")
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Sequence[str]] = loop.create_future()
 
     def tell(found: Sequence[str] | OSError) -> None:
-        global _looking_up
-        _looking_up -= 1
         if answer.done():
             return  # nobody waits any more
         if isinstance(found, OSError):
@@ -173,12 +167,13 @@ async def look_up(host: str, port: int) -> Sequence[str]:
             found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         except OSError as error:
             found = error
-        except ValueError as error:  # a name that IDNA cannot say
+        except ValueError as error:  # a name that its codec cannot say
             found = socket.gaierror(socket.EAI_NONAME, str(error))
+        finally:
+            _LOOK_UPS.release()
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(tell, found)
 
-    _looking_up += 1
     # A daemon thread, so that the process need not wait for it when it stops.
     threading.Thread(target=work, name="look-up", daemon=True).start()
     return await answer
@@ -258,6 +253,8 @@ async def _head(talk: h11.Connection, reader: asyncio.StreamReader) -> h11.Respo
     for _ in range(_INTERIM + 1):
         event = await _next(talk, reader, _HEAD)
         if isinstance(event, h11.Response):
+            if not event.http_version.startswith(b"1."):  # h11 takes any digit
+                raise DownloadFailed(_UNREACHABLE, detail=f"an answer in HTTP {event.http_version.decode()}")
             return event
     raise DownloadFailed(_UNREACHABLE, detail=f"more than {_INTERIM} answers with 1xx")
 
