@@ -44,7 +44,10 @@ _BREATH = 64
 """Pieces after which other callers have their turn."""
 
 _LOOK_UPS = threading.BoundedSemaphore(32)
-"""So many names may be looked up at once; the system's resolver cannot be interrupted, and who left is still with it."""
+"""So many names may be looked up at once; the system's resolver cannot be interrupted: who left is still with it."""
+
+_TOLD = 200
+"""Characters of an error that the log is told: some repeat what the host sent."""
 
 _UNREACHABLE = "The URL's host could not be reached, or did not answer as an HTTP server does."
 
@@ -302,4 +305,4 @@ def _values(response: h11.Response, name: bytes) -> list[bytes]:
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}"[:_TOLD]

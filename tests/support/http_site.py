@@ -4,6 +4,13 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 Talk = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
@@ -24,12 +31,14 @@ class Site:
 
     Attributes:
         pages: path → the bytes of an answer, or a coroutine function that writes them.
+        usual: the answer of every other path.
         asked: the head of every request, as it came.
         open: connections now; most: the most there were at once.
     """
 
     def __init__(self) -> None:
         self.pages: dict[str, bytes | Talk] = {}
+        self.usual = answer(b"picture")
         self.asked: list[str] = []
         self.open = 0
         self.most = 0
@@ -48,7 +57,7 @@ class Site:
                 return
             head = b"GET" + await reader.readuntil(b"\r\n\r\n")
             self.asked.append(head.decode("latin-1"))
-            page = self.pages.get(head.split(b" ")[1].decode(), answer(b"picture"))
+            page = self.pages.get(head.split(b" ")[1].decode(), self.usual)
             talk = asyncio.create_task(page(writer)) if callable(page) else None
             if isinstance(page, bytes):
                 writer.write(page)
@@ -94,3 +103,26 @@ async def serving(context: ssl.SSLContext | None = None) -> AsyncIterator[Site]:
     async with server:
         yield site
         site.release.set()
+
+
+def certificate(folder: Path, *names: x509.GeneralName, valid: timedelta = timedelta(days=1)) -> ssl.SSLContext:
+    """A server's context with a self-signed certificate, which lies in `ca.pem`."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    start = datetime.now(UTC) - timedelta(days=2)
+    made = (
+        x509.CertificateBuilder(
+            name, name, key.public_key(), x509.random_serial_number(), start, datetime.now(UTC) + valid
+        )
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = made.public_bytes(serialization.Encoding.PEM)
+    (folder / "ca.pem").write_bytes(pem)
+    (folder / "both.pem").write_bytes(
+        pem
+        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "both.pem")
+    return context

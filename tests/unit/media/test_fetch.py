@@ -6,20 +6,16 @@ The servers are real ones on loopback; the resolver is one that the test asks it
 import asyncio
 import contextlib
 import socket
-import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-from support.http_site import Site, Talk, answer, redirect, serving
+from support.http_site import Site, Talk, answer, certificate, redirect, serving
 from support.waiting import eventually, eventually_async
 
 from appliance.core.config import Urls
@@ -67,29 +63,6 @@ async def get(site: Site, path: str, *, host: str = "127.0.0.1", scheme: str = "
 async def site() -> AsyncIterator[Site]:
     async with serving() as made:
         yield made
-
-
-def certificate(folder: Path, *names: x509.GeneralName, valid: timedelta = timedelta(days=1)) -> ssl.SSLContext:
-    """A server's context with a self-signed certificate, which lies in `ca.pem`."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    start = datetime.now(UTC) - timedelta(days=2)
-    made = (
-        x509.CertificateBuilder(
-            name, name, key.public_key(), x509.random_serial_number(), start, datetime.now(UTC) + valid
-        )
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = made.public_bytes(serialization.Encoding.PEM)
-    (folder / "ca.pem").write_bytes(pem)
-    (folder / "both.pem").write_bytes(
-        pem
-        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "both.pem")
-    return context
 
 
 # ---- what is fetched -------------------------------------------------------------------------------------------------
