@@ -133,7 +133,7 @@ class PredictCache:
         if size > self.limit // _SHARE or (self._served is not None and key[0] not in self._served):
             return
         if key in self._entries:  # two requests at once made it
-            self._remove(key, "replaced")
+            return
         self._entries[key] = _Entry(_own(result), size, self._clock())
         self.used += size
         self._shrink()
