@@ -21,11 +21,16 @@ from appliance.tasks.servable import Servable
 
 @dataclass(frozen=True, slots=True)
 class UrlInput:
-    """An input that lies behind a URL, to be fetched first; `finish` makes the payload of its bytes."""
+    """An input that lies behind a URL, to be fetched first; `finish` makes the payload of its bytes.
+
+    Attributes:
+        finish: one function a kind: inputs with the same URL and the same `finish` are fetched once.
+        kind: IMAGE, TEXT, AUDIO or VIDEO, whose size limit holds.
+    """
 
     url: str
-    kind: FieldType
     finish: Callable[[bytes], Payload]
+    kind: FieldType = FieldType.IMAGE
 
 
 def payload_of(kind: str, data: resources_pb2.Data) -> Payload | UrlInput:
@@ -55,17 +60,25 @@ def _image(data: resources_pb2.Data) -> Payload | UrlInput:
     if data.image.base64:
         return Payload(image=data.image.base64)
     if data.image.url:
-        return UrlInput(data.image.url, FieldType.IMAGE, lambda body: Payload(image=body))
+        return UrlInput(data.image.url, _image_behind)
     return Payload(image=b"")
 
 
 def _text(data: resources_pb2.Data) -> Payload | UrlInput:
     if data.HasField("text") and data.text.url and not data.text.raw:
-        return UrlInput(data.text.url, FieldType.TEXT, lambda body: Payload(text=decode_text(body)))
+        return UrlInput(data.text.url, _text_behind, FieldType.TEXT)
     text = _raw_text(data)
     if text is None and data.HasField("image"):
         return Payload(image=data.image.base64)
     return Payload(text=text)
+
+
+def _image_behind(body: bytes) -> Payload:
+    return Payload(image=body)
+
+
+def _text_behind(body: bytes) -> Payload:
+    return Payload(text=decode_text(body))
 
 
 def _raw_text(data: resources_pb2.Data) -> str | None:

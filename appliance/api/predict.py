@@ -8,22 +8,25 @@ whatever is unusual it leaves to `post`.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 
 from appliance.api import messages, methods, replies, status
+from appliance.api.cache import PredictCache
 from appliance.api.context import Context
+from appliance.api.downloads import Downloads
 from appliance.api.limits import check_input_count
-from appliance.api.questions import Conversation, Link, Question, Rpc, options_of, understand
+from appliance.api.questions import Conversation, Question, Rpc, options_of, understand
 from appliance.api.replies import Reply, ReplyWriter
 from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError, NotPermitted, PlacementUnknown, RequestError
-from appliance.core.types import ConceptScores, FieldType, MethodKind, PredictOptions, Returned
+from appliance.core.errors import ApplianceError, NotPermitted, PlacementUnknown
+from appliance.core.metrics import Metrics
+from appliance.core.types import ConceptScores, MethodKind, PredictOptions, Returned
 from appliance.engine.batcher import Outcome
 from appliance.engine.inline import Waiter
-from appliance.media.fetch import fetch
 from appliance.tasks.base import Decoded
 from appliance.tasks.servable import Answer, Servable
 
@@ -62,9 +65,23 @@ class Begun:
 class Predictions:
     """The predict RPCs over the catalog's servables."""
 
-    def __init__(self, config: Config, repository: Repository[Servable]) -> None:
+    def __init__(self, config: Config, repository: Repository[Servable], metrics: Metrics) -> None:
         self.config = config
         self._repository = repository
+        self._downloads = Downloads(metrics)
+        self._cache = PredictCache(metrics)
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Take over a new configuration."""
+        self.config = config
+        self._downloads.configure(config)
+        self._cache.configure(config.cache)
+
+    def forget_gone(self) -> None:
+        """Forget the answers of servables that are not served any more."""
+        served = (version.servable for bundle in self._repository.bundles for version in bundle.versions.values())
+        self._cache.keep_only({servable.serial for servable in served if servable is not None})
 
     def begin(self, context: Context, request: service_pb2.PostModelOutputsRequest, waiter: Waiter) -> Begun | None:
         """Submit the one small input of a request to a model that the loop runs itself; its answer comes soon.
@@ -76,6 +93,8 @@ class Predictions:
         """
         inputs = request.inputs
         if len(inputs) != 1 or request.HasField("runner_selector"):
+            return None
+        if request.use_predict_cache and self._cache.limit:
             return None
         given = inputs[0]
         data = given.data
@@ -146,7 +165,7 @@ class Predictions:
             # Now, as the model may be gone from the catalog afterwards.
             bundle = self._repository.find(key.user_id, key.app_id, key.model_id)
             brief = writer.brief(bundle.versions.get(servable.version))
-            answers = await self._answer(context, servable, questions)
+            answers = await self._answer(context, servable, questions, cached=request.use_predict_cache)
             if questions[0].method.kind is MethodKind.GENERATE:
                 elements = _elements(answers[0])
                 return [_reply(context, request, writer, brief, questions, [each], unknown) for each in elements]
@@ -154,7 +173,9 @@ class Predictions:
 
     # ---- answering ----
 
-    async def _answer(self, context: Context, servable: Servable, questions: Sequence[Question]) -> list[Answer]:
+    async def _answer(
+        self, context: Context, servable: Servable, questions: Sequence[Question], *, cached: bool
+    ) -> list[Answer]:
         """Fetch what lies behind URLs, then predict; inputs with equal options go together."""
         await self._fetch_all(context, questions)
         groups: dict[tuple[str, PredictOptions], list[int]] = {}
@@ -165,7 +186,8 @@ class Predictions:
         async def answer(asked: tuple[str, PredictOptions], members: list[int]) -> None:
             method, options = asked
             payloads = [questions[index].payload for index in members]
-            results = await servable.predict(payloads, options, context, self.config.limits, method)
+            run = partial(servable.predict, options=options, ticket=context, limits=self.config.limits, method=method)
+            results = await (self._cache.answers(context, servable, asked, payloads, run) if cached else run(payloads))
             for index, result in zip(members, results, strict=True):
                 answers[index] = result
 
@@ -182,35 +204,14 @@ class Predictions:
         return answers  # type: ignore[return-value]  # every place has been filled
 
     async def _fetch_all(self, context: Context, questions: Sequence[Question]) -> None:
-        limits = self.config.limits
-        sizes = {
-            FieldType.TEXT: limits.text_size,
-            FieldType.AUDIO: limits.audio_size,
-            FieldType.VIDEO: limits.video_size,
-        }
-        links = [(question, link) for question in questions for link in question.links]
-        if not links:
-            return
-        # A few at a time: 128 inputs of 20 MB each must not arrive at once.
-        gate = asyncio.Semaphore(8)
-
-        async def follow(question: Question, link: Link) -> None:
-            async with gate:
-                try:
-                    body = await fetch(link.url, self.config.urls, sizes.get(link.kind, limits.image_size))
-                    link.put(body)
-                except RequestError as error:
-                    question.payload = error
+        links = [(question, link, put) for question in questions for link, put in question.links]
+        if links:
+            payloads = await self._downloads.payloads(context, [link for _, link, _ in links])
+            for (question, _, put), payload in zip(links, payloads, strict=True):
+                if isinstance(payload, ApplianceError):
+                    question.payload = payload
                 else:
-                    context.memory.grow(len(body))
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for question, link in links:
-                    group.create_task(follow(question, link))
-        except ExceptionGroup as failed:
-            # The budget, say: one of them speaks for the request.
-            raise failed.exceptions[0] from None
+                    put(payload)
 
 
 def _reply(

@@ -16,9 +16,10 @@ from google.protobuf import struct_pb2
 
 from appliance.api import messages, methods, values
 from appliance.api.limits import Asked, options_for
+from appliance.api.messages import UrlInput
 from appliance.core.config import Limits
 from appliance.core.errors import ApplianceError, InvalidArgument, RequestError, UnknownMethod
-from appliance.core.types import FieldType, Method, MethodKind, Payload, PredictOptions, Value
+from appliance.core.types import FieldType, Media, Method, MethodKind, Payload, PredictOptions, Value
 from appliance.tasks.servable import PREDICT, Servable
 
 
@@ -39,19 +40,6 @@ _NAMES = {Rpc.GENERATE: "GenerateModelOutputs", Rpc.STREAM: "StreamModelOutputs"
 _NO_PARAMS = struct_pb2.Struct()
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """Something that lies behind a URL and must be fetched before the method can be called.
-
-    Attributes:
-        put: takes what was fetched. Raises: InputError.
-    """
-
-    url: str
-    kind: FieldType
-    put: Callable[[bytes], None]
-
-
 @dataclass(slots=True)
 class Question:
     """One input, understood.
@@ -59,24 +47,21 @@ class Question:
     Attributes:
         payload: what the method takes, once all `links` are fetched; or why there is none.
         options: how the answer is cut.
+        links: what lies behind URLs, each with who takes it once it is here.
     """
 
     method: Method
     payload: Payload | ApplianceError
     options: PredictOptions
     pythonic: bool
-    links: Sequence[Link] = ()
+    links: Sequence[tuple[UrlInput, Callable[[Payload], None]]] = ()
 
-    def take(self, payload: Payload | messages.UrlInput) -> None:
+    def take(self, payload: Payload | UrlInput) -> None:
         """Set what the method takes, or the link that leads to it."""
-        if isinstance(payload, Payload):
+        if isinstance(payload, UrlInput):
+            self.links = ((payload, self.take),)
+        else:
             self.payload = payload
-            return
-
-        def put(body: bytes) -> None:
-            self.payload = payload.finish(body)
-
-        self.links = (Link(payload.url, payload.kind, put),)
 
 
 @dataclass(slots=True)
@@ -207,12 +192,21 @@ def _fill(question: Question, arguments: dict[str, Value]) -> None:
     method = question.method
     question.payload = Payload(arguments=arguments)
     question.links = [
-        Link(media.url, kind, partial(setattr, media, "content"))
+        (UrlInput(media.url, _content, kind), partial(_put, media))
         for field in method.arguments
         for kind, media in values.links(field, arguments[field.name])
     ]
     if method.least:
         question.options = dataclasses.replace(question.options, min_value=np.float32(arguments[method.least]))
+
+
+def _content(body: bytes) -> Payload:
+    """Any kind of file, as it came."""
+    return Payload(image=body)
+
+
+def _put(media: Media, fetched: Payload) -> None:
+    media.content = fetched.image or b""
 
 
 def _returns_concepts(method: Method) -> bool:

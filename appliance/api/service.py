@@ -91,7 +91,7 @@ class Api:
         self._authenticator = authenticator
         self._budget = budget
         self._metrics = metrics
-        self._predictions = Predictions(config, repository)
+        self._predictions = Predictions(config, repository, metrics)
         self._catalogue = Catalogue(config, repository)
         self._errors = RateLimitedLog(_log)
         self._running: set[asyncio.Task[Any]] = set()
@@ -110,9 +110,13 @@ class Api:
     def configure(self, config: Config) -> None:
         """Take over a new configuration; calls in flight finish under the old one."""
         self._config = config
-        self._predictions.config = config
+        self._predictions.configure(config)
         self._catalogue.config = config
         self._authenticator.configure(config)
+
+    def catalog_changed(self) -> None:
+        """Let go of what belongs to servables that are not served any more."""
+        self._predictions.forget_gone()
 
     def endpoints(self) -> dict[str, Endpoint]:
         """Endpoint by full gRPC method name; every other method is unimplemented."""

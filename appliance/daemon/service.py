@@ -36,6 +36,7 @@ from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.front import open_front, pass_through_warning
 from appliance.engine import session
 from appliance.engine.worker import LocalEngine
+from appliance.media import fetch
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
 
@@ -93,6 +94,7 @@ class Daemon:
         self._notifier = Notifier()
         stack.enter_context(_lock(config.catalog.state_dir))
         self._certificates = CertificateFiles(config)
+        _check_urls(config)
         self._keys = KeyStore(config.auth.keys_file)
         self._metrics = Metrics()
         self._metrics.build.info({"version": __version__, "onnxruntime": session.version()})
@@ -275,6 +277,7 @@ class Daemon:
         if problems:  # the new file is sound, but not together with what only a restart can change
             raise configuration.ConfigInvalid(problems)
         keys = KeyStore(config.auth.keys_file)
+        _check_urls(config)
         self._certificates.reload(config)
         self._keys.adopt(keys)
         self._config = config
@@ -327,6 +330,7 @@ class Daemon:
             if bundle.key is not None
         }
         self._api.health.publish(self.readiness()[0], models)
+        self._api.catalog_changed()
         for gauge in (self._metrics.model_state, self._metrics.model_load_seconds, self._metrics.queue_rows):
             gauge.clear()  # a version that is gone leaves no sample, and no reference to its session
         for bundle in self._repository.bundles:
@@ -377,6 +381,11 @@ class Daemon:
         ):
             if warning:
                 _log.warning("%s", warning)
+        kept = self._config.cache.size + _memory_for_requests(self._config)
+        if self._config.cache.size and kept > usable_memory():
+            _log.warning(
+                "cache.size and limits.memory_in_flight together are more than the memory this service may use"
+            )
         if self._config.auth.require in ("key", "both") and not len(self._keys):
             _log.warning("there is no key yet, so nobody can call; make one with `appliance keys create`")
 
@@ -398,6 +407,12 @@ class Daemon:
 def _memory_for_requests(config: Config) -> int:
     """Bytes that requests may hold at once."""
     return config.limits.memory_in_flight or usable_memory() // 4
+
+
+def _check_urls(config: Config) -> None:
+    """Raises: CertificateError: the authorities of hosts that inputs are fetched from cannot be read."""
+    if config.urls.ca is not None:
+        fetch.trust(config.urls.ca)
 
 
 def _described_servable(servable: Servable) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -40,6 +41,7 @@ _FEW = 8
 """Headers that are looked at on the loop; more would make its other callers wait."""
 
 Answer = Result | ApplianceError
+_serials = itertools.count(1)
 _T = TypeVar("_T")
 
 
@@ -125,6 +127,9 @@ class Servable:
         self.notes = notes
         self._pool = pool
         self._decode_seconds = metrics.decode_seconds.labels(self.key.model_id, self.version)
+
+        self.serial = next(_serials)
+        """No other load has it, not even one of the same version: what was computed by this one bears it."""
 
         self.companion: object = None
         """What whoever serves it has made for it and keeps here, so that both go together."""

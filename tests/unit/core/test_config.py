@@ -172,7 +172,11 @@ def test_the_message_has_one_line_for_each_problem(write: Callable[..., Path]) -
         ("[log]\nlevle = 1\n", "log.levle", "Did you mean 'level'?"),
         ("[catlog]\nroot = 1\n", "catlog", "Did you mean 'catalog'?"),
         ('[[principal]]\nname = "a"\nmodel = ["x"]\n', "principal.0.model", "Did you mean 'models'?"),
-        ("[urls]\nzzz = 1\n", "urls.zzz", "Known here: hosts, private_addresses, timeout_s."),
+        (
+            "[urls]\nzzz = 1\n",
+            "urls.zzz",
+            "Known here: ca, connections, connections_per_principal, hosts, private_addresses, timeout_s.",
+        ),
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest_known_one(
@@ -450,7 +454,12 @@ TAKEN_OVER_LIVE = {
     "limits.request_timeout_s": "read for every request",
     "urls.hosts": "read for every request",
     "urls.private_addresses": "read for every request",
+    "urls.ca": "Downloads.configure",
     "urls.timeout_s": "read for every request",
+    "urls.connections": "Downloads.configure",
+    "urls.connections_per_principal": "Downloads.configure",
+    "cache.size": "PredictCache.configure",
+    "cache.ttl_s": "PredictCache.configure",
     "log.level": "logs.set_level",
     "log.sample": "read for every request",
     "shutdown.lame_duck_s": "read when draining",
