@@ -64,9 +64,12 @@ def method_name(data: resources_pb2.Data) -> str:
     return data.metadata.fields[METHOD_KEY].string_value
 
 
-def is_pythonic(data: resources_pb2.Data) -> bool:
-    """Whether an input is of the method protocol: it names a method, or brings arguments as parts (PROTOCOL 4.3)."""
-    return bool(data.parts) or bool(method_name(data))
+def is_pythonic(data: resources_pb2.Data, kind: str) -> bool:
+    """Whether an input is of the method protocol: it names a method, or brings arguments as parts (PROTOCOL 4.3).
+
+    Args:    kind: of the task; raw tensors have no other old form than parts, so that only a name makes them pythonic.
+    """
+    return bool(method_name(data)) or (bool(data.parts) and kind != "ndarray")
 
 
 def arguments(method: Method, data: resources_pb2.Data) -> Mapping[str, resources_pb2.Data]:

@@ -18,11 +18,12 @@ from appliance.api.cache import PredictCache
 from appliance.api.context import Context
 from appliance.api.downloads import Downloads
 from appliance.api.limits import check_input_count
+from appliance.api.placement import Ids, chosen
 from appliance.api.questions import Conversation, Question, Rpc, options_of, understand
 from appliance.api.replies import Reply, ReplyWriter
 from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError, NotPermitted, PlacementUnknown
+from appliance.core.errors import ApplianceError, NotPermitted
 from appliance.core.metrics import Metrics
 from appliance.core.types import ConceptScores, MethodKind, PredictOptions, Returned
 from appliance.engine.batcher import Outcome
@@ -152,9 +153,10 @@ class Predictions:
         conversation: Conversation | None = None,
     ) -> Sequence[Answered]:
         check_input_count(len(request.inputs), self.config.limits)
-        _check_selector(request.runner_selector)
         ids = request.user_app_id
-        with self._repository.use(ids.user_id, ids.app_id, request.model_id, request.version_id) as servable:
+        asked = Ids(ids.user_id, ids.app_id, request.model_id, request.version_id)
+        meant = chosen(request.runner_selector, asked, context.grant, self.config, self._repository)
+        with self._repository.use(*meant) as servable:
             context.model = (servable.key.model_id, servable.version)
             if not context.grant.allows(servable.key):
                 raise NotPermitted(f"Principal {context.grant.name!r} may not use model {servable.key}.")
@@ -249,14 +251,6 @@ def _writer(servable: Servable) -> ReplyWriter:
     if not isinstance(servable.companion, ReplyWriter):
         servable.companion = ReplyWriter(servable)
     return servable.companion
-
-
-def _check_selector(selector: resources_pb2.RunnerSelector) -> None:
-    """A request that names a place must have named this one. Raises: PlacementUnknown."""
-    for kind in ("deployment", "nodepool", "runner"):
-        name = getattr(selector, kind).id
-        if name:
-            raise PlacementUnknown(kind, name)
 
 
 def _signatures(

@@ -96,7 +96,7 @@ def understand(
     questions = []
     unknown: list[str] = []
     for given in request.inputs:
-        pythonic = methods.is_pythonic(given.data)
+        pythonic = methods.is_pythonic(given.data, servable.task.kind)
         try:
             method = _method_of(servable, given.data, rpc)
         except UnknownMethod as error:

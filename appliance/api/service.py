@@ -25,12 +25,15 @@ from google.rpc import status_pb2 as rpc_status_pb2  # type: ignore[import-untyp
 from appliance.api import messages, methods, status
 from appliance.api.auth import Authenticator
 from appliance.api.catalogue import RPCS, Catalogue
+from appliance.api.compute import Compute
 from appliance.api.context import Context
 from appliance.api.health import Health
 from appliance.api.predict import Begun, Predictions
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
+from appliance.api.workflows import WorkflowResults
 from appliance.catalog.repository import Repository
+from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, InvalidRequest, Overloaded
 from appliance.core.logs import RateLimitedLog
@@ -86,13 +89,18 @@ class Api:
         authenticator: Authenticator,
         budget: MemoryBudget,
         metrics: Metrics,
+        workflows: Workflows | None = None,
     ) -> None:
+        """Args: workflows: those that are served; None for none."""
         self.health = Health()
         self._authenticator = authenticator
         self._budget = budget
         self._metrics = metrics
         self._predictions = Predictions(config, repository, metrics)
         self._catalogue = Catalogue(config, repository)
+        self._compute = Compute(config, repository)
+        workflows = workflows or Workflows(config.catalog)
+        self._workflows = WorkflowResults(config, repository, workflows, self._predictions, metrics)
         self._errors = RateLimitedLog(_log)
         self._running: set[asyncio.Task[Any]] = set()
         self._quick_calls: set[_QuickCall] = set()
@@ -112,6 +120,8 @@ class Api:
         self._config = config
         self._predictions.configure(config)
         self._catalogue.config = config
+        self._compute.config = config
+        self._workflows.config = config
         self._authenticator.configure(config)
 
     def catalog_changed(self) -> None:
@@ -120,7 +130,8 @@ class Api:
 
     def endpoints(self) -> dict[str, Endpoint]:
         """Endpoint by full gRPC method name; every other method is unimplemented."""
-        catalogue, predictions = self._catalogue, self._predictions
+        catalogue, compute, predictions = self._catalogue, self._compute, self._predictions
+        workflows = self._workflows
         unary: dict[str, Handler] = {
             "PostModelOutputs": predictions.post,
             "GetModel": catalogue.get_model,
@@ -132,6 +143,19 @@ class Api:
             "ListConcepts": catalogue.list_concepts,
             "GetModelType": catalogue.get_model_type,
             "ListModelTypes": catalogue.list_model_types,
+            "PostWorkflowResults": workflows.post_results,
+            "GetWorkflow": workflows.get_workflow,
+            "ListWorkflows": workflows.list_workflows,
+            "GetWorkflowVersion": workflows.get_workflow_version,
+            "ListWorkflowVersions": workflows.list_workflow_versions,
+            "GetComputeCluster": compute.get_compute_cluster,
+            "ListComputeClusters": compute.list_compute_clusters,
+            "GetNodepool": compute.get_nodepool,
+            "ListNodepools": compute.list_nodepools,
+            "GetDeployment": compute.get_deployment,
+            "ListDeployments": compute.list_deployments,
+            "GetRunner": compute.get_runner,
+            "ListRunners": compute.list_runners,
             "GetUser": catalogue.get_user,
             "MyScopes": catalogue.my_scopes,
             "ListStatusCodes": catalogue.list_status_codes,

@@ -196,8 +196,8 @@ def read_config(
     path = bundle / CONFIG_FILE
     if not path.is_file():
         return None, None, ()
-    raw = _read_yaml(path)
-    unreadable = list(_unshowable(raw))
+    raw = read_yaml(path)
+    unreadable = list(unshowable(raw))
     if unreadable:
         raise BundleInvalid(f"{path} has problems: {'; '.join(unreadable[:20])}.")
     unknown = sorted(str(key) for key in raw if key not in CLARIFAI_KEYS and key != "onnx")
@@ -247,10 +247,17 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(
+    path: Path, section: str = "`model:` section; see models/README.md", remedy: str = "put labels into a labels.txt"
+) -> dict[str, Any]:
+    """A small YAML file, plain data only.
+
+    Args:    section: what it must have at least. remedy: what helps when it is too large.
+    Raises:  BundleInvalid: it cannot be read, is too large, no YAML or no mapping.
+    """
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise BundleInvalid(f"{path} is over {MAX_CONFIG_BYTES} bytes; put labels into a labels.txt.")
+            raise BundleInvalid(f"{path} is over {MAX_CONFIG_BYTES} bytes; {remedy}.")
         raw = yaml.load(read_text(path, MAX_CONFIG_BYTES), _Loader)  # noqa: S506  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: a date like 2024-99-99. RecursionError: thousands of brackets.
@@ -258,7 +265,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise BundleInvalid(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(raw, dict):
-        raise BundleInvalid(f"{path} must be a mapping with a `model:` section; see models/README.md.")
+        raise BundleInvalid(f"{path} must be a mapping with a {section}.")
     return raw
 
 
@@ -266,7 +273,7 @@ _WHY_NO_TEXT = "holds a control character or half of a surrogate pair; take it o
 _WHY_NO_LABEL = "holds a line end, a control character or half of a surrogate pair; take it out"
 
 
-def _unshowable(raw: object) -> Iterator[str]:
+def unshowable(raw: object) -> Iterator[str]:
     """A problem for every key or text of a YAML document that nothing could show, with the place of it."""
     seen: set[int] = set()  # an alias may lead to what was seen, even in a circle
     waiting: list[tuple[str, object]] = [("", raw)]
@@ -523,7 +530,7 @@ def as_yaml(config: BundleConfig, before: Path | None = None) -> str:
     Args:    before: the file it takes the place of; keys of it that we do not read are kept.
     Raises:  BundleInvalid: that file cannot be read.
     """
-    kept = _read_yaml(before) if before and before.is_file() else {}
+    kept = read_yaml(before) if before and before.is_file() else {}
     content: dict[str, Any] = {
         "model": {
             "id": config.key.model_id,

@@ -26,6 +26,7 @@ _COMMANDS = {
     "certs": "certs",
     "keys": "keys",
     "models": "models",
+    "workflows": "workflows",
 }
 """Verb → module of this folder. Each is imported when it is wanted: `connect` runs on clients' hosts, where there is no
 onnxruntime, and where a forwarder need not hold a model server in memory."""

@@ -1,8 +1,8 @@
 """Configuration: frozen models of the sections, read from layers, every problem reported at once.
 
 Layers, later ones win: built-in defaults → vendor file → main file → `conf.d/*.toml` in name order → `APPLIANCE_*`
-environment (`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value is read as TOML, else as text). The
-`[[principal]]` tables of all files are put one behind the other, so that a drop-in file can add one.
+environment (`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value is read as TOML, else as text).
+`[[principal]]` and `[[deployment]]` tables of all files are put one behind the other: a drop-in file can add one.
 """
 
 import difflib
@@ -395,6 +395,41 @@ class Catalog(Section):
         description="App of bundles whose config.yaml names no app_id.",
         json_schema_extra={"restart": True},
     )
+    workflows: FilePath | None = Field(
+        None,
+        examples=["/var/lib/inference-appliance/workflows"],
+        description="Folder of workflows, a YAML file each; watched. Unset: the folder `workflows` beside the root, if "
+        "there is one.",
+    )
+
+
+class Placement(Section):
+    """What this appliance is called as a place to run: one nodepool of a compute cluster."""
+
+    user_id: Name | None = Field(
+        None, examples=["acme"], description="Owner of the cluster and its deployments; unset: catalog.user_id."
+    )
+    compute_cluster_id: Name = Field("on-prem", description="The compute cluster that this appliance belongs to.")
+    nodepool_id: Name | None = Field(
+        None, examples=["plant-7"], description="The nodepool that this appliance is; unset: this machine's host name."
+    )
+
+
+class Deployment(Section):
+    """A deployment id that clients name, and the model it means. Written as [[deployment]]. Besides, each model has a
+    deployment of its own, called like the model."""
+
+    id: Name = Field(examples=["prod-digits"], description="The id that clients name, `deployment_id` of the SDKs.")
+    model: Name = Field(examples=["digits"], description="The model's id.")
+    user_id: Name | None = Field(
+        None, examples=["appliance"], description="The model's user; unset: any, when only one has such a model."
+    )
+    app_id: Name | None = Field(
+        None, examples=["main"], description="The model's app; unset: any, when only one has such a model."
+    )
+    version: Name | None = Field(
+        None, examples=["1"], description="The version it stays with; unset: the newest that is ready."
+    )
 
 
 class Engine(Section):
@@ -603,6 +638,8 @@ class Config(Section):
     auth: Auth = Auth()
     principal: tuple[Principal, ...] = ()
     catalog: Catalog = Catalog()
+    placement: Placement = Placement()
+    deployment: tuple[Deployment, ...] = ()
     engine: Engine = Engine()
     limits: Limits = Limits()
     urls: Urls = Urls()
@@ -610,6 +647,10 @@ class Config(Section):
     admin: Admin = Admin()
     log: Log = Log()
     shutdown: Shutdown = Shutdown()
+
+
+_TABLES: Mapping[str, type[Section]] = {"principal": Principal, "deployment": Deployment}
+"""Sections that there may be several of: arrays of tables."""
 
 
 def cross_problems(config: Config) -> list["Problem"]:
@@ -685,6 +726,15 @@ def cross_problems(config: Config) -> list["Problem"]:
                     )
                 )
             owner[identity] = principal.name
+    deployments: set[str] = set()
+    for index, deployment in enumerate(config.deployment):
+        if deployment.id in deployments:
+            problems.append(
+                Problem(
+                    f"deployment.{index}.id", deployment.id, "is used twice", "Give each [[deployment]] its own id."
+                )
+            )
+        deployments.add(deployment.id)
     return problems
 
 
@@ -800,11 +850,11 @@ def example() -> str:
         "# `appliance check` says what is wrong, `appliance config show` what is in force and where it came from.",
     ]
     for name, info in Config.model_fields.items():
-        section = Principal if name == "principal" else info.annotation
+        section = _TABLES.get(name, info.annotation)
         assert isinstance(section, type)
         assert issubclass(section, Section)
-        header = f"[[{name}]]" if name == "principal" else f"[{name}]"
-        lines += ["", f"# {(section.__doc__ or '').strip()}", f"#{header}" if name == "principal" else header]
+        header = f"#[[{name}]]" if name in _TABLES else f"[{name}]"
+        lines += ["", *_comment(section.__doc__ or ""), header]
         for key, field in section.model_fields.items():
             restart = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("restart")
             lines += _comment((field.description or "") + (" Needs a restart." if restart else ""))
@@ -884,7 +934,7 @@ def _environment_value(text: str) -> object:
 
 def _merge(into: dict[str, Any], origins: dict[str, str], layer: dict[str, Any], origin: str) -> None:
     for section, content in layer.items():
-        if section == "principal" and isinstance(content, list):
+        if section in _TABLES and isinstance(content, list):
             into[section] = [*into.get(section, []), *content]
             origins[section] = origin
         elif isinstance(content, dict) and isinstance(into.get(section, {}), dict):
@@ -918,8 +968,8 @@ def _problem(entry: Any, merged: dict[str, Any], origins: Mapping[str, str]) -> 
 def _section_type(location: list[str]) -> type[Section] | None:
     if not location:
         return Config
-    if location[0] == "principal":
-        return Principal
+    if location[0] in _TABLES:
+        return _TABLES[location[0]]
     info = Config.model_fields.get(location[0])
     annotation = info.annotation if info else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
@@ -939,15 +989,15 @@ def _field(location: list[str]) -> Any:
 def _unindexed(key: str) -> str:
     """Origins are kept by section and key: `principal.0.name` came from where `principal` came from."""
     parts = key.split(".")
-    return parts[0] if parts[0] == "principal" else ".".join(parts[:2])
+    return parts[0] if parts[0] in _TABLES else ".".join(parts[:2])
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif key == "principal" and isinstance(value, list):
+        elif key in _TABLES and isinstance(value, list):
             for index, table in enumerate(value):
-                yield from _flatten(table, f"principal.{index}.")
+                yield from _flatten(table, f"{key}.{index}.")
         else:
             yield prefix + key, value

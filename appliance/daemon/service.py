@@ -23,6 +23,7 @@ from appliance.api.rest import rest_routes
 from appliance.api.service import Api
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.repository import Repository, State, describe
+from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
 from appliance.core import logs
 from appliance.core.config import Config, LoadedConfig
@@ -111,7 +112,8 @@ class Daemon:
         stack.push_async_callback(self._repository.close)
         self._budget = MemoryBudget(_memory_for_requests(config))
         authenticator = Authenticator(config, self._keys, trust=self._certificates.trust)
-        self._api = Api(config, self._repository, authenticator, self._budget, self._metrics)
+        self._workflows = Workflows(config.catalog, self._repository)
+        self._api = Api(config, self._repository, authenticator, self._budget, self._metrics, self._workflows)
         self._metrics.watch(self._metrics.keys, lambda: len(self._keys))
         self._warn()
 
@@ -138,11 +140,12 @@ class Daemon:
     async def _load_models(self, stack: contextlib.AsyncExitStack) -> None:
         """Wait until every wanted bundle is ready or failed, but not for ever; a stop does not wait for it."""
         self._spawn(self._repository.run(), stack)
+        self._spawn(self._workflows.run(), stack)
         self._spawn(self._tick(), stack)
         wait_s = self._config.catalog.start_wait_s
         self._notifier.extend_timeout(wait_s + 10)
-        settled = asyncio.ensure_future(self._repository.wait_settled())
-        stopped = asyncio.ensure_future(self._stop.wait())
+        settled: asyncio.Future[Any] = asyncio.gather(self._repository.wait_settled(), self._workflows.wait_settled())
+        stopped: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({settled, stopped}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
         settled.cancel()
         stopped.cancel()
@@ -152,7 +155,7 @@ class Daemon:
             return
         self._phase = Phase.READY
         self._publish()
-        waiting = self._repository.not_ready()
+        waiting = self._not_ready()
         for name, problem in waiting.items():
             _log.warning("not ready: %s", problem, extra={"bundle": name})
         ports = " ".join(f"{name}={port}" for name, port in self.ports.items())
@@ -256,8 +259,9 @@ class Daemon:
                 raise ConfigError("The reload failed unexpectedly; the daemon's log tells more.") from error
             self._api.configure(self._config)
             self._budget.limit = _memory_for_requests(self._config)
-            self._repository.settings = self._config.catalog
+            self._repository.settings = self._workflows.settings = self._config.catalog
             self._repository.wake()
+            self._workflows.wake()
             self._warn()
             self._metrics.reloads.labels("ok").inc()
             _log.info("reloaded: %s", message)
@@ -290,7 +294,7 @@ class Daemon:
 
     def readiness(self) -> tuple[bool, dict[str, object]]:
         """Whether we serve, and who is not ready and why."""
-        problems = self._repository.not_ready()
+        problems = self._not_ready()
         some = any(v.ready for b in self._repository.bundles for v in b.versions.values())
         ready = self._phase is Phase.READY and (some or not self._repository.bundles)
         return ready, {"ready": ready, "phase": self._phase.name.lower(), "not_ready": problems}
@@ -308,11 +312,17 @@ class Daemon:
             "onnxruntime": session.version(),
             "in_flight": self._api.in_flight,
             "catalog": self._described_catalog(),
+            "workflows": self._workflows.describe(),
         }
 
     async def look(self) -> None:
-        """Look at the catalog's root now."""
+        """Look at the catalog's root and the workflows now."""
+        await self._workflows.look()
         await self._repository.look()
+
+    def _not_ready(self) -> dict[str, str]:
+        """Bundles, versions and workflows that do not answer, and why."""
+        return self._repository.not_ready() | self._workflows.problems()
 
     def _described_catalog(self) -> list[dict[str, object]]:
         return describe(self._repository, _described_servable)
