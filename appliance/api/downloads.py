@@ -69,13 +69,17 @@ class Downloads:
         wanted = {(link.url, link.finish): link for link in links}
         found: dict[object, Payload | RequestError] = {}
 
-        async def get(key: object, link: UrlInput) -> None:
-            found[key] = await self._payload(context, link)
+        left = iter(wanted.items())
+
+        async def work() -> None:
+            for key, link in left:
+                found[key] = await self._payload(context, link)
 
         try:
             async with asyncio.TaskGroup() as group:
-                for key, link in wanted.items():
-                    group.create_task(get(key, link))
+                # More of them would only wait, and make a long queue for others to be looked through.
+                for _ in range(min(len(wanted), self._urls.connections_per_principal)):
+                    group.create_task(work())
         except ExceptionGroup as failed:
             # One of them speaks for the request.
             raise failed.exceptions[0] from None

@@ -94,7 +94,7 @@ async def fetch(
                 target = _redirected(target, answer.location, policy)
     except TimeoutError as error:
         raise DownloadFailed(f"The URL did not deliver within {policy.timeout_s:g} s (urls.timeout_s).") from error
-    except (h11.ProtocolError, OSError) as error:
+    except (h11.ProtocolError, OSError, ValueError) as error:  # ValueError: a host name that ssl will not take
         raise DownloadFailed(_UNREACHABLE, detail=_said(error)) from error
     raise DownloadFailed(f"The URL redirects more than {_REDIRECTS} times.")
 

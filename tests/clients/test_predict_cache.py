@@ -32,7 +32,7 @@ def test_the_stub_is_answered_from_the_cache_and_the_sdk_cannot_ask(
     appliance: Appliance, pki: Pki, matrix: Matrix
 ) -> None:
     """Three equal calls run the model once."""
-    matrix.row("Python stub clarifai-grpc", "`PostModelOutputsRequest(use_predict_cache=True)`")
+    matrix.row("clarifai-grpc 12.6.0", "`PostModelOutputsRequest(use_predict_cache=True)`")
     matrix.row(
         "Python SDK 12.5.0",
         "`use_predict_cache`",
@@ -56,4 +56,4 @@ def test_the_stub_is_answered_from_the_cache_and_the_sdk_cannot_ask(
     assert appliance.metric('inference_appliance_batch_rows_sum{model="digits",version="1"}') == 1
     assert found["sources"] > 50
     assert not found["sdk_knows_it"]
-    assert found["versions"]["clarifai"] == "12.5.0"
+    assert (found["versions"]["clarifai"], found["versions"]["clarifai-grpc"]) == ("12.5.0", "12.6.0")

@@ -75,6 +75,9 @@ def test_a_reload_turns_it_on_and_off(make_appliance: Make, pki: Pki) -> None:
         for _ in range(3):
             client.predict(request)
         assert runs(appliance)[1] == 1
+        appliance.write_config(cache={"size": "1000TiB"})
+        appliance.command("reload")
+        assert "cache.size and limits.memory_in_flight together are more than the memory" in appliance.log
         appliance.write_config(cache={"size": 0})
         appliance.command("reload")
         assert count(appliance, "entries") == 0

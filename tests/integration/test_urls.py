@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support.appliance import PATIENCE_S, ROOT, Pki
+from support.appliance import PATIENCE_S, ROOT, Appliance, Pki
 
 _SCRIPT = """
 ip link set lo up && mount --bind "$1" /etc/resolv.conf && shift && exec "$@"
@@ -90,3 +93,24 @@ def test_the_callers_key_and_the_services_proxies_stay_here(seen: dict[str, Any]
 def test_the_log_says_why_and_names_no_query(seen: dict[str, Any]) -> None:
     assert "it leads to 10.0.0.5" in seen["log"]
     assert "sig=1" not in seen["log"]
+
+
+def test_authorities_that_cannot_be_read_are_found_before_they_are_needed(
+    make_appliance: Callable[..., Appliance], tmp_path: Path
+) -> None:
+    """By `appliance check`, at the start, and at a reload, which leaves everything as it was."""
+    ca = tmp_path / "urls-ca.pem"
+    appliance = make_appliance("digits", urls={"hosts": ["images.example.com"], "ca": str(ca)})
+    checked = appliance.command("check", "--skip-models", check=False)
+    assert checked.returncode == 1
+    assert f"fail  urls           urls.ca {ca} cannot be used: No such file or directory" in checked.stdout
+    assert appliance.spawn().wait(PATIENCE_S) != 0
+    assert f"urls.ca {ca} cannot be used" in appliance.log
+    shutil.copy(appliance.tls / "ca.crt", ca)
+    assert appliance.command("check", "--skip-models", check=False).returncode == 0
+    with appliance:
+        ca.write_text("no certificate")
+        refused = appliance.command("reload", check=False)
+        assert refused.returncode != 0
+        assert "it is not a PEM file of certificates" in refused.stderr + refused.stdout
+        assert appliance.admin("/readyz")["ready"] is True
