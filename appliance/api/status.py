@@ -8,10 +8,27 @@ Where Clarifai documents no code the choice is ours (DESIGN "Limits").
 from dataclasses import dataclass
 
 from clarifai_grpc.grpc.api.status import status_code_pb2, status_pb2
+from google.protobuf import any_pb2
+from google.rpc import status_pb2 as rpc_status_pb2  # type: ignore[import-untyped]
 
 from appliance.core import errors
 from appliance.core.errors import ApplianceError
-from appliance.core.types import RpcStatus
+from appliance.core.types import RpcAbort, RpcStatus
+
+_GRPC = {
+    400: RpcStatus.INVALID_ARGUMENT,
+    401: RpcStatus.UNAUTHENTICATED,
+    403: RpcStatus.PERMISSION_DENIED,
+    404: RpcStatus.NOT_FOUND,
+    405: RpcStatus.UNIMPLEMENTED,
+    413: RpcStatus.INVALID_ARGUMENT,
+    429: RpcStatus.RESOURCE_EXHAUSTED,
+    499: RpcStatus.CANCELLED,
+    500: RpcStatus.INTERNAL,
+    503: RpcStatus.UNAVAILABLE,
+    504: RpcStatus.DEADLINE_EXCEEDED,
+}
+"""HTTP status → gRPC status, as google.rpc.Code pairs them; an input that is too large will be so the next time too."""
 
 Code = status_code_pb2.StatusCode
 
@@ -33,6 +50,11 @@ class Row:
     http: int
     rpc: RpcStatus = RpcStatus.OK
     reason: str = ""
+
+    @property
+    def grpc(self) -> RpcStatus:
+        """gRPC status in protocols whose replies carry no status of their own (KServe)."""
+        return _GRPC[self.http] if self.rpc is RpcStatus.OK else self.rpc
 
 
 INTERNAL = Row(Code.INTERNAL_SERVER_ISSUE, "Internal error", 500)
@@ -88,6 +110,27 @@ def row_of(error: Exception) -> Row:
     if isinstance(error, errors.PlacementUnknown):
         return _PLACEMENTS[error.kind]
     return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), INTERNAL)
+
+
+class Refusal(RpcAbort):
+    """Ends a call with what the table says of an error; a surface that speaks HTTP finds the error itself in it.
+
+    Attributes:
+        row: the error's.
+        error: what went wrong; its sentence is `message` unless it was not foreseen.
+        req_id: what users quote.
+    """
+
+    def __init__(self, error: Exception, req_id: str = "") -> None:
+        self.row = row_of(error)
+        self.error = error
+        self.req_id = req_id
+        told = of_error(error, req_id)
+        details = rpc_status_pb2.Status(code=int(self.row.grpc), message=told.details)
+        packed = any_pb2.Any()
+        packed.Pack(told)
+        details.details.append(packed)
+        super().__init__(self.row.grpc, told.details, details.SerializeToString())
 
 
 def success(req_id: str = "") -> status_pb2.Status:

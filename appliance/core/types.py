@@ -79,6 +79,7 @@ class RpcStatus(enum.IntEnum):
 
     OK = 0
     CANCELLED = 1
+    INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     PERMISSION_DENIED = 7
