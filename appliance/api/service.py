@@ -306,7 +306,7 @@ class Api:
             raise DeadlineExceeded
         try:
             async with asyncio.timeout(seconds) as timer:
-                request = body if isinstance(rpc, _Door) else await _parse(rpc, body)
+                request = body if isinstance(rpc, _Door) else await _parse(rpc, context.call.reader, body)
                 return _serialised(await handler(context, request))
         except TimeoutError as error:
             if timer.expired():
@@ -328,7 +328,7 @@ class Api:
         _log.error("unforeseen error", exc_info=error, extra={"method": rpc.name, "req_id": req_id})
         if isinstance(rpc, _Door):
             raise self._ended_in(rpc, error, req_id, context)
-        return _error_response(rpc, error, req_id, body)
+        return _error_response(rpc, error, req_id, call, body)
 
     def _refuse(
         self, rpc: _Form, call: Call, req_id: str, error: ApplianceError, context: Context | None, body: bytes
@@ -354,7 +354,7 @@ class Api:
             if rpc.told is None or isinstance(error, AccessError):
                 raise self._ended_in(rpc, error, req_id, context)
             return Reply(rpc.told(error), int(row.code))
-        return _error_response(rpc, error, req_id, body)
+        return _error_response(rpc, error, req_id, call, body)
 
     def _ended_in(self, rpc: _Form, error: Exception, req_id: str, context: Context | None) -> status.Refusal:
         """The status that ends a call; counted."""
@@ -519,9 +519,9 @@ def _serialised(response: Message | Reply) -> Reply:
     return Reply(response.SerializeToString(), int(response.status.code))  # type: ignore[attr-defined]
 
 
-def _error_response(rpc: _Rpc, error: Exception, req_id: str, body: bytes) -> Reply:
+def _error_response(rpc: _Rpc, error: Exception, req_id: str, call: Call, body: bytes) -> Reply:
     response = rpc.response(status=status.of_error(error, req_id))
-    if isinstance(response, service_pb2.MultiOutputResponse) and _asks_for_signatures(body):
+    if isinstance(response, service_pb2.MultiOutputResponse) and _asks_for_signatures(call, body):
         # The SDK reads outputs[0] of a failed _GET_SIGNATURES and breaks without one (PROTOCOL 2.2).
         response.outputs.add(status=response.status)
     return _serialised(response)
@@ -534,22 +534,23 @@ def _request_id(call: Call) -> str:
     return f"{prefix}-{random_part}" if prefix and _PREFIX.fullmatch(prefix) else random_part
 
 
-def _asks_for_signatures(body: bytes) -> bool:
+def _asks_for_signatures(call: Call, body: bytes) -> bool:
     """Whether that is a request for a model's signatures; looked at closely only when the word is in it."""
-    if methods.GET_SIGNATURES.encode() not in body[:4096]:
+    if methods.GET_SIGNATURES.encode() not in body[:4096] or len(body) > _LARGE_BODY:
         return False
     try:
-        inputs = service_pb2.PostModelOutputsRequest.FromString(body).inputs
-    except DecodeError:
+        inputs = (call.reader or service_pb2.PostModelOutputsRequest.FromString)(body).inputs
+    except (DecodeError, ApplianceError):
         return False
     return bool(inputs) and methods.method_name(inputs[0].data) == methods.GET_SIGNATURES
 
 
-async def _parse(rpc: _Rpc, body: bytes) -> Message:
-    """Raises: InvalidRequest: the bytes are not that message."""
+async def _parse(rpc: _Rpc, reader: Callable[[bytes], Message] | None, body: bytes) -> Message:
+    """Raises: InvalidRequest: the bytes are not that message. What a call's own reader raises."""
+    read = reader or rpc.request.FromString
     try:
         if len(body) < _LARGE_BODY:
-            return rpc.request.FromString(body)
-        return await asyncio.to_thread(rpc.request.FromString, body)
+            return read(body)
+        return await asyncio.to_thread(read, body)
     except DecodeError as error:
         raise InvalidRequest(f"The request is not a {rpc.request.DESCRIPTOR.name} message.") from error

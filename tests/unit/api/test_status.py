@@ -74,6 +74,7 @@ def test_every_row_belongs_to_an_error_of_the_tree() -> None:
     ("kind", "code"),
     [
         (errors.InvalidRequest, 11100),
+        (errors.EncodingNotRead, 11100),
         (errors.NoInputs, 39999),
         (errors.TooManyInputs, 30105),
         (errors.InvalidArgument, 21202),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget
-from appliance.wire import http1
+from appliance.wire import asgi, http1
 from appliance.wire.http1 import Http1
 from appliance.wire.peer import Peer
 from appliance.wire.settings import WireSettings
@@ -410,7 +410,8 @@ async def test_a_refusal_quotes_nothing_of_what_was_sent(
 
 async def test_a_body_over_the_limit_is_refused_by_its_length_before_it_comes() -> None:
     meeting = Meeting(echo)
-    status, code, sentence = details(await meeting.say(request("POST / HTTP/1.1", f"Content-Length: {MIB + 1}")))
+    over = asgi.body_limit(SETTINGS) + 1
+    status, code, sentence = details(await meeting.say(request("POST / HTTP/1.1", f"Content-Length: {over}")))
     assert (status, code) == (413, 30105)
     assert f"limits.request_size, {MIB} bytes" in sentence
     await meeting.leave()
@@ -419,15 +420,17 @@ async def test_a_body_over_the_limit_is_refused_by_its_length_before_it_comes() 
 async def test_a_chunked_body_over_the_limit_is_refused_when_it_is_over() -> None:
     meeting = Meeting(echo)
     chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
-    assert await meeting.say(request("POST / HTTP/1.1", CHUNKED) + 16 * chunk) == b""
+    last = b"400\r\n" + bytes(0x400) + b"\r\n"
+    assert await meeting.say(request("POST / HTTP/1.1", CHUNKED) + 24 * chunk + last) == b""
     assert details(await meeting.say(b"1\r\nx\r\n"))[:2] == (413, 30105)
     await meeting.leave()
 
 
 async def test_a_body_at_the_limit_is_served() -> None:
     meeting = Meeting(echo)
-    sent = await meeting.say(request("POST / HTTP/1.1", f"Content-Length: {MIB}", body=b"x" * MIB))
-    assert len(said(sent)[0][2]) == MIB
+    size = asgi.body_limit(SETTINGS)
+    sent = await meeting.say(request("POST / HTTP/1.1", f"Content-Length: {size}", body=b"x" * size))
+    assert len(said(sent)[0][2]) == size
     await meeting.leave()
 
 
