@@ -6,6 +6,7 @@ has no error for one row of many: an input at fault fails the request. `kserve` 
 Source: kserve/open-inference-protocol, specification/protocol.
 """
 
+import base64
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -66,12 +67,17 @@ class Declared:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor with its values: an array of `shape`, or the elements of a BYTES tensor in C order."""
+    """A tensor with its values: an array of `shape`, or the elements of a BYTES tensor in C order.
+
+    Attributes:
+        textual: whether the elements came as texts; then files are base64.
+    """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     values: Array | list[bytes]
+    textual: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +166,10 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], data: bytes | m
         )
     if dtype.kind == "b" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
         raise InvalidInput(f"The input {name[:80]!r} is BOOL and has bytes that are neither 0 nor 1.")
-    return Tensor(name, datatype, shape, _shaped(name, shape, np.frombuffer(data, dtype)))
+    array = np.frombuffer(data, dtype)
+    if not array.flags.aligned:  # a tensor behind JSON of any length
+        array = array.copy()
+    return Tensor(name, datatype, shape, _shaped(name, shape, array))
 
 
 def from_array(name: str, datatype: str, shape: tuple[int, ...], values: Array) -> Tensor:
@@ -174,6 +183,16 @@ def from_elements(name: str, shape: tuple[int, ...], elements: Sequence[bytes], 
     _check_count(name, shape, len(elements))
     _check_elements(len(elements), limits)
     return Tensor(name, BYTES, shape, list(elements))
+
+
+def from_texts(name: str, shape: tuple[int, ...], texts: Sequence[str], limits: Limits) -> Tensor:
+    """A BYTES tensor from where there are no bytes. Raises: InvalidInput, TooManyInputs."""
+    _check_count(name, shape, len(texts))
+    _check_elements(len(texts), limits)
+    try:
+        return Tensor(name, BYTES, shape, [text.encode() for text in texts], textual=True)
+    except UnicodeEncodeError:
+        raise InvalidInput(f"The input {name[:80]!r} has half a character (a lone surrogate).") from None
 
 
 def to_bytes(tensor: Tensor) -> bytes | memoryview:
@@ -311,7 +330,18 @@ def _payloads(servable: Servable, tensors: Sequence[Tensor]) -> list[Payload]:
     assert isinstance(tensor.values, list)
     if servable.task.kind == "text":
         return [Payload(text=decode_text(element)) for element in tensor.values]
+    if tensor.textual:
+        return [Payload(image=_file(tensor.name, index, element)) for index, element in enumerate(tensor.values)]
     return [Payload(image=element) for element in tensor.values]
+
+
+def _file(name: str, index: int, element: bytes) -> bytes:
+    try:
+        return base64.b64decode(element, validate=True)
+    except ValueError:
+        raise InvalidInput(
+            f"The input {name!r} has an element {index} that is not base64, as files in JSON are; or send binary data."
+        ) from None
 
 
 def _check_axes(tensor: Tensor, spec: Declared) -> None:

@@ -72,6 +72,7 @@ TABLE: dict[type[ApplianceError], Row] = {
     errors.UnknownModel: Row(Code.MODEL_DOES_NOT_EXIST, "Model does not exist", 404, reason="unknown_model"),
     errors.UnknownType: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownStatusCode: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
+    errors.NotServed: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownUser: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.PlacementUnknown: Row(Code.DEPLOYMENT_DOES_NOT_EXIST, "Deployment does not exist", 404),
     errors.InvalidInput: Row(Code.INPUT_INVALID_ARGUMENT, "Invalid input", 400),

@@ -11,6 +11,7 @@
         UnknownModel            no such model or version
         UnknownType             no such model type
         UnknownStatusCode       no such status code
+        NotServed               something of another protocol that we do not do
         UnknownUser             a user id that is not the caller's
         PlacementUnknown        a deployment or nodepool that is not this appliance
         InputError              one input of many is at fault
@@ -102,6 +103,10 @@ class UnknownType(RequestError):
 
 class UnknownStatusCode(RequestError):
     """No such status code."""
+
+
+class NotServed(RequestError):
+    """A protocol has it, and this appliance does not serve it."""
 
 
 class UnknownUser(RequestError):

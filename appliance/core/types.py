@@ -120,12 +120,14 @@ class Payload:
         text: decoded text.
         arrays: tensors by graph input name; "" for a tensor that came without a name.
         opened: what looking at the header left for the decoder; the task's own.
+        tokens: how many the text was for the model, once it is decoded; 0 for all else.
     """
 
     image: bytes | None = None
     text: str | None = None
     arrays: dict[str, Array] = field(default_factory=dict)
     opened: object = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from typing import Any
 from appliance import __version__
 from appliance.api.auth import Authenticator
 from appliance.api.keys import KeyStore
+from appliance.api.kserve_http import kserve_routes
+from appliance.api.openai import openai_routes
 from appliance.api.pages import pages
 from appliance.api.service import Api
 from appliance.catalog.bundle import BundleConfig, VersionFolder
@@ -121,7 +123,10 @@ class Daemon:
         self._front = open_front(
             config,
             self._api.endpoints(),
-            pages(self.readiness),
+            pages(
+                self.readiness,
+                [*kserve_routes(self._api.kserve, self._api), *openai_routes(self._api.direct, self._api)],
+            ),
             self._certificates,
             self._budget,
             self._metrics,
