@@ -29,6 +29,9 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _LARGE_BODY = 1 << 20
 """Bytes from which a request is parsed on a thread."""
 
+_MANY = 100_000
+"""Numbers from which they become an array on a thread: Python looks at each."""
+
 _RAW_OUTPUT = pb.ModelInferResponse.DESCRIPTOR.fields_by_name["raw_output_contents"].number
 _INFER_RESPONSE = pb.ModelStreamInferResponse.DESCRIPTOR.fields_by_name["infer_response"].number
 
@@ -127,7 +130,7 @@ class Kserve:
     async def infer(self, context: Context, request: pb.ModelInferRequest) -> bytes:
         """ModelInfer: the reply, serialised. Raises: ApplianceError."""
         name = ModelName.parse(request.model_name, request.model_version)
-        tensors = _tensors(request, context, self.direct.config.limits)
+        tensors = await _tensors(request, context, self.direct.config.limits)
         for output in request.outputs:
             oip.check_parameters(f"The output {output.name[:80]!r}", _parameters(output.parameters), ())
         wanted = [output.name for output in request.outputs]
@@ -217,8 +220,16 @@ def _parameters(given: Mapping[str, pb.InferParameter]) -> oip.Parameters:
     return found
 
 
-def _tensors(request: pb.ModelInferRequest, context: Context, limits: Limits) -> list[oip.Tensor]:
+async def _tensors(request: pb.ModelInferRequest, context: Context, limits: Limits) -> list[oip.Tensor]:
     """The request's inputs, from raw or from typed contents. Raises: RequestError. Overloaded."""
+    typed = sum(len(values) for given in request.inputs for _, values in given.contents.ListFields())
+    context.memory.grow(16 * typed)  # as they came, and as the datatype says
+    if typed > _MANY:
+        return await asyncio.to_thread(_tensors_now, request, limits)
+    return _tensors_now(request, limits)
+
+
+def _tensors_now(request: pb.ModelInferRequest, limits: Limits) -> list[oip.Tensor]:
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InvalidInput(
@@ -234,13 +245,11 @@ def _tensors(request: pb.ModelInferRequest, context: Context, limits: Limits) ->
                 raise InvalidInput(f"The input {given.name[:80]!r} has contents beside raw_input_contents; send one.")
             tensors.append(oip.from_bytes(given.name, given.datatype, shape, raw[index], limits))
         else:
-            tensors.append(_typed(given, shape, context, limits))
+            tensors.append(_typed(given, shape, limits))
     return tensors
 
 
-def _typed(
-    given: pb.ModelInferRequest.InferInputTensor, shape: tuple[int, ...], context: Context, limits: Limits
-) -> oip.Tensor:
+def _typed(given: pb.ModelInferRequest.InferInputTensor, shape: tuple[int, ...], limits: Limits) -> oip.Tensor:
     dtype = oip.dtype_of(given.name, given.datatype)
     field = _CONTENTS.get(given.datatype)
     if field is None:
@@ -253,7 +262,6 @@ def _typed(
     values = getattr(given.contents, field)
     if dtype is None:
         return oip.from_elements(given.name, shape, values, limits)
-    context.memory.grow(len(values) * max(dtype.itemsize, 8))
     wide: Array = np.array(values, _WIRE[field])
     narrow = wide.astype(dtype, copy=False)
     if wide.dtype.kind in "iu" and not np.array_equal(wide, narrow):

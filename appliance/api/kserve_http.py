@@ -5,9 +5,10 @@ string as it is, a file is a string of base64. Errors are `{"error": "…"}` wit
 Sources: kserve/open-inference-protocol, inference_rest; triton-inference-server/server, extension_binary_data.
 """
 
+import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,12 @@ _HEADER_LENGTH = "inference-header-content-length"
 _BINARY_SIZE = "binary_data_size"
 _BINARY = "binary_data"
 _ALL_BINARY = "binary_data_output"
+
+_LARGE = 256 * 1024
+"""Bytes of JSON from which it is read and written on a thread."""
+
+_NUMBER = 64
+"""Bytes of a number as an object and as digits."""
 
 _PATH = re.compile(r"([^/]+(?:/[^/]+/[^/]+)??)(?:/versions/([^/]+))?(/ready|/infer)?")
 """What follows `/models/`: name, version, verb. A name is as short as the rest allows."""
@@ -125,7 +132,7 @@ def kserve_routes(kserve: Kserve, doors: Maker) -> list[BaseRoute]:
             wanted = [output.name for output in asked.outputs]
             model_name = ModelName.parse(name, version)
             answer = await oip.infer(kserve.direct, context, model_name, asked.tensors, wanted, asked.parameters)
-            content, json_size = _written(name, answer, asked, context.memory)
+            content, json_size = await _written(name, answer, asked, context.memory)
             if json_size is not None:
                 headers.update({_HEADER_LENGTH: str(json_size), "content-type": "application/octet-stream"})
             return Reply(content, _GOOD)
@@ -191,29 +198,45 @@ def _json(message: Message) -> Reply:
     return Reply(dumped(content), _GOOD)
 
 
-def _written(name: str, answer: oip.Answer, asked: _Asked, memory: Reservation) -> tuple[bytes, int | None]:
+async def _written(name: str, answer: oip.Answer, asked: _Asked, memory: Reservation) -> tuple[bytes, int | None]:
     """The reply's body, and how much of it is JSON where binary data follows.
 
     Raises: InvalidArgument: JSON cannot say a value. Overloaded.
     """
-    binary = {output.name for output in asked.outputs if output.binary}
+    binary = {output.name: output.binary for output in asked.outputs}
+    as_json = {tensor.name for tensor in answer.tensors if not binary.get(tensor.name, asked.all_binary)}
+    digits = (
+        sum(
+            len(tensor.values) if isinstance(tensor.values, list) else tensor.values.size
+            for tensor in answer.tensors
+            if tensor.name in as_json
+        )
+        * _NUMBER
+    )
+    memory.grow(digits)
+    if digits < _LARGE:
+        return _written_now(name, answer, asked.request_id, as_json)
+    return await asyncio.to_thread(_written_now, name, answer, asked.request_id, as_json)
+
+
+def _written_now(name: str, answer: oip.Answer, request_id: str, as_json: Set[str]) -> tuple[bytes, int | None]:
     outputs: list[dict[str, Any]] = []
     pieces: list[bytes | memoryview] = []
     for tensor in answer.tensors:
         output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
-        if tensor.name in binary or (asked.all_binary and not asked.outputs):
+        if tensor.name in as_json:
+            output["data"] = _listed(tensor)
+        else:
             data = oip.to_bytes(tensor)
             pieces.append(data)
             output["parameters"] = {_BINARY_SIZE: len(data)}
-        else:
-            output["data"] = _listed(tensor, memory)
         outputs.append(output)
     content = {"model_name": name, "model_version": answer.version, "outputs": outputs}
-    head = dumped({"id": asked.request_id, **content} if asked.request_id else content)
+    head = dumped({"id": request_id, **content} if request_id else content)
     return b"".join((head, *pieces)), len(head) if pieces else None
 
 
-def _listed(tensor: oip.Tensor, memory: Reservation) -> list[Any]:
+def _listed(tensor: oip.Tensor) -> list[Any]:
     values = tensor.values
     if isinstance(values, list):
         return [element.decode() for element in values]
@@ -222,7 +245,6 @@ def _listed(tensor: oip.Tensor, memory: Reservation) -> list[Any]:
             f"The output {tensor.name!r} has values that are not finite, and JSON has no such numbers; ask for it with "
             f'"parameters": {{"{_BINARY}": true}}.'
         )
-    memory.grow(values.size * 64)  # a number as an object, and as digits
     listed: list[Any] = values.reshape(-1).tolist()
     return listed
 
@@ -242,7 +264,10 @@ async def _read(header_length: str | None, body: bytes, memory: Reservation, lim
         size = int(header_length)
     before = memory.count
     content = await jsonbody.load(body[:size], memory)
-    asked = _Asked(_tensors(content, memoryview(body)[size:], limits))
+    if size < _LARGE:
+        asked = _Asked(_tensors(content, memoryview(body)[size:], limits))
+    else:
+        asked = _Asked(await asyncio.to_thread(_tensors, content, memoryview(body)[size:], limits))
     asked.request_id = typed(content, "id", str, "", "a string")
     parameters = _parameters(content, "The request")
     asked.all_binary = parameters.pop(_ALL_BINARY, False) is True

@@ -49,6 +49,7 @@ DTYPES: Mapping[str, "np.dtype[Any]"] = {
 
 _DATATYPES = {dtype: name for name, dtype in DTYPES.items()}
 _AXES = 32
+_LONGEST = 2**63 - 1
 _LENGTH = struct.Struct("<I")
 
 VALUES, CONCEPTS, EMBEDDING = "values", "concepts", "embedding"
@@ -145,7 +146,9 @@ def count_of(name: str, shape: Sequence[int]) -> int:
     if len(shape) > _AXES:
         raise InvalidInput(f"The input {name[:80]!r} has {len(shape)} axes; the limit is {_AXES}.")
     if any(axis < 0 for axis in shape):
-        raise InvalidInput(f"The input {name[:80]!r} has shape {list(shape)}; lengths of axes are not negative.")
+        raise InvalidInput(f"The input {name[:80]!r} has an axis of negative length.")
+    if any(axis > _LONGEST for axis in shape):  # JSON's numbers have no end
+        raise InvalidInput(f"The input {name[:80]!r} has an axis longer than any array can have.")
     return math.prod(shape)  # Python's integers do not overflow
 
 
@@ -282,8 +285,9 @@ def _options(servable: Servable, parameters: Parameters, limits: Limits) -> Pred
     known = (MAX_CONCEPTS,) if isinstance(servable.task, Classifier) else ()
     check_parameters("The request", parameters, known, "this model")
     most = parameters.get(MAX_CONCEPTS, limits.concepts_default)
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise InvalidArgument(f"The parameter {MAX_CONCEPTS} is {most!r}; it must be a whole number from 1.")
+    if type(most) is not int or not 1 <= most <= limits.concepts_max:
+        right = f"a whole number from 1 to {limits.concepts_max}"
+        raise InvalidArgument(f"The parameter {MAX_CONCEPTS} is {str(most)[:20]}; it must be {right}.")
     options, _ = options_for(Asked(max_concepts=most), servable.concepts, limits)
     return options
 

@@ -5,6 +5,7 @@ Errors are OpenAI's shape with the HTTP status of the error table, so that its c
 Sources: PROTOCOL 2.7; OpenAI API reference, "Embeddings", "Models", "Error codes".
 """
 
+import asyncio
 import base64
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -35,6 +36,12 @@ _ID = re.compile(r"(?:https?://[^/]+/)?([^/]+)/([^/]+)/models/([^/]+)(?:/version
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 _DATA_URI_HEAD = 64
 """Characters in which the head of a data URI must end."""
+
+_NUMBER = 64
+"""Bytes of a number as an object and as digits."""
+
+_MANY = 16_384
+"""Numbers from which a reply is written on a thread."""
 
 _TAKEN = ("dimensions", "encoding_format", "input", "model", "user")
 
@@ -189,14 +196,21 @@ async def _embeddings(direct: Direct, context: Context, body: bytes) -> Reply:
         results = await direct.results(context, servable, payloads, PredictOptions())
     vectors = [result.vector for result in results if isinstance(result, Embedding)]
     _check_dimensions(asked, len(vectors[0]))
-    context.memory.grow(sum(vector.size for vector in vectors) * (8 if as_base64 else 64))
     tokens = sum(payload.tokens for payload in payloads)
+    count = sum(vector.size for vector in vectors)
+    context.memory.grow(count * (8 if as_base64 else _NUMBER))
+    if count < _MANY:
+        return Reply(_reply(model, vectors, as_base64, tokens), _GOOD)
+    return Reply(await asyncio.to_thread(_reply, model, vectors, as_base64, tokens), _GOOD)
+
+
+def _reply(model: str, vectors: Sequence[Array], as_base64: bool, tokens: int) -> bytes:
     data = [
         {"object": "embedding", "index": index, "embedding": _written(vector, as_base64)}
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return Reply(dumped({"object": "list", "data": data, "model": model, "usage": usage}), _GOOD)
+    return dumped({"object": "list", "data": data, "model": model, "usage": usage})
 
 
 def _encoding(asked: Mapping[str, Any]) -> bool:

@@ -122,7 +122,7 @@ class TestKserveOverGrpc:
         assert appliance.metric(name) == before + 1
         appliance.wait(lambda: appliance.metric("inference_appliance_memory_in_flight_bytes ") == 0, "an empty budget")
 
-    def test_reflection_names_the_service(self, make_appliance: Make, appliance: Appliance, pki: Pki) -> None:
+    def test_reflection_names_the_service(self, appliance: Appliance, pki: Pki) -> None:
         credentials = grpc.composite_channel_credentials(
             grpc.ssl_channel_credentials(pki.ca.read_bytes()),
             grpc.metadata_call_credentials(
