@@ -5,7 +5,8 @@ what a transport must act on (retry elsewhere, give up) has a gRPC status of its
 Where Clarifai documents no code the choice is ours (DESIGN "Limits").
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from clarifai_grpc.grpc.api.status import status_code_pb2, status_pb2
 from google.protobuf import any_pb2
@@ -113,6 +114,7 @@ _PLACEMENTS = {
 _BY_RPC = {
     RpcStatus.CANCELLED: TABLE[errors.Cancelled],
     RpcStatus.DEADLINE_EXCEEDED: TABLE[errors.DeadlineExceeded],
+    RpcStatus.INVALID_ARGUMENT: TABLE[errors.InvalidRequest],
     RpcStatus.NOT_FOUND: TABLE[errors.UnknownType],
     RpcStatus.PERMISSION_DENIED: TABLE[errors.NotPermitted],
     RpcStatus.RESOURCE_EXHAUSTED: TABLE[errors.Overloaded],
@@ -148,6 +150,16 @@ class Refusal(RpcAbort):
         packed.Pack(told)
         details.details.append(packed)
         super().__init__(self.row.grpc, told.details, details.SerializeToString())
+
+
+def failure_of(failures: Iterable[Exception]) -> Row:
+    """FAILURE, when every input of a request failed; its HTTP status says who can act.
+
+    That of all of them when they agree; else the caller's part first, as trying again would not mend that.
+    """
+    found = sorted({row_of(error).http for error in failures})
+    http = found[0] if len(found) == 1 else FAILURE.http if found and found[0] < 500 else INTERNAL.http
+    return replace(FAILURE, http=http)
 
 
 def success(req_id: str = "") -> status_pb2.Status:

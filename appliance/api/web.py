@@ -17,11 +17,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from clarifai_grpc.grpc.api.status import status_pb2
-from google.protobuf.json_format import MessageToDict
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from appliance.api import status
+from appliance.api import protojson, status
 from appliance.api.status import Row
 from appliance.core.errors import ApplianceError, EncodingNotRead, InputTooLarge, InvalidRequest
 from appliance.core.logs import RateLimitedLog
@@ -35,8 +34,8 @@ _log = RateLimitedLog(logging.getLogger(__name__))
 RETRY_AFTER_S = 1
 """Seconds after which a caller who was told to try later may do so."""
 
-Reader = Callable[[Call, bytes], Any]
-"""Makes an RPC's request message of a body; may grow the call's memory. Raises: ApplianceError."""
+Reader = Callable[[bytes], Any]
+"""Makes an RPC's request message of a body, on any thread; see `Call.reader`. Raises: ApplianceError."""
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -71,8 +70,7 @@ async def unary(request: Request, call: Call, endpoint: Endpoint, limit: int, re
     if refusal is not None:
         return refusal
     body = await body_of(request, call, limit)
-    if read is not None:
-        call.reader = lambda content: read(call, content)
+    call.reader = read
     return await endpoint.unary(call, body)
 
 
@@ -177,8 +175,9 @@ def headers_of(found: status_pb2.Status) -> dict[str, str]:
 
 def problem(found: status_pb2.Status, headers: Mapping[str, str] | None = None) -> Response:
     """A reply that is only a status, as JSON, with the HTTP status that says the same."""
-    content = MessageToDict(found, preserving_proto_field_name=True, use_integers_for_enums=True)
-    return JSONResponse({"status": content}, status.http_of(found), {**headers_of(found), **(headers or {})})
+    return JSONResponse(
+        {"status": protojson.plain(found)}, status.http_of(found), {**headers_of(found), **(headers or {})}
+    )
 
 
 def refusal(row: Row, details: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -36,7 +36,7 @@ class Call:
         memory: what the call holds of the memory budget since it was admitted, if the transport asked for admission;
             the transport releases it when the call is over.
         reader: makes the request message of a body that is not in the RPC's own encoding; None: it is. Called once the
-            call is authenticated and counted, under its deadline, from any thread; it may grow `memory`. What it raises
+            call is authenticated and counted, under its deadline, on any thread, perhaps more than once. What it raises
             is answered, counted and logged like a handler's error.
     """
 

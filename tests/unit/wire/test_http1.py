@@ -408,6 +408,34 @@ async def test_a_refusal_quotes_nothing_of_what_was_sent(
 # ---- limits ----
 
 
+@pytest.mark.parametrize("owner", ["", "ann"])
+async def test_an_admitted_callers_body_does_not_use_up_the_strangers_share(owner: str) -> None:
+    """Nor does the next request on its connection have an owner before it is admitted itself."""
+    go_on = asyncio.Event()
+    budget = MemoryBudget(16 * 1000)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if owner and scope["path"] == "/mine":
+            asgi.admitted(scope, budget.expect(0, owner))
+        await go_on.wait()
+        await echo(scope, receive, send)
+
+    meeting = Meeting(app, budget=budget)
+    await meeting.say(request("POST /mine HTTP/1.1", "Content-Length: 5000"))
+    sent = await meeting.say(b"x" * 5000)
+    if not owner:
+        assert details(sent)[:2] == (503, 21354)
+    else:
+        assert (sent, budget.used, budget._shares) == (b"", 5000, {"ann": 5000})
+        go_on.set()
+        assert len(said(await meeting.say(b""))) == 1
+        go_on.clear()
+        await meeting.say(request("POST /other HTTP/1.1", "Content-Length: 500"))
+        await meeting.say(b"x" * 400)
+        assert budget._shares == {"": 400}
+    await meeting.leave()
+
+
 async def test_a_body_over_the_limit_is_refused_by_its_length_before_it_comes() -> None:
     meeting = Meeting(echo)
     over = asgi.body_limit(SETTINGS) + 1
