@@ -24,6 +24,7 @@ from appliance.core.types import Array, ConceptScores, Embedding, Payload, Predi
 from appliance.engine.session import TensorSpec
 from appliance.media.text import decode_text
 from appliance.tasks.classifier import MAX_CONCEPTS, Classifier
+from appliance.tasks.embedder import Embedder
 from appliance.tasks.servable import Servable
 from appliance.tasks.tensors import RawTensors
 
@@ -98,14 +99,19 @@ class Answer:
 
 
 def inputs_of(servable: Servable) -> tuple[Declared, ...]:
-    """What a model takes."""
-    if isinstance(servable.task, RawTensors):
-        return tuple(_declared(spec) for spec in servable.task.inputs)
-    return (Declared(servable.task.method.arguments[0].name, BYTES, (-1,)),)
+    """What a model takes. Raises: InvalidArgument: it has no form in tensors."""
+    task = servable.task
+    if isinstance(task, RawTensors):
+        return tuple(_declared(spec) for spec in task.inputs)
+    if isinstance(task, Classifier | Embedder):
+        return (Declared(task.method.arguments[0].name, BYTES, (-1,)),)
+    raise InvalidArgument(
+        f"Model {servable.key} has a predict method of its own, without a form in tensors; call it by Clarifai's API."
+    )
 
 
 def outputs_of(servable: Servable) -> tuple[Declared, ...]:
-    """What a model gives."""
+    """What a model gives; one that `inputs_of` takes."""
     task = servable.task
     if isinstance(task, RawTensors):
         return tuple(_declared(spec) for spec in task.output_specs)
@@ -263,9 +269,10 @@ async def infer(
     Raises: RequestError: the request is at fault, or one of its inputs. CapacityError, ModelError.
     """
     with direct.serving(context, name) as servable:
+        declared = inputs_of(servable)
         outputs = _chosen(servable, wanted)
         options = _options(servable, parameters, direct.config.limits)
-        payloads = _payloads(servable, tensors)
+        payloads = _payloads(servable, declared, tensors)
         results = await direct.results(context, servable, payloads, options)
         found = _given(servable, results)
         return Answer(servable.version, [found[output] for output in outputs])
@@ -301,9 +308,9 @@ def check_parameters(place: str, given: Parameters, known: Sequence[str], taker:
             )
 
 
-def _payloads(servable: Servable, tensors: Sequence[Tensor]) -> list[Payload]:
+def _payloads(servable: Servable, takes: Sequence[Declared], tensors: Sequence[Tensor]) -> list[Payload]:
     """The tensors as inputs of the task: one for a raw model, one an element for others."""
-    declared = {spec.name: spec for spec in inputs_of(servable)}
+    declared = {spec.name: spec for spec in takes}
     found: dict[str, Tensor] = {}
     for tensor in tensors:
         spec = declared.get(tensor.name)

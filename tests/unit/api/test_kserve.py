@@ -161,6 +161,20 @@ async def test_versions_are_listed_newest_first(world: World) -> None:
         assert list(reply.versions) == ["2", "1"]
 
 
+async def test_a_model_that_has_no_form_in_tensors(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that this door does not know is refused, not guessed at."""
+    version = world.repository.answering("", "", "vector", "")
+    assert version.running is not None
+    monkeypatch.setattr(version.running.servable, "task", object())
+    for rpc, request in (
+        ("ModelMetadata", pb.ModelMetadataRequest(name="vector")),
+        ("ModelInfer", infer_request("vector", ("image", "BYTES", [1], elements(PICTURE)))),
+    ):
+        abort = await refused(world.api(), rpc, request)
+        assert abort.status is RpcStatus.INVALID_ARGUMENT
+        assert "Clarifai's API" in abort.message
+
+
 async def test_model_readiness(world: World) -> None:
     """A model that cannot be loaded is not ready, one that is not there is an error."""
     client = world.api()
