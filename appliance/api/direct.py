@@ -97,6 +97,9 @@ class Direct:
 
 def _placed(error: ApplianceError, index: int, count: int) -> ApplianceError:
     """The error with its input's place, counted from 0, where there are several."""
-    if count > 1 and isinstance(error, InputError | ModelError):
-        return type(error)(f"Input {index} of {count}: {error}", detail=error.detail)
-    return error
+    if count == 1 or not isinstance(error, InputError | ModelError):
+        return error
+    # Not by its constructor: some build their sentence of values.
+    placed = type(error).__new__(type(error), f"Input {index} of {count}: {error}")
+    vars(placed).update(vars(error))
+    return placed

@@ -164,14 +164,22 @@ async def test_the_index_is_a_list(world: World) -> None:
     assert {entry["state"] for entry in ready} == {"READY"}
 
 
-@pytest.mark.parametrize("path", ["a/b", "a/b/c/d/infer", "a/b/infer", "versions/1/x/y"])
+@pytest.mark.parametrize("path", ["", "a/b", "a/b/c/d/infer", "versions/1/x/y", "colours/config", "a/b/c/versions"])
 async def test_a_path_that_names_no_model(world: World, path: str) -> None:
-    """404, with the two forms."""
+    """404, with the paths that there are."""
     async with browser(world.api()) as made:
         for method in ("GET", "POST"):
             answer = await made.request(method, f"/kserve/v2/models/{path}")
-            assert answer.status_code in (404, 405)
-            assert "models/user/app/model" in answer.text or answer.status_code == 405 or "There is no" in answer.text
+            assert answer.status_code == 404
+            assert "user/app/model" in answer.json()["error"]
+
+
+async def test_a_name_may_look_like_a_verb(world: World) -> None:
+    """Three segments are a name, whatever they say."""
+    async with browser(world.api()) as made:
+        assert "tester/tests/infer" in (await made.get("/kserve/v2/models/tester/tests/infer")).json()["error"]
+        answer = await made.get("/kserve/v2/models/u/versions/m/versions/1")
+        assert "u/versions/m" in answer.json()["error"]
 
 
 async def test_the_wrong_method_for_a_path(world: World) -> None:
