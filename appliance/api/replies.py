@@ -99,6 +99,11 @@ def _field(key: bytes, content: bytes) -> bytes:
     return key + (_SMALL[size] if size < 1024 else _varint(size)) + content
 
 
+def length_head(number: int, size: int) -> bytes:
+    """What stands before `size` bytes of a field with that number."""
+    return _varint(number << 3 | _LENGTH) + _varint(size)
+
+
 def _present(key: bytes, content: bytes) -> bytes:
     """A field that is left out when nothing is in it: no concept passed the filter, say."""
     return _field(key, content) if content else b""

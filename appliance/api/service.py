@@ -15,19 +15,20 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from clarifai_grpc.grpc.api import service_pb2
-from google.protobuf import any_pb2, message_factory
+from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
-from google.rpc import status_pb2 as rpc_status_pb2  # type: ignore[import-untyped]
 
 from appliance.api import messages, methods, status
 from appliance.api.auth import Authenticator
 from appliance.api.catalogue import RPCS, Catalogue
 from appliance.api.compute import Compute
 from appliance.api.context import Context
+from appliance.api.direct import Direct
 from appliance.api.health import Health
+from appliance.api.kserve import Kserve, kserve_endpoints
 from appliance.api.predict import Begun, Predictions
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
@@ -60,6 +61,8 @@ _QUICK_BODY = 64 * 1024
 Handler = Callable[[Context, Any], Awaitable[Message | Reply | Sequence[Message | Reply]]]
 """Answers a message; a stream's may answer it with several."""
 
+DoorHandler = Callable[[Context, bytes], Awaitable[Reply]]
+
 
 @dataclass(frozen=True, slots=True)
 class _Rpc:
@@ -77,6 +80,22 @@ class _Rpc:
             message_factory.GetMessageClass(descriptor.input_type),
             message_factory.GetMessageClass(descriptor.output_type),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """A call of another protocol: its handler reads the body itself, and an error ends it as a `Refusal`.
+
+    Attributes:
+        name: for metrics and the log.
+        told: makes the message of a stream that tells an error which does not end it; None: every error ends the call.
+    """
+
+    name: str
+    told: Callable[[ApplianceError], bytes] | None = None
+
+
+_Form: TypeAlias = _Rpc | _Door
 
 
 class Api:
@@ -101,6 +120,8 @@ class Api:
         self._compute = Compute(config, repository)
         workflows = workflows or Workflows(config.catalog)
         self._workflows = WorkflowResults(config, repository, workflows, self._predictions, metrics)
+        self.direct = Direct(config, repository)
+        self.kserve = Kserve(self.direct, self.health)
         self._errors = RateLimitedLog(_log)
         self._running: set[asyncio.Task[Any]] = set()
         self._quick_calls: set[_QuickCall] = set()
@@ -122,6 +143,7 @@ class Api:
         self._catalogue.config = config
         self._compute.config = config
         self._workflows.config = config
+        self.direct.config = config
         self._authenticator.configure(config)
 
     def catalog_changed(self) -> None:
@@ -176,7 +198,21 @@ class Api:
             found[name] = Endpoint(stream=self._stream(rpc, begin), admit=self._admission(rpc))
         assert set(found) == set(RPCS)
         served = {f"/{_SERVICE.full_name}/{name}": endpoint for name, endpoint in found.items()}
+        served |= kserve_endpoints(self.kserve, self)
         return served | self.health.endpoints() | reflection_endpoints(self._authenticator)
+
+    def door(self, name: str, handler: DoorHandler) -> Endpoint:
+        """A unary call of another protocol: the same steps around `handler` as around an RPC.
+
+        Whoever calls the endpoint meets every error as a `status.Refusal`.
+        """
+        form = _Door(name)
+        return Endpoint(unary=self._unary(form, handler), admit=self._admission(form))
+
+    def door_stream(self, name: str, handler: DoorHandler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
+        """The same, message by message; `told` makes a message of an error that need not end the stream."""
+        form = _Door(name, told)
+        return Endpoint(stream=self._stream(form, lambda: handler), admit=self._admission(form))
 
     # ---- stopping ----
 
@@ -209,7 +245,7 @@ class Api:
 
     # ---- the steps around each handler ----
 
-    def _admission(self, rpc: _Rpc) -> Callable[[Call, int], bytes | None]:
+    def _admission(self, rpc: _Form) -> Callable[[Call, int], bytes | None]:
         """Who has no credentials, or wants more memory than is free, is refused before a byte of the body is read."""
 
         def admit(call: Call, size: int) -> bytes | None:
@@ -224,7 +260,7 @@ class Api:
 
         return admit
 
-    def _unary(self, rpc: _Rpc, handler: Handler) -> Callable[[Call, bytes], Awaitable[bytes]]:
+    def _unary(self, rpc: _Form, handler: Handler) -> Callable[[Call, bytes], Awaitable[bytes]]:
         async def endpoint(call: Call, body: bytes) -> bytes:
             with self._counted():
                 (reply,) = [reply async for reply in self._answers(rpc, handler, call, body)]
@@ -233,7 +269,7 @@ class Api:
         return endpoint
 
     def _stream(
-        self, rpc: _Rpc, begin: Callable[[], Handler]
+        self, rpc: _Form, begin: Callable[[], Handler]
     ) -> Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]:
         async def endpoint(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             task = asyncio.current_task()
@@ -248,7 +284,7 @@ class Api:
                                 yield reply
             except asyncio.CancelledError:
                 if self._ended:
-                    raise _abort(Draining()) from None
+                    raise status.Refusal(Draining()) from None
                 raise
             finally:
                 self._streams.discard(task)
@@ -260,7 +296,7 @@ class Api:
         """Count a call as in flight. Cancelled by `end`, it is told to try elsewhere; by its caller, it just ends."""
         if self._closed:
             self._refused_at = time.monotonic()
-            raise _abort(Draining())
+            raise status.Refusal(Draining())
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
@@ -269,7 +305,7 @@ class Api:
             yield
         except asyncio.CancelledError:
             if self._ended:
-                raise _abort(Draining()) from None
+                raise status.Refusal(Draining()) from None
             raise
         except (RpcAbort, GeneratorExit):  # a stream whose caller left between two replies
             raise
@@ -285,7 +321,7 @@ class Api:
         if not self._running and not self._quick_calls:
             self._idle.set()
 
-    async def _answers(self, rpc: _Rpc, handler: Handler, call: Call, body: bytes) -> AsyncGenerator[bytes]:
+    async def _answers(self, rpc: _Form, handler: Handler, call: Call, body: bytes) -> AsyncGenerator[bytes]:
         """One message in; one out, or as many as a stream's handler gives, whatever happens."""
         begun = time.monotonic()
         req_id = _request_id(call)
@@ -310,13 +346,13 @@ class Api:
             self._metrics.request_seconds.labels(rpc.name).observe(seconds)
         self._record(rpc, context, code, seconds)
 
-    async def _handle(self, rpc: _Rpc, handler: Handler, context: Context, body: bytes) -> list[Reply]:
+    async def _handle(self, rpc: _Form, handler: Handler, context: Context, body: bytes) -> list[Reply]:
         seconds = context.deadline - time.monotonic()
         if seconds <= 0:
             raise DeadlineExceeded
         try:
             async with asyncio.timeout(seconds) as timer:
-                request = await _parse(rpc, context.call.reader, body)
+                request = body if isinstance(rpc, _Door) else await _parse(rpc, context.call.reader, body)
                 answered = await handler(context, request)
         except TimeoutError as error:
             if timer.expired():
@@ -330,17 +366,19 @@ class Api:
         return ours if call.deadline is None else min(ours, call.deadline)
 
     def _error_reply(
-        self, rpc: _Rpc, call: Call, req_id: str, error: Exception, context: Context | None, body: bytes
+        self, rpc: _Form, call: Call, req_id: str, error: Exception, context: Context | None, body: bytes
     ) -> Reply:
         """What becomes of a call that raised. Raises: RpcAbort: where a transport must act."""
         if isinstance(error, ApplianceError):
             return self._refuse(rpc, call, req_id, error, context, body)
         # Last resort of every handler: the caller gets a stock sentence, the log the traceback.
         _log.error("unforeseen error", exc_info=error, extra={"method": rpc.name, "req_id": req_id})
+        if isinstance(rpc, _Door):
+            raise self._ended_in(rpc, error, req_id, context)
         return _error_response(rpc, error, req_id, call, body)
 
     def _refuse(
-        self, rpc: _Rpc, call: Call, req_id: str, error: ApplianceError, context: Context | None, body: bytes
+        self, rpc: _Form, call: Call, req_id: str, error: ApplianceError, context: Context | None, body: bytes
     ) -> Reply:
         """The reply to a call that ends in an error; logged, counted, or ended with a gRPC status of its own."""
         row = status.row_of(error)
@@ -358,12 +396,20 @@ class Api:
             **({"detail": error.detail} if error.detail else {}),
         )
         if row.rpc is not RpcStatus.OK:
-            model = context.model if context else ("", "")
-            self._metrics.requests.labels(*model, rpc.name, row.code).inc()
-            raise _abort(error, req_id)
+            raise self._ended_in(rpc, error, req_id, context)
+        if isinstance(rpc, _Door):
+            if rpc.told is None or isinstance(error, AccessError):
+                raise self._ended_in(rpc, error, req_id, context)
+            return Reply(rpc.told(error), int(row.code))
         return _error_response(rpc, error, req_id, call, body)
 
-    def _record(self, rpc: _Rpc, context: Context | None, code: int, seconds: float) -> None:
+    def _ended_in(self, rpc: _Form, error: Exception, req_id: str, context: Context | None) -> status.Refusal:
+        """The status that ends a call; counted."""
+        model = context.model if context else ("", "")
+        self._metrics.requests.labels(*model, rpc.name, status.row_of(error).code).inc()
+        return status.Refusal(error, req_id)
+
+    def _record(self, rpc: _Form, context: Context | None, code: int, seconds: float) -> None:
         """Count and log a call that has a reply."""
         model = context.model if context else ("", "")
         self._metrics.requests.labels(*model, rpc.name, code).inc()
@@ -447,7 +493,7 @@ class Api:
         context = begun.context
         try:
             if outcome is None:
-                return _abort(Draining(), context.req_id)
+                return status.Refusal(Draining(), context.req_id)
             if not isinstance(outcome, Outcome):
                 raise outcome
             reply = begun.reply(outcome)
@@ -526,15 +572,6 @@ def _error_response(rpc: _Rpc, error: Exception, req_id: str, call: Call, body: 
         # The SDK reads outputs[0] of a failed _GET_SIGNATURES and breaks without one (PROTOCOL 2.2).
         response.outputs.add(status=response.status)
     return _serialised(response)
-
-
-def _abort(error: ApplianceError, req_id: str = "") -> RpcAbort:
-    """The error as a gRPC status; its details carry Clarifai's own, so that a caller reads the same as in a reply."""
-    details = rpc_status_pb2.Status(code=int(status.row_of(error).rpc), message=str(error))
-    packed = any_pb2.Any()
-    packed.Pack(status.of_error(error, req_id))
-    details.details.append(packed)
-    return RpcAbort(status.row_of(error).rpc, str(error), details.SerializeToString())
 
 
 def _request_id(call: Call) -> str:

@@ -9,11 +9,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from clarifai_grpc.grpc.api.status import status_code_pb2, status_pb2
+from google.protobuf import any_pb2
 from google.rpc import status_pb2 as rpc_status_pb2  # type: ignore[import-untyped]
 
 from appliance.core import errors
 from appliance.core.errors import ApplianceError
 from appliance.core.types import RpcAbort, RpcStatus
+
+_GRPC = {
+    400: RpcStatus.INVALID_ARGUMENT,
+    401: RpcStatus.UNAUTHENTICATED,
+    403: RpcStatus.PERMISSION_DENIED,
+    404: RpcStatus.NOT_FOUND,
+    405: RpcStatus.UNIMPLEMENTED,
+    413: RpcStatus.INVALID_ARGUMENT,
+    415: RpcStatus.INVALID_ARGUMENT,
+    429: RpcStatus.RESOURCE_EXHAUSTED,
+    499: RpcStatus.CANCELLED,
+    500: RpcStatus.INTERNAL,
+    501: RpcStatus.UNIMPLEMENTED,
+    503: RpcStatus.UNAVAILABLE,
+    504: RpcStatus.DEADLINE_EXCEEDED,
+}
+"""HTTP status → gRPC status, as google.rpc.Code pairs them; an input that is too large will be so the next time too."""
 
 Code = status_code_pb2.StatusCode
 
@@ -36,6 +54,11 @@ class Row:
     rpc: RpcStatus = RpcStatus.OK
     reason: str = ""
 
+    @property
+    def grpc(self) -> RpcStatus:
+        """gRPC status in protocols whose replies carry no status of their own (KServe)."""
+        return _GRPC[self.http] if self.rpc is RpcStatus.OK else self.rpc
+
 
 INTERNAL = Row(Code.INTERNAL_SERVER_ISSUE, "Internal error", 500)
 """Whatever was not foreseen; the log has the traceback, the caller gets a stock sentence."""
@@ -50,6 +73,7 @@ TABLE: dict[type[ApplianceError], Row] = {
     errors.UnknownModel: Row(Code.MODEL_DOES_NOT_EXIST, "Model does not exist", 404, reason="unknown_model"),
     errors.UnknownType: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownStatusCode: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
+    errors.NotServed: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownUser: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownWorkflow: Row(Code.WORKFLOW_DOES_NOT_EXIST, "Workflow does not exist", 404, reason="unknown_model"),
     errors.WorkflowArgument: Row(Code.WORKFLOW_INVALID_ARGUMENT, "Invalid workflow argument", 400, reason="argument"),
@@ -102,6 +126,7 @@ _MISMATCHES = {
 _BY_RPC = {
     RpcStatus.CANCELLED: TABLE[errors.Cancelled],
     RpcStatus.DEADLINE_EXCEEDED: TABLE[errors.DeadlineExceeded],
+    RpcStatus.INVALID_ARGUMENT: TABLE[errors.InvalidRequest],
     RpcStatus.NOT_FOUND: TABLE[errors.UnknownType],
     RpcStatus.PERMISSION_DENIED: TABLE[errors.NotPermitted],
     RpcStatus.RESOURCE_EXHAUSTED: TABLE[errors.Overloaded],
@@ -118,6 +143,27 @@ def row_of(error: Exception) -> Row:
     if isinstance(error, errors.PlacementMismatch):
         return _MISMATCHES[error.kind]
     return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), INTERNAL)
+
+
+class Refusal(RpcAbort):
+    """Ends a call with what the table says of an error; a surface that speaks HTTP finds the error itself in it.
+
+    Attributes:
+        row: the error's.
+        error: what went wrong; its sentence is `message` unless it was not foreseen.
+        req_id: what users quote.
+    """
+
+    def __init__(self, error: Exception, req_id: str = "") -> None:
+        self.row = row_of(error)
+        self.error = error
+        self.req_id = req_id
+        told = of_error(error, req_id)
+        details = rpc_status_pb2.Status(code=int(self.row.grpc), message=told.details)
+        packed = any_pb2.Any()
+        packed.Pack(told)
+        details.details.append(packed)
+        super().__init__(self.row.grpc, told.details, details.SerializeToString())
 
 
 def failure_of(failures: Iterable[Exception]) -> Row:

@@ -11,6 +11,7 @@
         UnknownModel            no such model or version
         UnknownType             no such model type
         UnknownStatusCode       no such status code
+        NotServed               something of another protocol that we do not do
         UnknownUser             a user id that is not the caller's
         UnknownWorkflow         no such workflow, or no such version of it
         WorkflowArgument        a parameter of a workflow that does not fit it
@@ -109,6 +110,10 @@ class UnknownType(RequestError):
 
 class UnknownStatusCode(RequestError):
     """No such status code."""
+
+
+class NotServed(RequestError):
+    """A protocol has it, and this appliance does not serve it."""
 
 
 class UnknownUser(RequestError):

@@ -83,6 +83,7 @@ class RpcStatus(enum.IntEnum):
 
     OK = 0
     CANCELLED = 1
+    INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     PERMISSION_DENIED = 7
@@ -185,6 +186,7 @@ class Payload:
         arrays: tensors by graph input name; "" for a tensor that came without a name.
         arguments: what a declared method is called with, by name; defaults are filled in.
         opened: what looking at the header left for the decoder; the task's own.
+        tokens: how many the text was for the model, once it is decoded; 0 for all else.
     """
 
     image: bytes | None = None
@@ -192,6 +194,7 @@ class Payload:
     arrays: dict[str, Array] = field(default_factory=dict)
     arguments: Mapping[str, Value] = field(default_factory=dict)
     opened: object = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

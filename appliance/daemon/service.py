@@ -15,9 +15,13 @@ from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from starlette.routing import BaseRoute
+
 from appliance import __version__
 from appliance.api.auth import Authenticator
 from appliance.api.keys import KeyStore
+from appliance.api.kserve_http import kserve_routes
+from appliance.api.openai import openai_routes
 from appliance.api.pages import pages
 from appliance.api.rest import rest_routes
 from appliance.api.service import Api
@@ -32,6 +36,7 @@ from appliance.core.machine import usable_memory
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
 from appliance.core.systemd import Notifier
+from appliance.core.types import Endpoint
 from appliance.daemon.admin import AdminServer
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.front import open_front, pass_through_warning
@@ -127,7 +132,7 @@ class Daemon:
         self._front = open_front(
             config,
             endpoints,
-            pages(self.readiness, rest_routes(endpoints, config.limits.request_size)),
+            pages(self.readiness, self._routes(endpoints)),
             self._certificates,
             self._budget,
             self._metrics,
@@ -136,6 +141,14 @@ class Daemon:
         stack.push_async_callback(self._front.stop, 0.0)
         await self._front.start()
         self.ports = {**self._front.ports, "admin.listen": self._admin.port}
+
+    def _routes(self, endpoints: Mapping[str, Endpoint]) -> list[BaseRoute]:
+        """What the main port serves over HTTP: KServe's and OpenAI's surfaces, and the twins of Clarifai's RPCs."""
+        return [
+            *kserve_routes(self._api.kserve, self._api),
+            *openai_routes(self._api.direct, self._api),
+            *rest_routes(endpoints, self._config.limits.request_size),
+        ]
 
     async def _load_models(self, stack: contextlib.AsyncExitStack) -> None:
         """Wait until every wanted bundle is ready or failed, but not for ever; a stop does not wait for it."""

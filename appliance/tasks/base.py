@@ -158,7 +158,9 @@ class TextSide:
     def decode(self, payload: Payload) -> Decoded:
         """Token ids, integers (1, bucket)."""
         assert payload.text is not None
-        return Decoded(self._row(*self._tokenizer.encode(payload.text)))
+        ids, mask, types = self._tokenizer.encode(payload.text)
+        payload.tokens = int(np.count_nonzero(mask))
+        return Decoded(self._row(ids, mask, types))
 
     def examples(self) -> Sequence[Sequence[dict[str, Array]]]:
         """For each bucket rows that fill it, fill it barely and in other orders; one token over and over as outlier."""

@@ -39,6 +39,16 @@ class RawTensors:
             else MethodField("return", FieldType.NAMED_FIELDS, "One array for each output.", items=items),
         )
 
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The graph's inputs; all are numeric."""
+        return self._inputs
+
+    @property
+    def output_specs(self) -> tuple[TensorSpec, ...]:
+        """The graph's numeric outputs."""
+        return self._outputs
+
     def cost(self, payload: Payload, limits: Limits) -> int:
         """Bytes of the arrays as the graph takes them."""
         arrays = self._named(payload)

@@ -209,6 +209,23 @@ def test_a_number_without_a_name_is_a_number() -> None:
     assert status.name_of(424242) == "424242"
 
 
+@pytest.mark.parametrize("row", status.TABLE.values(), ids=lambda row: f"{row.code}-{row.http}")
+def test_every_error_has_a_grpc_status_where_a_reply_has_no_place_for_its_own(row: status.Row) -> None:
+    """It says the same as the HTTP status; a transport's own status stays."""
+    assert row.grpc is not RpcStatus.OK
+    assert row.rpc in (RpcStatus.OK, row.grpc)
+    assert (row.grpc is RpcStatus.INTERNAL) == (row.http == 500)
+
+
+def test_a_refusal_says_nothing_of_what_was_not_foreseen() -> None:
+    """Only where to look."""
+    refusal = status.Refusal(RuntimeError("secret"), "id-1")
+    assert refusal.status is RpcStatus.INTERNAL
+    assert "secret" not in refusal.message
+    assert b"secret" not in refusal.details
+    assert b"id-1" in refusal.details
+
+
 @pytest.mark.parametrize("row", rows(), ids=lambda row: status.name_of(row.code))
 def test_a_status_says_its_http_status(row: status.Row) -> None:
     """30105 has two; 200 goes without saying."""
