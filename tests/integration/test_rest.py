@@ -160,6 +160,20 @@ class TestWays:
         document = stranger(http).get("/v2/openapi.json").json()
         assert "/v2/models/{model_id}/outputs" in document["paths"]
 
+    def test_a_certificate_opens_it_as_it_opens_grpc(self, make_appliance: Make, pki: Pki) -> None:
+        line_3 = {"name": "line-3", "identities": ["uri:spiffe://test/line-3"]}
+        made = make_appliance("ml-topics", auth={"require": "certificate"}, principal=[line_3])
+        seen = {}
+        with made:
+            for name in ("line-3", "laptop", ""):
+                context = ssl.create_default_context(cafile=str(pki.ca))
+                if name:
+                    folder = pki.folder / "clients"
+                    context.load_cert_chain(folder / f"{name}.crt", folder / f"{name}.key")
+                answer = httpx.get(f"https://localhost:{made.port()}/v2/models", verify=context, timeout=PATIENCE_S)
+                seen[name] = status_of(answer)
+        assert seen == {"line-3": (200, 10000), "laptop": (403, 11007), "": (401, 11102)}
+
 
 ASKS = {"origin": ORIGIN, "access-control-request-method": "POST"}
 
@@ -232,6 +246,19 @@ class TestBodies:
         for text in (base64.b64encode(picture).decode(), base64.urlsafe_b64encode(picture).decode().rstrip("=")):
             answer = http.post(f"{U}/models/digits/outputs", json={"inputs": [{"data": {"image": {"base64": text}}}]})
             assert status_of(answer) == (200, 10000)
+
+    @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+    def test_a_strangers_is_not_let_in(self, appliance: Appliance, pki: Pki, tmp_path: Path, version: str) -> None:
+        """Only what was on its way before we could answer was read: curl tells how much it got rid of."""
+        (tmp_path / "body").write_bytes(b" " * 30 * MIB)
+        command = ["curl", "--silent", "--cacert", str(pki.ca), version, "-X", "POST", "-H", "Expect:"]
+        command += [f"https://localhost:{appliance.port()}{OUTPUTS}", "--data-binary", f"@{tmp_path}/body"]
+        command += ["--output", str(tmp_path / "answer"), "--write-out", "%{http_code} %{size_upload}"]
+        run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE_S)
+        http_status, uploaded = run.stdout.split()
+        assert http_status == "401"
+        assert int(uploaded) < 20 * MIB
+        assert json.loads((tmp_path / "answer").read_bytes())["status"]["code"] == 11102
 
     def test_compressed_ones_are_refused(self, http: httpx.Client) -> None:
         answer = http.post(OUTPUTS, content=b"\x1f\x8b\x08", headers={"content-encoding": "gzip"})
