@@ -488,7 +488,10 @@ class Limits(Section):
     )
     concepts_max: int = Field(200, ge=1, le=200, description="Concepts that a caller may ask for.")
     request_size: Size = Field(
-        128 * 2**20, le=128 * 2**20, description="Bytes of one request.", json_schema_extra={"restart": True}
+        128 * 2**20,
+        le=128 * 2**20,
+        description="Bytes of one request; its JSON may have half as many more.",
+        json_schema_extra={"restart": True},
     )
     reply_size: Size = Field(
         512 * 2**20,
