@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import re
+import resource
 import select
 import shutil
 import socket
@@ -59,11 +60,12 @@ class Case:
 
 @dataclass(slots=True)
 class Figures:
-    """Repetitions of one case, one way."""
+    """Repetitions of one case, one way. Attributes: cpu_us: of the client's side, h2load and forwarder, for a call."""
 
     per_s: list[float] = field(default_factory=list)
     p50_ms: list[float] = field(default_factory=list)
     p99_ms: list[float] = field(default_factory=list)
+    cpu_us: list[float] = field(default_factory=list)
 
     def median(self, name: str) -> float:
         """Of one column."""
@@ -121,8 +123,8 @@ def _run(arguments: argparse.Namespace, cpus: Cpus) -> str:
         results = [(case, Figures(), Figures()) for case in cases]
         for _ in range(arguments.repeat):
             for case, direct, through in results:
-                _measure(case, case.port, True, direct, arguments.seconds, cpus.load, folder)
-                _measure(case, ways[case.port][1], False, through, arguments.seconds, cpus.load, folder)
+                _measure(case, None, direct, arguments.seconds, cpus.load, folder)
+                _measure(case, ways[case.port], through, arguments.seconds, cpus.load, folder)
         connects = {
             name: _connects(case_port, secure)
             for name, case_port, secure in (("directly", port, True), ("through", ways[port][1], False))
@@ -160,7 +162,8 @@ def _forwarder(folder: Path, upstream: int, tls: Path, cpu: int) -> Iterator[tup
 def _echo_server(tls: Path, cpu: int) -> Iterator[int]:
     """The port of the product's own wire, whose endpoint gives back what it gets."""
     command = [sys.executable, "-m", "bench.connect", "--serve", str(tls)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, preexec_fn=pin_to(cpu))
+    quiet = subprocess.DEVNULL  # uvloop complains of replies to clients that stopped in the middle
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=quiet, preexec_fn=pin_to(cpu))
     assert process.stdout is not None
     try:
         if not select.select([process.stdout], [], [], _START_S)[0]:
@@ -203,8 +206,11 @@ def _appliance(*arguments: str) -> None:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _measure(case: Case, port: int, secure: bool, figures: Figures, seconds: float, cpu: int, folder: Path) -> None:
+def _measure(
+    case: Case, forwarder: tuple[int, int] | None, figures: Figures, seconds: float, cpu: int, folder: Path
+) -> None:
     """One measurement: calls for so many seconds, after some in which connections open."""
+    pids, address = ([forwarder[0]], f"http://127.0.0.1:{forwarder[1]}") if forwarder else ([], _direct(case))
     data, log = folder / "body", folder / "h2load.log"
     data.write_bytes(bytes(1) + len(case.body).to_bytes(4, "big") + case.body)
     log.unlink(missing_ok=True)  # h2load appends
@@ -212,7 +218,8 @@ def _measure(case: Case, port: int, secure: bool, figures: Figures, seconds: flo
     command += ["-D", f"{seconds:g}", "--warm-up-time", f"{_WARM_UP_S:g}", "--log-file", str(log)]
     for line in ("content-type: application/grpc", "te: trailers", *case.headers):
         command += ["-H", line]
-    command.append(f"{'https' if secure else 'http'}://127.0.0.1:{port}{case.method}")
+    command.append(address + case.method)
+    before = cpu_ns(pids) / 1e3 + _children_us()
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=pin_to(cpu), check=False)
     rows = [line.split("\t") for line in log.read_text(encoding="ascii").splitlines()] if log.exists() else []
     took = sorted(int(us) / 1e3 for _, status, us in rows if status == "200")
@@ -220,8 +227,19 @@ def _measure(case: Case, port: int, secure: bool, figures: Figures, seconds: flo
     if not took or rate is None or failed is None or failed.groups() != ("0", "0"):
         raise RuntimeError(f"{case.name} failed:\n{done.stdout}{done.stderr}")
     figures.per_s.append(float(rate[1]))
+    used = cpu_ns(pids) / 1e3 + _children_us() - before
+    figures.cpu_us.append(used / (seconds + _WARM_UP_S) / float(rate[1]))
     figures.p50_ms.append(took[len(took) // 2])
     figures.p99_ms.append(took[min(len(took) - 1, len(took) * 99 // 100)])
+
+
+def _direct(case: Case) -> str:
+    return f"https://127.0.0.1:{case.port}"
+
+
+def _children_us() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (used.ru_utime + used.ru_stime) * 1e6
 
 
 def _connects(port: int, secure: bool, count: int = 200) -> float:
@@ -233,6 +251,7 @@ def _connects(port: int, secure: bool, count: int = 200) -> float:
         begun = time.perf_counter()
         with contextlib.ExitStack() as stack:
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if secure:
                 sock = stack.enter_context(context.wrap_socket(sock))
             sock.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -261,18 +280,16 @@ def _text(
         "TLS with one.",
         "",
         "| case | connections | calls/s directly | through | ratio | p50 ms directly | through | p99 ms directly "
-        "| through |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| through | client's CPU µs a call directly | through | ratio |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for case, direct, through in results:
-        ratio = through.median("per_s") / direct.median("per_s")
-        cells = [
-            f"{side.median(name):.{places}f}"
-            for name, places in (("p50_ms", 2), ("p99_ms", 2))
-            for side in (direct, through)
-        ]
-        rates = [f"{side.median('per_s'):.1f}" for side in (direct, through)]
-        lines.append(f"| {' | '.join([case.name, str(case.connections), *rates, f'**{ratio:.2f}**', *cells])} |")
+        cells = [case.name, str(case.connections)]
+        for name, places in (("per_s", 1), ("p50_ms", 2), ("p99_ms", 2), ("cpu_us", 0)):
+            cells += [f"{side.median(name):.{places}f}" for side in (direct, through)]
+            if name in ("per_s", "cpu_us"):
+                cells.append(f"**{through.median(name) / direct.median(name):.2f}**")
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "A new connection and its first answer (HTTP/1.1, one after the other): "
