@@ -30,6 +30,7 @@ from support.appliance import (
     Pki,
     array_input,
     make_pki,
+    notify_socket,
     request_for,
     run,
     text_input,
@@ -583,6 +584,30 @@ class TestCommand:
         done = run("connect", "--config", forwarder.file, check=False)
         assert done.returncode == 2
         assert f"{forwarder.key} (key) does not exist" in done.stderr
+
+    def test_systemd_hears_how_it_goes(self, both: Appliance, make_forwarder: MakeForwarder, tmp_path: Path) -> None:
+        pytest.importorskip("systemd.daemon", reason="the `systemd` extra is not installed")
+        forwarder = make_forwarder(both.port())
+        with notify_socket(tmp_path) as notified:
+
+            def told(text: str) -> None:
+                while text not in notified.recv(4096).decode():
+                    pass
+
+            forwarder.start({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+            told("READY=1\nSTATUS=http://127.0.0.1:")
+            told("WATCHDOG=1")
+            with PlainClient(forwarder.port, both.key) as client:
+                assert code(client) == StatusCode.SUCCESS
+                told("1 connections")
+                forwarder.signal(signal.SIGHUP)
+                told("RELOADING=1")
+                told("READY=1")
+                forwarder.ca.write_bytes(make_pki(tmp_path / "stranger").ca.read_bytes())
+                httpx.get(f"http://127.0.0.1:{forwarder.port}/readyz")
+                told("was not issued by the authorities")
+            forwarder.signal(signal.SIGTERM)
+            told("STOPPING=1")
 
     def test_a_port_that_is_taken_is_named(self, both: Appliance, make_forwarder: MakeForwarder) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
