@@ -10,7 +10,7 @@ from appliance.core.errors import NodeMismatch
 from appliance.tasks.servable import Servable
 
 _ONE_OF = {"image": "images", "text": "texts"}
-"""Kinds of input that an output is passed on as by itself: what the node then takes."""
+"""Kinds of input that one output is passed on as: what the node then takes."""
 
 
 def joined(node: Node, servable: Servable, before: Mapping[str, resources_pb2.Data]) -> resources_pb2.Data:
@@ -18,6 +18,8 @@ def joined(node: Node, servable: Servable, before: Mapping[str, resources_pb2.Da
     kind = servable.task.kind
     if kind == "ndarray":
         return _arrays(node, servable, before)
+    if kind == "values":
+        return _arguments(before)
     if len(before) > 1:
         raise NodeMismatch(
             f"Node {node.id!r} takes one input, and has {len(before)} nodes before it: {', '.join(map(repr, before))}."
@@ -27,9 +29,7 @@ def joined(node: Node, servable: Servable, before: Mapping[str, resources_pb2.Da
         return resources_pb2.Data(image=data.image)
     if kind == "text" and (data.text.raw or data.string_value):
         return resources_pb2.Data(text=resources_pb2.Text(raw=data.text.raw or data.string_value))
-    if kind not in _ONE_OF and data.ByteSize():
-        return data  # a model whose own signature says what it takes
-    raise _mismatch(node, _ONE_OF.get(kind, "something"), name, data)
+    raise _mismatch(node, _ONE_OF[kind], name, data)
 
 
 def _arrays(node: Node, servable: Servable, before: Mapping[str, resources_pb2.Data]) -> resources_pb2.Data:
@@ -54,6 +54,22 @@ def _arrays(node: Node, servable: Servable, before: Mapping[str, resources_pb2.D
         )
     parts = [resources_pb2.Part(id=name, data=resources_pb2.Data(ndarray=found[name])) for name in inputs]
     return resources_pb2.Data(parts=parts)
+
+
+def _arguments(before: Mapping[str, resources_pb2.Data]) -> resources_pb2.Data:
+    """What a declared method is called with: one output as it is, several as arguments called like their nodes."""
+    if len(before) == 1:
+        return _value(next(iter(before.values())))
+    return resources_pb2.Data(parts=[resources_pb2.Part(id=name, data=_value(data)) for name, data in before.items()])
+
+
+def _value(data: resources_pb2.Data) -> resources_pb2.Data:
+    """An output as a method takes it: an embedding is an array there, and a text is said once."""
+    if data.embeddings and not data.HasField("ndarray"):
+        return resources_pb2.Data(ndarray=dict(_arrays_of("", data))[""])
+    if data.string_value and data.text.raw == data.string_value:
+        return resources_pb2.Data(string_value=data.string_value)
+    return data
 
 
 def _arrays_of(name: str, data: resources_pb2.Data) -> Iterator[tuple[str, resources_pb2.NDArray]]:

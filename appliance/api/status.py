@@ -5,13 +5,35 @@ what a transport must act on (retry elsewhere, give up) has a gRPC status of its
 Where Clarifai documents no code the choice is ours (DESIGN "Limits").
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from clarifai_grpc.grpc.api.status import status_code_pb2, status_pb2
+from google.protobuf import any_pb2
+from google.rpc import status_pb2 as rpc_status_pb2  # type: ignore[import-untyped]
 
 from appliance.core import errors
 from appliance.core.errors import ApplianceError
-from appliance.core.types import RpcStatus
+from appliance.core.types import RpcAbort, RpcStatus
+
+_GRPC = {
+    400: RpcStatus.INVALID_ARGUMENT,
+    401: RpcStatus.UNAUTHENTICATED,
+    403: RpcStatus.PERMISSION_DENIED,
+    404: RpcStatus.NOT_FOUND,
+    405: RpcStatus.UNIMPLEMENTED,
+    409: RpcStatus.FAILED_PRECONDITION,
+    413: RpcStatus.INVALID_ARGUMENT,
+    415: RpcStatus.INVALID_ARGUMENT,
+    424: RpcStatus.FAILED_PRECONDITION,
+    429: RpcStatus.RESOURCE_EXHAUSTED,
+    499: RpcStatus.CANCELLED,
+    500: RpcStatus.INTERNAL,
+    501: RpcStatus.UNIMPLEMENTED,
+    503: RpcStatus.UNAVAILABLE,
+    504: RpcStatus.DEADLINE_EXCEEDED,
+}
+"""HTTP status → gRPC status, as google.rpc.Code pairs them; an input that is too large will be so the next time too."""
 
 Code = status_code_pb2.StatusCode
 
@@ -34,12 +56,18 @@ class Row:
     rpc: RpcStatus = RpcStatus.OK
     reason: str = ""
 
+    @property
+    def grpc(self) -> RpcStatus:
+        """gRPC status in protocols whose replies carry no status of their own (KServe)."""
+        return _GRPC[self.http] if self.rpc is RpcStatus.OK else self.rpc
+
 
 INTERNAL = Row(Code.INTERNAL_SERVER_ISSUE, "Internal error", 500)
 """Whatever was not foreseen; the log has the traceback, the caller gets a stock sentence."""
 
 TABLE: dict[type[ApplianceError], Row] = {
     errors.InvalidRequest: Row(Code.CONN_BAD_REQUEST_FORMAT, "Malformed request", 400, reason="malformed"),
+    errors.EncodingNotRead: Row(Code.CONN_BAD_REQUEST_FORMAT, "Malformed request", 415, reason="malformed"),
     errors.NoInputs: Row(Code.INPUT_INVALID_REQUEST, "Invalid request: no inputs", 400, reason="batch_limit"),
     errors.TooManyInputs: Row(Code.INPUT_OVER_LIMIT, "Too many inputs", 400, reason="batch_limit"),
     errors.InvalidArgument: Row(Code.MODEL_INVALID_ARGUMENT, "Invalid model argument", 400, reason="argument"),
@@ -47,6 +75,7 @@ TABLE: dict[type[ApplianceError], Row] = {
     errors.UnknownModel: Row(Code.MODEL_DOES_NOT_EXIST, "Model does not exist", 404, reason="unknown_model"),
     errors.UnknownType: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownStatusCode: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
+    errors.NotServed: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownUser: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownWorkflow: Row(Code.WORKFLOW_DOES_NOT_EXIST, "Workflow does not exist", 404, reason="unknown_model"),
     errors.WorkflowArgument: Row(Code.WORKFLOW_INVALID_ARGUMENT, "Invalid workflow argument", 400, reason="argument"),
@@ -81,6 +110,7 @@ SUCCESS = Row(Code.SUCCESS, "Ok", 200)
 MIXED = Row(Code.MIXED_STATUS, "Mixed Success", 207)
 FAILURE = Row(Code.FAILURE, "Failure", 400)
 METHOD_NOT_ALLOWED = Row(Code.CONN_METHOD_NOT_ALLOWED, "Method not allowed", 405)
+NOT_IMPLEMENTED = Row(Code.NOT_IMPLEMENTED, "Not implemented", 501)
 READY_VERSION = Row(Code.MODEL_TRAINED, "Model is trained and ready", 200)
 
 _PLACEMENTS = {
@@ -95,6 +125,19 @@ _MISMATCHES = {
 }
 
 
+_BY_RPC = {
+    RpcStatus.CANCELLED: TABLE[errors.Cancelled],
+    RpcStatus.DEADLINE_EXCEEDED: TABLE[errors.DeadlineExceeded],
+    RpcStatus.INVALID_ARGUMENT: TABLE[errors.InvalidRequest],
+    RpcStatus.NOT_FOUND: TABLE[errors.UnknownType],
+    RpcStatus.PERMISSION_DENIED: TABLE[errors.NotPermitted],
+    RpcStatus.RESOURCE_EXHAUSTED: TABLE[errors.Overloaded],
+    RpcStatus.UNIMPLEMENTED: NOT_IMPLEMENTED,
+    RpcStatus.UNAVAILABLE: TABLE[errors.Draining],
+    RpcStatus.UNAUTHENTICATED: TABLE[errors.KeyInvalid],
+}
+
+
 def row_of(error: Exception) -> Row:
     """The table's row for an error; a subclass without one uses its parent's."""
     if isinstance(error, errors.PlacementUnknown):
@@ -104,14 +147,65 @@ def row_of(error: Exception) -> Row:
     return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), INTERNAL)
 
 
+class Refusal(RpcAbort):
+    """Ends a call with what the table says of an error; a surface that speaks HTTP finds the error itself in it.
+
+    Attributes:
+        row: the error's.
+        error: what went wrong; its sentence is `message` unless it was not foreseen.
+        req_id: what users quote.
+    """
+
+    def __init__(self, error: Exception, req_id: str = "") -> None:
+        self.row = row_of(error)
+        self.error = error
+        self.req_id = req_id
+        told = of_error(error, req_id)
+        details = rpc_status_pb2.Status(code=int(self.row.grpc), message=told.details)
+        packed = any_pb2.Any()
+        packed.Pack(told)
+        details.details.append(packed)
+        super().__init__(self.row.grpc, told.details, details.SerializeToString())
+
+
+def failure_of(failures: Iterable[Exception]) -> Row:
+    """FAILURE, when every input of a request failed; its HTTP status says who can act.
+
+    That of all of them when they agree; else the caller's part first, as trying again would not mend that.
+    """
+    found = sorted({row_of(error).http for error in failures})
+    http = found[0] if len(found) == 1 else FAILURE.http if found and found[0] < 500 else INTERNAL.http
+    return replace(FAILURE, http=http)
+
+
 def success(req_id: str = "") -> status_pb2.Status:
     """10000."""
     return of_row(SUCCESS, "", req_id)
 
 
 def of_row(row: Row, details: str, req_id: str = "") -> status_pb2.Status:
-    """A status message."""
-    return status_pb2.Status(code=row.code, description=row.description, details=details, req_id=req_id)
+    """A status message; its HTTP status is in it unless that is 200, as some codes have more than one."""
+    return status_pb2.Status(
+        code=row.code,
+        description=row.description,
+        details=details,
+        req_id=req_id,
+        http_status_code=0 if row.http == SUCCESS.http else row.http,
+    )
+
+
+def http_of(message: status_pb2.Status) -> int:
+    """The HTTP status of a reply with this status."""
+    return message.http_status_code or SUCCESS.http
+
+
+def of_abort(abort: RpcAbort) -> status_pb2.Status:
+    """What a call that ended with a gRPC status would have said in a reply."""
+    packed = rpc_status_pb2.Status.FromString(abort.details).details
+    found = status_pb2.Status()
+    if packed and packed[0].Unpack(found):
+        return found
+    return of_row(_BY_RPC.get(abort.status, INTERNAL), abort.message)
 
 
 def of_error(error: Exception, req_id: str = "") -> status_pb2.Status:

@@ -18,6 +18,7 @@ from appliance.core.metrics import Metrics
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.front import pass_through_warning
 from appliance.engine.worker import LocalEngine
+from appliance.media import fetch
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
 
@@ -47,6 +48,8 @@ def check(ctx: click.Context, skip_models: bool) -> None:
                 report.fail("revocation", sentence)
             else:
                 report.line("warn", "revocation", sentence)
+    if config.urls.ca is not None and report.attempt("urls", lambda: fetch.trust(config.urls.ca)) is not None:
+        report.ok("urls", str(config.urls.ca))
     keys = report.attempt("keys", lambda: KeyStore(config.auth.keys_file))
     if keys is not None:
         needed = config.auth.require in ("key", "either", "both") and not len(keys)

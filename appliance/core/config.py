@@ -40,6 +40,7 @@ MAIN_FILE_VARIABLE = "APPLIANCE_CONFIG"
 ENVIRONMENT_PREFIX = "APPLIANCE_"
 BUILT_IN = "built-in default"
 
+_HOST = re.compile(r"(\*|(?:\*\.)?[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*")
 _UNIT = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNIT |= {"ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -63,6 +64,29 @@ def parse_address(value: str) -> tuple[str, int]:
     if not separator or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
         raise ValueError('is not an address; write "host:port", e.g. "[::]:8443" or "127.0.0.1:8443"')
     return host, int(port)
+
+
+def parse_host(entry: str) -> tuple[str, int | None]:
+    """Split an entry of `urls.hosts` into host, in lower case and without brackets, and port.
+
+    Raises: ValueError: it is neither a name, "*.name", "*" nor an address.
+    """
+    match = _HOST.fullmatch(entry.lower())
+    host, port = (match[1], int(match[2]) if match[2] else None) if match else ("", None)
+    last = host.rpartition(".")[2]
+    try:
+        if host.startswith("["):
+            host = str(ipaddress.IPv6Address(host[1:-1]))
+        elif last.isdigit() or last.startswith("0x"):
+            host = str(ipaddress.IPv4Address(host))
+    except ValueError:
+        host = ""
+    if not host or (port is not None and not 0 < port < 65536):
+        raise ValueError(
+            f'"{entry}" is not a host; write "name", "*.name", "*", "10.0.0.5" or "[fd00::5]", and ":port" behind it '
+            "for another port than 80 and 443 (an international name in its xn-- form)"
+        )
+    return host, port
 
 
 def is_loopback(address: str) -> bool:
@@ -464,7 +488,10 @@ class Limits(Section):
     )
     concepts_max: int = Field(200, ge=1, le=200, description="Concepts that a caller may ask for.")
     request_size: Size = Field(
-        128 * 2**20, le=128 * 2**20, description="Bytes of one request.", json_schema_extra={"restart": True}
+        128 * 2**20,
+        le=128 * 2**20,
+        description="Bytes of one request; its JSON may have half as many more.",
+        json_schema_extra={"restart": True},
     )
     reply_size: Size = Field(
         512 * 2**20,
@@ -484,6 +511,8 @@ class Limits(Section):
         85_000_000, ge=1, le=85_000_000, description="Pixels of one image, checked before it is decoded."
     )
     text_size: Size = Field(20 * 2**20, le=20 * 2**20, description="Bytes of one text.")
+    audio_size: Size = Field(20 * 2**20, le=20 * 2**20, description="Bytes of one audio file.")
+    video_size: Size = Field(128 * 2**20, le=128 * 2**20, description="Bytes of one video file.")
     memory_in_flight: Size | None = Field(
         None,
         examples=["2GiB"],
@@ -502,15 +531,63 @@ class Limits(Section):
 
 
 class Urls(Section):
-    """Inputs given as URLs. Off until hosts are named here."""
+    """Inputs given as URLs. Off until hosts are named here; docs/url-inputs.md says what is refused and why."""
 
     hosts: tuple[str, ...] = Field(
-        (), description='Hosts that inputs may be fetched from, e.g. ["images.example.com", "*.cdn.example.com"].'
+        (),
+        description='Hosts that inputs may be fetched from, e.g. ["images.example.com", "*.cdn.example.com"]; "*": any '
+        "on the open internet. http is fetched from port 80 and https from 443, unless an entry names a port: "
+        '"images.example.com:8443".',
     )
     private_addresses: bool = Field(
-        False, description="Whether these hosts may resolve to private or loopback addresses."
+        False,
+        description="Whether these hosts may have private or loopback addresses. Link-local ones, where clouds keep "
+        "their machines' secrets, they never may.",
     )
-    timeout_s: float = Field(10.0, gt=0, le=300, description="Seconds one download may take.")
+    ca: FilePath | None = Field(
+        None,
+        examples=["/etc/inference-appliance/tls/urls-ca.crt"],
+        description="PEM file: authorities that may have signed these hosts' certificates, beside those that the "
+        "machine trusts. Unset: only those.",
+    )
+    timeout_s: float = Field(10.0, gt=0, le=300, description="Seconds one download may take, redirects included.")
+    connections: int = Field(32, ge=1, le=1024, description="Downloads at once, over all callers; more wait.")
+    connections_per_principal: int = Field(
+        8, ge=1, le=1024, description="Downloads at once for one principal; more wait."
+    )
+
+    @field_validator("hosts")
+    @classmethod
+    def _check_hosts(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            parse_host(value)
+        return values
+
+    @model_validator(mode="after")
+    def _check_reach(self) -> Self:
+        if self.private_addresses and any(parse_host(host)[0] == "*" for host in self.hosts):
+            raise ValueError(
+                'hosts has "*" and private_addresses is true: callers could reach all of this network; name the hosts'
+            )
+        return self
+
+
+class Cache(Section):
+    """Answers kept for requests that ask for it (`use_predict_cache`). Off until it has a size."""
+
+    size: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] = Field(
+        0,
+        examples=["256MiB"],
+        description="Bytes of answers that are kept, beside limits.memory_in_flight; the least used go first. 0: none "
+        "are kept, and the flag changes nothing.",
+    )
+    ttl_s: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds after which an answer is computed anew; 0: when the model's version is replaced or "
+        "removed.",
+    )
 
 
 class Admin(Section):
@@ -569,6 +646,7 @@ class Config(Section):
     engine: Engine = Engine()
     limits: Limits = Limits()
     urls: Urls = Urls()
+    cache: Cache = Cache()
     admin: Admin = Admin()
     log: Log = Log()
     shutdown: Shutdown = Shutdown()

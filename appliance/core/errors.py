@@ -3,6 +3,7 @@
     ApplianceError
       RequestError            the caller must change something
         InvalidRequest          the message cannot be read, or misses something
+          EncodingNotRead         its body is compressed
         NoInputs                no inputs in the request
         TooManyInputs           more inputs than one request may carry
         InvalidArgument         max_concepts, min_value, select_concepts, a method argument
@@ -10,6 +11,7 @@
         UnknownModel            no such model or version
         UnknownType             no such model type
         UnknownStatusCode       no such status code
+        NotServed               something of another protocol that we do not do
         UnknownUser             a user id that is not the caller's
         UnknownWorkflow         no such workflow, or no such version of it
         WorkflowArgument        a parameter of a workflow that does not fit it
@@ -66,6 +68,13 @@ class InvalidRequest(RequestError):
     """The message cannot be read, or misses something."""
 
 
+class EncodingNotRead(InvalidRequest):
+    """The body of an HTTP request is compressed."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"A body with content-encoding {encoding[:40]!r} is not read here; send it as it is.")
+
+
 class NoInputs(RequestError):
     """The request carries no inputs."""
 
@@ -101,6 +110,10 @@ class UnknownType(RequestError):
 
 class UnknownStatusCode(RequestError):
     """No such status code."""
+
+
+class NotServed(RequestError):
+    """A protocol has it, and this appliance does not serve it."""
 
 
 class UnknownUser(RequestError):

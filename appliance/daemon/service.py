@@ -15,10 +15,15 @@ from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from starlette.routing import BaseRoute
+
 from appliance import __version__
 from appliance.api.auth import Authenticator
 from appliance.api.keys import KeyStore
+from appliance.api.kserve_http import kserve_routes
+from appliance.api.openai import openai_routes
 from appliance.api.pages import pages
+from appliance.api.rest import rest_routes
 from appliance.api.service import Api
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.repository import Repository, State, describe
@@ -30,12 +35,14 @@ from appliance.core.errors import ApplianceError, ConfigError, Draining
 from appliance.core.machine import usable_memory
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
+from appliance.core.systemd import Notifier
+from appliance.core.types import Endpoint
 from appliance.daemon.admin import AdminServer
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.front import open_front, pass_through_warning
-from appliance.daemon.systemd import Notifier
 from appliance.engine import session
 from appliance.engine.worker import LocalEngine
+from appliance.media import fetch
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
 
@@ -93,6 +100,7 @@ class Daemon:
         self._notifier = Notifier()
         stack.enter_context(_lock(config.catalog.state_dir))
         self._certificates = CertificateFiles(config)
+        _check_urls(config)
         self._keys = KeyStore(config.auth.keys_file)
         self._metrics = Metrics()
         self._metrics.build.info({"version": __version__, "onnxruntime": session.version()})
@@ -120,10 +128,11 @@ class Daemon:
         self._admin = AdminServer(config.admin, self, self._metrics.registry)
         self._admin.start()
         stack.push_async_callback(self._admin.stop)
+        endpoints = self._api.endpoints()
         self._front = open_front(
             config,
-            self._api.endpoints(),
-            pages(self.readiness),
+            endpoints,
+            pages(self.readiness, self._routes(endpoints)),
             self._certificates,
             self._budget,
             self._metrics,
@@ -132,6 +141,14 @@ class Daemon:
         stack.push_async_callback(self._front.stop, 0.0)
         await self._front.start()
         self.ports = {**self._front.ports, "admin.listen": self._admin.port}
+
+    def _routes(self, endpoints: Mapping[str, Endpoint]) -> list[BaseRoute]:
+        """What the main port serves over HTTP: KServe's and OpenAI's surfaces, and the twins of Clarifai's RPCs."""
+        return [
+            *kserve_routes(self._api.kserve, self._api),
+            *openai_routes(self._api.direct, self._api),
+            *rest_routes(endpoints, self._config.limits.request_size),
+        ]
 
     async def _load_models(self, stack: contextlib.AsyncExitStack) -> None:
         """Wait until every wanted bundle is ready or failed, but not for ever; a stop does not wait for it."""
@@ -277,6 +294,7 @@ class Daemon:
         if problems:  # the new file is sound, but not together with what only a restart can change
             raise configuration.ConfigInvalid(problems)
         keys = KeyStore(config.auth.keys_file)
+        _check_urls(config)
         self._certificates.reload(config)
         self._keys.adopt(keys)
         self._config = config
@@ -335,6 +353,7 @@ class Daemon:
             if bundle.key is not None
         }
         self._api.health.publish(self.readiness()[0], models)
+        self._api.catalog_changed()
         for gauge in (self._metrics.model_state, self._metrics.model_load_seconds, self._metrics.queue_rows):
             gauge.clear()  # a version that is gone leaves no sample, and no reference to its session
         for bundle in self._repository.bundles:
@@ -385,6 +404,11 @@ class Daemon:
         ):
             if warning:
                 _log.warning("%s", warning)
+        kept = self._config.cache.size + _memory_for_requests(self._config)
+        if self._config.cache.size and kept > usable_memory():
+            _log.warning(
+                "cache.size and limits.memory_in_flight together are more than the memory this service may use"
+            )
         if self._config.auth.require in ("key", "both") and not len(self._keys):
             _log.warning("there is no key yet, so nobody can call; make one with `appliance keys create`")
 
@@ -406,6 +430,12 @@ class Daemon:
 def _memory_for_requests(config: Config) -> int:
     """Bytes that requests may hold at once."""
     return config.limits.memory_in_flight or usable_memory() // 4
+
+
+def _check_urls(config: Config) -> None:
+    """Raises: CertificateError: the authorities of hosts that inputs are fetched from cannot be read."""
+    if config.urls.ca is not None:
+        fetch.trust(config.urls.ca)
 
 
 def _described_servable(servable: Servable) -> dict[str, object]:

@@ -32,9 +32,19 @@ Make = Callable[..., Awaitable[Client]]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """`World` with one more model: `narrow` gives its input back, two numbers."""
+    """`World` with more models: `narrow` gives two numbers back; `same` (of three) and `both` are declared methods."""
     made = World(tmp_path_factory.mktemp("world"))
     graphs.write_raw(made.root / "narrow", graphs.identity_model(("batch", 2)), **QUICK)
+    array = {"type": "ndarray"}
+    same = {"name": "predict", "arguments": [{"name": "x", **array}], "returns": {"output": "y", **array}}
+    graphs.write_raw(made.root / "same", methods=[same])
+    items = [{"name": name, "output": name, **array} for name in ("sum", "product")]
+    both = {
+        "name": "predict",
+        "arguments": [{"name": name, **array} for name in "ab"],
+        "returns": {"type": "named_fields", "items": items},
+    }
+    graphs.write_raw(made.root / "both", graphs.two_in_two_out_model(), methods=[both])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LONGEST_RUN_S", 10)
         patch.setattr(worker, "TURN_S", 10)
@@ -654,6 +664,7 @@ async def test_without_workflows_there_are_none(world: World) -> None:
 # ---- whatever comes --------------------------------------------------------------------------------------------------
 
 ANY_MODEL = ["colours", "topic", "vector", "tensor", "pair", "narrow", "fragile", "gather", "broken", "nothing"]
+ANY_MODEL += ["same", "both"]
 ANY_INPUT = [
     PICTURE,
     BLACK,
