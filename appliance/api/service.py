@@ -32,7 +32,8 @@ from appliance.api.kserve import Kserve, kserve_endpoints
 from appliance.api.predict import Begun, Predictions
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
-from appliance.api.workflows import WorkflowResults
+from appliance.api.workflow_results import WorkflowResults
+from appliance.api.workflows import WorkflowCatalogue
 from appliance.catalog.repository import Repository
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
@@ -118,8 +119,8 @@ class Api:
         self._predictions = Predictions(config, repository, metrics)
         self._catalogue = Catalogue(config, repository)
         self._compute = Compute(config, repository)
-        workflows = workflows or Workflows(config.catalog)
-        self._workflows = WorkflowResults(config, repository, workflows, self._predictions, metrics)
+        self._workflows = WorkflowCatalogue(repository, workflows or Workflows(config.catalog))
+        self._results = WorkflowResults(config, repository, self._workflows, self._predictions, metrics)
         self.direct = Direct(config, repository)
         self.kserve = Kserve(self.direct, self.health)
         self._errors = RateLimitedLog(_log)
@@ -142,7 +143,7 @@ class Api:
         self._predictions.configure(config)
         self._catalogue.config = config
         self._compute.config = config
-        self._workflows.config = config
+        self._results.config = config
         self.direct.config = config
         self._authenticator.configure(config)
 
@@ -165,7 +166,7 @@ class Api:
             "ListConcepts": catalogue.list_concepts,
             "GetModelType": catalogue.get_model_type,
             "ListModelTypes": catalogue.list_model_types,
-            "PostWorkflowResults": workflows.post_results,
+            "PostWorkflowResults": self._results.post,
             "GetWorkflow": workflows.get_workflow,
             "ListWorkflows": workflows.list_workflows,
             "GetWorkflowVersion": workflows.get_workflow_version,

@@ -1,6 +1,8 @@
 """Workflows and places to run over TLS, on both transports, with the files and the configuration that the docs show."""
 
 import re
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def problems(appliance: Appliance) -> dict[str, str]:
 
 
 def test_a_workflow_follows_its_file_and_its_models(make_appliance: Make, pki: Pki) -> None:
-    """It is served from the start, taken over when it changes, kept when it becomes bad, gone with its file."""
+    """Served from the start, taken over when it changes, kept when it becomes bad, gone with its file or folder."""
     appliance = make_appliance("digits")
     key = appliance.new_key()
     text = documented("workflows.md", "yaml")
@@ -77,7 +79,7 @@ def test_a_workflow_follows_its_file_and_its_models(make_appliance: Make, pki: P
 
         put(appliance, text)
         appliance.wait(lambda: not problems(appliance))
-        appliance.command("models", "remove", "digits")
+        shutil.rmtree(appliance.models / "digits")
         appliance.wait(lambda: "node 'guess': There is no model" in problems(appliance)["workflows/read-digits.yaml"])
         gone = ask(client)
         assert gone.status.code == StatusCode.FAILURE
@@ -87,22 +89,40 @@ def test_a_workflow_follows_its_file_and_its_models(make_appliance: Make, pki: P
         path.unlink()
         appliance.wait(lambda: ask(client).status.code == StatusCode.WORKFLOW_DOES_NOT_EXIST)
         assert client.call("ListWorkflows", service_pb2.ListWorkflowsRequest(user_app_id=IDS)).workflows == []
+
+        elsewhere = appliance.home / "elsewhere"
+        elsewhere.mkdir()
+        put(appliance, text).rename(elsewhere / "x.yaml")
+        appliance.write_config(catalog={"workflows": elsewhere})
+        appliance.signal(signal.SIGHUP)
+        appliance.wait(lambda: ask(client).status.code == StatusCode.FAILURE)  # it is there, and its model is not
     assert "workflow cannot be served" in appliance.log
     assert "Traceback" not in appliance.log
 
 
-def test_another_folder_is_taken_over_by_a_reload(make_appliance: Make, pki: Pki) -> None:
-    """As the rest of what is read at every look."""
-    appliance = make_appliance("digits")
-    key = appliance.new_key()
-    elsewhere = appliance.home / "elsewhere"
-    with appliance, Client(appliance.port(), pki.ca, key) as client:
-        assert ask(client).status.code == StatusCode.WORKFLOW_DOES_NOT_EXIST
-        elsewhere.mkdir()
-        put(appliance, documented("workflows.md", "yaml")).rename(elsewhere / "x.yaml")
-        appliance.write_config(catalog={"workflows": elsewhere})
-        assert "taken over" in appliance.command("reload").stdout
-        appliance.wait(lambda: ask(client).status.code == StatusCode.SUCCESS)
+READING = {
+    "GetComputeCluster": {"compute_cluster_id": "on-prem"},
+    "ListComputeClusters": {},
+    "ListNodepools": {"compute_cluster_id": "on-prem"},
+    "GetDeployment": {"deployment_id": "digits"},
+    "ListDeployments": {},
+    "ListRunners": {},
+    "ListWorkflows": {},
+}
+"""RPC → what it is asked of an appliance without a configuration of its places."""
+
+
+@pytest.mark.parametrize("rpc", READING)
+def test_without_configuration_places_can_be_read(client: Client, rpc: str) -> None:
+    """By the raw stub; lists end with a reply that has only a status."""
+    kind = getattr(service_pb2, f"{rpc}Request")
+    reply = client.call(rpc, kind(user_app_id=IDS, **READING[rpc]))
+    assert reply.status.code == StatusCode.SUCCESS
+    found = {field.name for field, _ in reply.ListFields()} - {"status"}
+    assert len(found) == (rpc != "ListWorkflows")
+    if rpc.startswith("List"):
+        past = client.call(rpc, kind(user_app_id=IDS, page=9, **READING[rpc]))
+        assert [field.name for field, _ in past.ListFields()] == ["status"]
 
 
 @pytest.fixture
@@ -151,7 +171,7 @@ def test_a_request_may_name_this_appliance(placed: Appliance, pki: Pki) -> None:
             assert client.predict(request).status.code == code
 
 
-def test_places_follow_a_reload_and_a_rollback(placed: Appliance, pki: Pki) -> None:
+def test_places_follow_a_reload(placed: Appliance, pki: Pki) -> None:
     """Without a restart."""
     with placed, Client(placed.port(), pki.ca, placed.key) as client:
 
@@ -160,8 +180,8 @@ def test_places_follow_a_reload_and_a_rollback(placed: Appliance, pki: Pki) -> N
 
         assert deployment("prod-digits").deployment.worker.model.id == "digits"
         placed.write_config(placement={"nodepool_id": "line-8"}, deployment=[{"id": "new", "model": "ml-topics"}])
-        placed.command("reload")
-        assert deployment("prod-digits").status.code == StatusCode.DEPLOYMENT_DOES_NOT_EXIST
+        placed.signal(signal.SIGHUP)
+        placed.wait(lambda: deployment("prod-digits").status.code == StatusCode.DEPLOYMENT_DOES_NOT_EXIST)
         found = deployment("new").deployment
         assert found.worker.model.id == "ml-topics"
         assert found.deployment_nodepools[0].nodepool.id == "line-8"

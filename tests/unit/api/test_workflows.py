@@ -350,6 +350,28 @@ async def test_the_memory_of_all_nodes_is_the_requests(serving: Make) -> None:
     assert (await results(await serving({"flow": [node("a", "vector")]}, memory=100_000), wide)).status.code == 10000
 
 
+async def test_memory_that_a_copied_input_needs_is_the_requests_too(serving: Make) -> None:
+    """Large inputs are copied for each node that takes them; beyond the budget all of it is tried later."""
+    large = resources_pb2.Input(data={"image": {"base64": b"x" * 2_000_000}})
+    few = await serving({"flow": [node("a", "vector")]}, memory=9_000_000)
+    assert codes(await results(few, large)) == [[30101]]
+    many = await serving({"flow": [node(f"n{i}", "vector") for i in range(5)]}, memory=9_000_000)
+    reply = await results(many, large)
+    assert reply.status.code == 21354
+    assert not reply.results
+    assert many.budget.used == 0
+
+
+async def test_large_answers_come_as_small_ones(serving: Make) -> None:
+    """They are put together beside the loop."""
+    client = await serving({"flow": [node("a", "tensor"), node("b", "tensor", "a")]})
+    many = np.arange(300_000, dtype=np.float32).reshape(100_000, 3)
+    given = resources_pb2.Input(data={"ndarray": {"buffer": many.tobytes(), "shape": many.shape, "dtype": "float32"}})
+    reply = await results(client, given)
+    assert reply.status.code == 10000
+    assert reply.results[0].outputs[1].data.ndarray.buffer == many.tobytes()
+
+
 # ---- at the same time ------------------------------------------------------------------------------------------------
 
 

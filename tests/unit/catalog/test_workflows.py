@@ -12,7 +12,8 @@ from support import graphs
 from support.waiting import eventually_async
 
 from appliance.catalog.repository import Repository
-from appliance.catalog.workflows import MAX_NODES, Workflow, Workflows, read_workflow
+from appliance.catalog.workflow_format import MAX_NODES, Workflow, read_workflow
+from appliance.catalog.workflows import Workflows
 from appliance.core.config import Catalog
 from appliance.core.errors import UnknownWorkflow, WorkflowInvalid
 from appliance.core.types import ModelKey
