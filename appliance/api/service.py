@@ -124,6 +124,8 @@ class Api:
             "ListConcepts": catalogue.list_concepts,
             "GetModelType": catalogue.get_model_type,
             "ListModelTypes": catalogue.list_model_types,
+            "GetApp": catalogue.get_app,
+            "ListApps": catalogue.list_apps,
             "GetUser": catalogue.get_user,
             "MyScopes": catalogue.my_scopes,
             "ListStatusCodes": catalogue.list_status_codes,

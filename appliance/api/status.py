@@ -48,6 +48,7 @@ TABLE: dict[type[ApplianceError], Row] = {
     errors.UnknownType: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownStatusCode: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownUser: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
+    errors.UnknownApp: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.PlacementUnknown: Row(Code.DEPLOYMENT_DOES_NOT_EXIST, "Deployment does not exist", 404),
     errors.InvalidInput: Row(Code.INPUT_INVALID_ARGUMENT, "Invalid input", 400),
     errors.UnsupportedFormat: Row(Code.INPUT_UNSUPPORTED_FORMAT, "Input format not supported", 400),

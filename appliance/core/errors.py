@@ -11,6 +11,7 @@
         UnknownType             no such model type
         UnknownStatusCode       no such status code
         UnknownUser             a user id that is not the caller's
+        UnknownApp              no such app, or none of its models is the caller's to use
         PlacementUnknown        a deployment or nodepool that is not this appliance
         InputError              one input of many is at fault
           InvalidInput            it carries the wrong thing, or nothing
@@ -98,6 +99,10 @@ class UnknownStatusCode(RequestError):
 
 class UnknownUser(RequestError):
     """A user id that is not the caller's."""
+
+
+class UnknownApp(RequestError):
+    """No such app, or none of its models is the caller's to use."""
 
 
 class PlacementUnknown(RequestError):
