@@ -291,6 +291,18 @@ JSON = {
     "`GetModelOutputInfo`": lambda: len(
         over_json().GetModelOutputInfo(get_model, metadata=METADATA).model.model_version.output_info.data.concepts
     ),
+    "`GetModelVersion`": lambda: (
+        over_json().GetModelVersion(get_version, metadata=METADATA).model_version.method_signatures[0].name
+    ),
+    "`ListModelVersions`": lambda: [
+        version.id
+        for version in over_json()
+        .ListModelVersions(service_pb2.ListModelVersionsRequest(user_app_id=IDS, model_id="digits"), metadata=METADATA)
+        .model_versions
+    ],
+    "`ListConcepts`": lambda: len(
+        over_json().ListConcepts(service_pb2.ListConceptsRequest(user_app_id=IDS), metadata=METADATA).concepts
+    ),
     "`GetUser`": lambda: (
         over_json().GetUser(service_pb2.GetUserRequest(user_app_id={"user_id": "me"}), metadata=METADATA).user.id
     ),
@@ -298,6 +310,7 @@ JSON = {
         over_json().PostModelOutputs(request(), metadata=(("authorization", "Key " + "0" * 64),))
     ),
     "`GenerateModelOutputs`": lambda: streamed(over_json().GenerateModelOutputs(request(), metadata=METADATA)),
+    "`StreamModelOutputs` of one message": lambda: [ids(over_json().StreamModelOutputs(request(), metadata=METADATA))],
     "`StreamModelOutputs` of several": lambda: streamed(
         over_json().StreamModelOutputs(iter([request()]), metadata=METADATA)
     ),

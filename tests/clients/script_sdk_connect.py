@@ -32,5 +32,5 @@ def outcome(arguments, variables):
 
 
 cases = json.loads(sys.argv[2])
-with multiprocessing.get_context("fork").Pool(len(cases), maxtasksperchild=1) as pool:
+with multiprocessing.get_context("fork").Pool(4, maxtasksperchild=1) as pool:
     print(json.dumps(dict(zip(cases, pool.starmap(outcome, cases.values(), chunksize=1), strict=True))))

@@ -77,7 +77,9 @@ JSON: dict[str, Any] = {
     "`base_url='host:port'`": says(
         "InvalidSchema|MissingSchema|No connection adapters", why="the channel wants a URL: write https://"
     ),
-    "`base_url='https://host:port/'`": DIGIT,
+    "`base_url='https://host:port/'`": says(
+        "11101: .*not served here", why="the channel then asks for //v2/…: leave the slash at the end out"
+    ),
     "`CLARIFAI_API_BASE`": DIGIT,
     "`PostModelOutputs` by URL": DIGIT,
     "`PostModelOutputs` with `version_id`": DIGIT,
@@ -87,10 +89,16 @@ JSON: dict[str, Any] = {
     "`ListModels`": ["digits", "ml-topics"],
     "`ListModels(page=…, per_page=…)`": 1,
     "`GetModelOutputInfo`": 10,
+    "`GetModelVersion`": "predict",
+    "`ListModelVersions`": ["1"],
+    "`ListConcepts`": 19,
     "`GetUser`": "appliance",
     "a wrong key": says("11008: .*not known to this appliance"),
     "`GenerateModelOutputs`": says(
         "NotImplementedError", why="the channel has no server streams; take the gRPC channel"
+    ),
+    "`StreamModelOutputs` of one message": says(
+        "^.'0: '.$", why="REST answers a stream of results, and the channel looks for one reply: take PostModelOutputs"
     ),
     "`StreamModelOutputs` of several": says(
         "The input request must be of type", why="the channel sends one message; take the gRPC channel"
