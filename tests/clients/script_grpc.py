@@ -130,6 +130,24 @@ def in_future():
     return ids(stub.PostModelOutputs.future(request(), metadata=METADATA).result(PATIENCE_S))
 
 
+def signatures():
+    """The names of the methods, as the SDK asks when GetModelVersion names none."""
+    asked = resources_pb2.Input()
+    asked.data.parts.add()
+    asked.data.metadata["_method_name"] = "_GET_SIGNATURES"
+    return list(json.loads(call("PostModelOutputs", request(asked)).outputs[0].data.text.raw))
+
+
+def pythonic():
+    """What `predict(image, max_concepts=3)` returns, as its concepts."""
+    asked = resources_pb2.Input()
+    asked.data.metadata["_method_name"] = "predict"
+    asked.data.parts.add(id="image").data.image.base64 = DIGIT
+    asked.data.parts.add(id="max_concepts").data.int_value = 3
+    (part,) = call("PostModelOutputs", request(asked)).outputs[0].data.parts
+    return [concept.id for concept in part.data.concepts]
+
+
 get_model = service_pb2.GetModelRequest(user_app_id=IDS, model_id="digits")
 get_version = service_pb2.GetModelVersionRequest(user_app_id=IDS, model_id="digits", version_id="1")
 RAW = {
@@ -174,6 +192,8 @@ RAW = {
     "`PostModelOutputs` without inputs": lambda: ids(
         call("PostModelOutputs", service_pb2.PostModelOutputsRequest(user_app_id=IDS, model_id="digits"))
     ),
+    "`PostModelOutputs` of `_GET_SIGNATURES`": signatures,
+    "`PostModelOutputs` of a method and its arguments": pythonic,
     "`PostModelOutputs.future`": in_future,
     "`compression=Gzip`": lambda: predict(compression=grpc.Compression.Gzip),
     "`GenerateModelOutputs`": lambda: streamed(call("GenerateModelOutputs", request())),

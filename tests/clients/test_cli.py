@@ -23,6 +23,7 @@ SITE = "https://clarifai.com/"
 DIGITS, TOPICS = "appliance/main/models/digits", "appliance/main/models/ml-topics"
 NOT_TRUSTED = "CERTIFICATE_VERIFY_FAILED"
 CLOUD = r"api\.clarifai\.com"
+NO_DEPLOYMENT = "Deployment 'no-such' not found|does not serve /clarifai.api.V2/GetDeployment"
 
 
 @dataclass(frozen=True)
@@ -176,12 +177,24 @@ TODAY = (
         code=1,
     ),
     predict(
-        "`--deployment …` with `CLARIFAI_API_BASE`, a deployment that is not there",
+        "`--deployment …` with `CLARIFAI_API_BASE`, one that is not there",
         *(DIGITS, "--deployment", "no-such", "--file", PICTURE),
-        gives=says("Deployment 'no-such' not found|does not serve /clarifai.api.V2/GetDeployment"),
+        gives=says(NO_DEPLOYMENT),
         code=1,
         variables={"CLARIFAI_API_BASE": BASE},
         started=True,
+    ),
+    predict(
+        "`--deployment_id … --deployment_user_id …`, one that is not there",
+        *(DIGITS, "--deployment_id", "no-such", "--deployment_user_id", "appliance", "--file", PICTURE),
+        gives=says(NO_DEPLOYMENT),
+        code=1,
+    ),
+    predict(
+        "`-cc_id … -np_id … --deployment_user_id …`, ones that are not there",
+        *(DIGITS, "-cc_id", "no-such", "-np_id", "no-such", "--deployment_user_id", "appliance", "--file", PICTURE),
+        gives=says("Nodepool 'no-such' not found|does not serve /clarifai.api.V2/GetNodepool"),
+        code=1,
     ),
     Call(
         "`model list`, the address only in the context",
@@ -319,6 +332,15 @@ TRUST = {"sdk-12": "CLARIFAI_ROOT_CERTIFICATES_PATH"}
 """How each is told whom to trust; the old ones by gRPC's own variable."""
 
 
+AFTER_LOGIN = "`Model(…)` without a PAT, after `clarifai login`"
+_AFTER_LOGIN = f"""
+from clarifai.client.model import Model
+
+model = Model(url="{SITE}{DIGITS}", base_url="{BASE}", root_certificates_path="{CA}")
+print(model.predict_by_filepath("{PICTURE}", input_type="image"))
+"""
+
+
 class Station:
     """A user's machine: a home, folders, and what to put for the marks in the calls."""
 
@@ -369,7 +391,20 @@ class Station:
         started = sum(call.started for call in CALLS[self.environment])
         found = {call[0]: self._start(*call[1:]) for call in calls[:started]}
         found |= run_script(self.environment, "script_cli.py", json.dumps(calls[started:]), HOME=self.home)
+        if self.environment == "sdk-12":
+            found[AFTER_LOGIN] = self._python(_AFTER_LOGIN)
         return found
+
+    def _python(self, script: str) -> list[Any]:
+        done = subprocess.run(
+            [executable(self.environment), "-c", self.filled(script)],
+            capture_output=True,
+            text=True,
+            env=plain_environment(HOME=self.home),
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        return [done.returncode, done.stdout, done.stderr]
 
     def _start(self, arguments: list[str], variables: dict[str, str], folder: str, stdin: str) -> list[Any]:
         done = subprocess.run(
@@ -398,12 +433,13 @@ def found(
     stations = [Station(name, tmp_path_factory.mktemp(name), native, pki, web) for name in CLIS]
     with ThreadPoolExecutor(len(stations)) as pool:
         answers = list(pool.map(Station.run, stations))
-    return {
+    found = {
         (station.environment, call.form): [code, f"{out}{station.config_of(call)}", errors]
         for station, answer in zip(stations, answers, strict=True)
         for call in CALLS[station.environment]
         for code, out, errors in [answer[call.form]]
     }
+    return found | {("sdk-12", AFTER_LOGIN): answers[0][AFTER_LOGIN]}
 
 
 @pytest.mark.parametrize(
@@ -424,6 +460,16 @@ def test_form(
     check(out + errors if hasattr(call.expected, "words") else concepts(out), call.expected, truth)
     matrix.row(CLIS[environment], call.form, why=getattr(call.expected, "why", ""))
     matrix.version(CLIS[environment], versions(environment, "clarifai", "clarifai-grpc", "grpcio", "protobuf"))
+
+
+def test_the_sdk_takes_its_pat_from_a_login(
+    found: dict[tuple[str, str], list[Any]], truth: dict[str, list[str]], matrix: Matrix
+) -> None:
+    """It reads the context that the command wrote; the address and the root are still its caller's to give."""
+    code, out, errors = found["sdk-12", AFTER_LOGIN]
+    assert code == 0, errors
+    assert concepts(out) == truth["digits"]
+    matrix.row("Python SDK 12.5.0", AFTER_LOGIN)
 
 
 def concepts(printed: str) -> list[str]:

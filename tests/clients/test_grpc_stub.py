@@ -43,6 +43,8 @@ RAW: dict[str, Any] = {
     "`PostModelOutputs` with 129 inputs": says("30105: .*129 inputs; the limit is 128"),
     "`PostModelOutputs` with 16 MB": DIGIT,
     "`PostModelOutputs` without inputs": says("39999: .*no inputs"),
+    "`PostModelOutputs` of `_GET_SIGNATURES`": says("'predict'"),
+    "`PostModelOutputs` of a method and its arguments": Of("digits", 3),
     "`PostModelOutputs.future`": DIGIT,
     "`compression=Gzip`": DIGIT,
     "`GenerateModelOutputs`": [DIGIT],

@@ -20,13 +20,15 @@ FORMS: dict[str, Any] = {
     "`Model(model_id=…, user_id=…, app_id=…)`": DIGIT,
     "`Model(model_id=…, model_version={'id': …})`": DIGIT,
     "`Model(pat=…)`": DIGIT,
-    "an unknown model": says("MODEL_DOES_NOT_EXIST", "appliance/main/nothing"),
+    "an unknown model": says("MODEL_DOES_NOT_EXIST", "appliance/main/nothing", 'req_id: "sdk-python-'),
     "an unknown version": says("MODEL_DOES_NOT_EXIST", "ready versions: 1"),
     "a wrong PAT": says("CONN_KEY_INVALID", "not known to this appliance"),
+    "a principal over its rate: the SDK waits five seconds and tries again": [DIGIT, [5]],
     "`predict([Input, …])`": DIGIT,
     "`predict(inputs=[Input, …])`": DIGIT,
     "`predict_by_bytes(…, input_type='image')`": DIGIT,
     "`predict_by_bytes(…, input_type='text')`": TOPIC,
+    "`predict_by_bytes('…', 'text')`, a str": TOPIC,
     "`predict_by_bytes(…)` without input_type, an image": DIGIT,
     "`predict_by_bytes(…)` without input_type, a text": TOPIC,
     "`predict_by_filepath(…, input_type='image')`": DIGIT,
@@ -101,12 +103,12 @@ CASES = [(environment, form) for environment in SDKS for form in EXPECTED[enviro
 
 
 @pytest.fixture(scope="module")
-def found(native: Appliance, pki: Pki, web: str) -> dict[str, dict[str, Any]]:
+def found(native: Appliance, pki: Pki, web: str, slow_key: str) -> dict[str, dict[str, Any]]:
     """By environment, what each form gave."""
     target = f"https://localhost:{native.port()}"
     return {
         environment: run_script(
-            environment, "script_sdk_forms.py", target, pki.ca, SAMPLES, web, CLARIFAI_PAT=native.key
+            environment, "script_sdk_forms.py", target, pki.ca, SAMPLES, web, slow_key, CLARIFAI_PAT=native.key
         )
         for environment in SDKS
     }
