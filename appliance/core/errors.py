@@ -18,6 +18,8 @@
         PlacementUnknown        a deployment, nodepool, compute cluster or runner that is not this appliance's
         PlacementMismatch       one that is, but not for the model asked for
         DeploymentDisabled      one whose model is held back, or not here
+        UnknownApp              no such app, or none of its models is the caller's to use
+        PlacementUnknown        a deployment or nodepool that is not this appliance
         InputError              one input of many is at fault
           InvalidInput            it carries the wrong thing, or nothing
           UnsupportedFormat       its bytes are not a format we read
@@ -122,6 +124,12 @@ class UnknownUser(RequestError):
 
 class UnknownWorkflow(RequestError):
     """No such workflow, or no such version of it."""
+class UnknownApp(RequestError):
+    """No such app, or none of its models is the caller's to use."""
+
+
+class PlacementUnknown(RequestError):
+    """A deployment or nodepool that is not this appliance.
 
 
 class WorkflowArgument(RequestError):
