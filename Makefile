@@ -88,11 +88,11 @@ $(VENV)/built: $(VENV)/ready pyproject.toml setup.py $(NATIVE)
 	@test -e appliance/wire/_h2.abi3.so || echo "the native wire cannot be built here: grpcio serves instead" >&2
 	touch $@
 
-# grpc-js, where npm is; its test says so where it is not.
+# The stock clients for Node and browsers, where npm is; their tests say so where it is not.
 $(CLIENTS)/node/ready: requirements/node/package.json requirements/node/package-lock.json | system
 	@mkdir -p $(@D) && cp requirements/node/* $(@D)/
 	@cd $(@D) && npm ci --silent --ignore-scripts --no-audit --no-fund \
-	  || echo "grpc-js cannot be installed here: its test will be skipped" >&2
+	  || echo "the npm clients cannot be installed here: their tests will be skipped" >&2
 	touch $@
 
 $(CLIENTS)/%/ready: requirements/%.txt | system
