@@ -228,7 +228,10 @@ class Catalogue:
         number = numbers.get(wanted.upper()) or next((n for n in numbers.values() if n and str(n) == wanted), 0)
         if not number:
             raise UnknownStatusCode(f"There is no status code {wanted[:80]!r}; ListStatusCodes names them.")
-        return service_pb2.SingleStatusCodeResponse(status=_code_status(number))
+        # It was found, whatever the code that it is means elsewhere.
+        found = _code_status(number)
+        found.http_status_code = status.SUCCESS.http
+        return service_pb2.SingleStatusCodeResponse(status=found)
 
     # ---- helpers ----
 

@@ -268,7 +268,9 @@ def fill_error(output: resources_pb2.Output, given: resources_pb2.Input, error: 
 
 def conclusion(count: int, failures: Sequence[ApplianceError], note: str, req_id: str) -> status_pb2.Status:
     """The top status of `count` outputs: all good → SUCCESS, some → MIXED_STATUS, none → FAILURE."""
-    row = status.SUCCESS if not failures and not note else status.MIXED if len(failures) < count else status.FAILURE
+    row = status.SUCCESS if not failures and not note else status.MIXED
+    if failures and len(failures) == count:
+        row = status.failure_of(failures)
     details = note
     if failures:
         first = failures[0]

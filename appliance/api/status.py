@@ -5,13 +5,15 @@ what a transport must act on (retry elsewhere, give up) has a gRPC status of its
 Where Clarifai documents no code the choice is ours (DESIGN "Limits").
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from clarifai_grpc.grpc.api.status import status_code_pb2, status_pb2
+from google.rpc import status_pb2 as rpc_status_pb2  # type: ignore[import-untyped]
 
 from appliance.core import errors
 from appliance.core.errors import ApplianceError
-from appliance.core.types import RpcStatus
+from appliance.core.types import RpcAbort, RpcStatus
 
 Code = status_code_pb2.StatusCode
 
@@ -40,6 +42,7 @@ INTERNAL = Row(Code.INTERNAL_SERVER_ISSUE, "Internal error", 500)
 
 TABLE: dict[type[ApplianceError], Row] = {
     errors.InvalidRequest: Row(Code.CONN_BAD_REQUEST_FORMAT, "Malformed request", 400, reason="malformed"),
+    errors.EncodingNotRead: Row(Code.CONN_BAD_REQUEST_FORMAT, "Malformed request", 415, reason="malformed"),
     errors.NoInputs: Row(Code.INPUT_INVALID_REQUEST, "Invalid request: no inputs", 400, reason="batch_limit"),
     errors.TooManyInputs: Row(Code.INPUT_OVER_LIMIT, "Too many inputs", 400, reason="batch_limit"),
     errors.InvalidArgument: Row(Code.MODEL_INVALID_ARGUMENT, "Invalid model argument", 400, reason="argument"),
@@ -75,12 +78,25 @@ SUCCESS = Row(Code.SUCCESS, "Ok", 200)
 MIXED = Row(Code.MIXED_STATUS, "Mixed Success", 207)
 FAILURE = Row(Code.FAILURE, "Failure", 400)
 METHOD_NOT_ALLOWED = Row(Code.CONN_METHOD_NOT_ALLOWED, "Method not allowed", 405)
+NOT_IMPLEMENTED = Row(Code.NOT_IMPLEMENTED, "Not implemented", 501)
 READY_VERSION = Row(Code.MODEL_TRAINED, "Model is trained and ready", 200)
 
 _PLACEMENTS = {
     "deployment": TABLE[errors.PlacementUnknown],
     "nodepool": Row(Code.NODEPOOL_DOES_NOT_EXIST, "Nodepool does not exist", 404),
     "runner": Row(Code.RUNNER_DOES_NOT_EXIST, "Runner does not exist", 404),
+}
+
+
+_BY_RPC = {
+    RpcStatus.CANCELLED: TABLE[errors.Cancelled],
+    RpcStatus.DEADLINE_EXCEEDED: TABLE[errors.DeadlineExceeded],
+    RpcStatus.NOT_FOUND: TABLE[errors.UnknownType],
+    RpcStatus.PERMISSION_DENIED: TABLE[errors.NotPermitted],
+    RpcStatus.RESOURCE_EXHAUSTED: TABLE[errors.Overloaded],
+    RpcStatus.UNIMPLEMENTED: NOT_IMPLEMENTED,
+    RpcStatus.UNAVAILABLE: TABLE[errors.Draining],
+    RpcStatus.UNAUTHENTICATED: TABLE[errors.KeyInvalid],
 }
 
 
@@ -91,14 +107,44 @@ def row_of(error: Exception) -> Row:
     return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), INTERNAL)
 
 
+def failure_of(failures: Iterable[Exception]) -> Row:
+    """FAILURE, when every input of a request failed; its HTTP status says who can act.
+
+    That of all of them when they agree; else the caller's part first, as trying again would not mend that.
+    """
+    found = sorted({row_of(error).http for error in failures})
+    http = found[0] if len(found) == 1 else FAILURE.http if found and found[0] < 500 else INTERNAL.http
+    return replace(FAILURE, http=http)
+
+
 def success(req_id: str = "") -> status_pb2.Status:
     """10000."""
     return of_row(SUCCESS, "", req_id)
 
 
 def of_row(row: Row, details: str, req_id: str = "") -> status_pb2.Status:
-    """A status message."""
-    return status_pb2.Status(code=row.code, description=row.description, details=details, req_id=req_id)
+    """A status message; its HTTP status is in it unless that is 200, as some codes have more than one."""
+    return status_pb2.Status(
+        code=row.code,
+        description=row.description,
+        details=details,
+        req_id=req_id,
+        http_status_code=0 if row.http == SUCCESS.http else row.http,
+    )
+
+
+def http_of(message: status_pb2.Status) -> int:
+    """The HTTP status of a reply with this status."""
+    return message.http_status_code or SUCCESS.http
+
+
+def of_abort(abort: RpcAbort) -> status_pb2.Status:
+    """What a call that ended with a gRPC status would have said in a reply."""
+    packed = rpc_status_pb2.Status.FromString(abort.details).details
+    found = status_pb2.Status()
+    if packed and packed[0].Unpack(found):
+        return found
+    return of_row(_BY_RPC.get(abort.status, INTERNAL), abort.message)
 
 
 def of_error(error: Exception, req_id: str = "") -> status_pb2.Status:

@@ -3,6 +3,7 @@
     ApplianceError
       RequestError            the caller must change something
         InvalidRequest          the message cannot be read, or misses something
+          EncodingNotRead         its body is compressed
         NoInputs                no inputs in the request
         TooManyInputs           more inputs than one request may carry
         InvalidArgument         max_concepts, min_value, select_concepts, a method argument
@@ -58,6 +59,13 @@ class RequestError(ApplianceError):
 
 class InvalidRequest(RequestError):
     """The message cannot be read, or misses something."""
+
+
+class EncodingNotRead(InvalidRequest):
+    """The body of an HTTP request is compressed."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"A body with content-encoding {encoding[:40]!r} is not read here; send it as it is.")
 
 
 class NoInputs(RequestError):

@@ -91,6 +91,13 @@ class Reservation:
         most = self._budget._for_coming if self._coming else self._budget.limit
         return most if self._owner is None else min(most, self._budget._share(self._owner))
 
+    def follow(self, other: "Reservation") -> None:
+        """From now on take the share of the budget that `other` takes: what was a stranger's has an owner."""
+        count = self.count
+        self._add(-count)
+        self._owner = other._owner
+        self._add(count)
+
     def shrink_to(self, count: int) -> None:
         """Give back what is held beyond `count` bytes."""
         if self.count > count:

@@ -35,6 +35,9 @@ class Call:
         chain: the verified certificates above it as PEM, leaf's issuer first; empty where the transport knows none.
         memory: what the call holds of the memory budget since it was admitted, if the transport asked for admission;
             the transport releases it when the call is over.
+        reader: makes the request message of a body that is not in the RPC's own encoding; None: it is. Called once the
+            call is authenticated and counted, under its deadline, on any thread, perhaps more than once. What it raises
+            is answered, counted and logged like a handler's error.
     """
 
     method: str
@@ -44,6 +47,7 @@ class Call:
     certificate: bytes | None = None
     chain: bytes = b""
     memory: Reservation | None = None
+    reader: Callable[[bytes], Any] | None = None
 
 
 Admission: TypeAlias = Callable[[Call, int], bytes | None]

@@ -19,6 +19,7 @@ from appliance import __version__
 from appliance.api.auth import Authenticator
 from appliance.api.keys import KeyStore
 from appliance.api.pages import pages
+from appliance.api.rest import rest_routes
 from appliance.api.service import Api
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.repository import Repository, State, describe
@@ -118,10 +119,11 @@ class Daemon:
         self._admin = AdminServer(config.admin, self, self._metrics.registry)
         self._admin.start()
         stack.push_async_callback(self._admin.stop)
+        endpoints = self._api.endpoints()
         self._front = open_front(
             config,
-            self._api.endpoints(),
-            pages(self.readiness),
+            endpoints,
+            pages(self.readiness, rest_routes(endpoints, config.limits.request_size)),
             self._certificates,
             self._budget,
             self._metrics,

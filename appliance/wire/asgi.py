@@ -9,13 +9,14 @@ import json
 import logging
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 from appliance.core.errors import Overloaded
+from appliance.core.memory import Reservation
 from appliance.wire import sentences
 from appliance.wire.peer import Peer
 from appliance.wire.settings import WireSettings
@@ -30,6 +31,9 @@ Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 PEER = "appliance.peer"
 """The extension of a scope under which its `Peer` is found."""
+
+_ADMITTED = "appliance.admitted"
+"""The extension of a scope by which `admitted` reaches the connection."""
 
 _MOMENT_S = 1.0
 """What an application that waits for its client gets to tidy up when it hears that the client is gone."""
@@ -79,6 +83,9 @@ class Outlet(Protocol):
     async def drained(self) -> None:
         """Return when the client has taken enough for more to be written; not at all once it is gone."""
 
+    def admitted(self, memory: Reservation) -> None:
+        """Whose the request is: what of its body is on its way takes that share of the memory budget."""
+
     def credit(self, count: int) -> None:
         """The application took `count` bytes of the request's body: let more in. 0: it waits for the first, or more."""
 
@@ -116,6 +123,7 @@ class Exchange:
         self._head: tuple[int, list[tuple[bytes, bytes]]] | None = None
         self._left: int | None = None  # bytes that the reply's content-length still promises
         self._bodiless = scope["method"] == "HEAD"
+        scope.setdefault("extensions", {})[_ADMITTED] = outlet.admitted
 
     # ---- the connection's side ----
 
@@ -313,10 +321,20 @@ def scope(
     }
 
 
-def body_limit(headers: Headers, settings: WireSettings) -> int:
-    """Bytes that the body of a request with these headers may have.
+def admitted(scope: Mapping[str, Any], memory: Reservation) -> None:
+    """Tell the connection whose the request is, as its application has found out.
 
-    gRPC-Web counts message by message and says so in its own way; its body may be longer by base64 and frames.
+    What of the body has come and was not taken yet has the owner's share of the memory budget from now on, and no
+    longer that of strangers. Where there is no connection, in tests, nothing is held.
     """
-    grpc_web = any(name == b"content-type" and value.startswith(b"application/grpc-web") for name, value in headers)
-    return settings.max_message * 3 // 2 + 1024 if grpc_web else settings.max_message
+    tell = scope["extensions"].get(_ADMITTED)
+    if tell is not None:
+        tell(memory)
+
+
+def body_limit(settings: WireSettings) -> int:
+    """Bytes that a request's body may have: more than its messages, as base64, JSON and frames make it longer.
+
+    What is in it is measured by who reads it.
+    """
+    return settings.max_message * 3 // 2 + 1024

@@ -18,7 +18,7 @@ from appliance.core.errors import Overloaded
 from appliance.core.memory import STRANGER, MemoryBudget, Reservation
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 from appliance.wire import grpc, sentences
-from appliance.wire.asgi import PEER, ASGIApp, ClientGone, Receive, Send
+from appliance.wire.asgi import PEER, ASGIApp, ClientGone, Receive, Send, admitted
 from appliance.wire.peer import Peer
 from appliance.wire.settings import WireSettings
 
@@ -29,15 +29,14 @@ _PADDED = re.compile(rb"[^=]+={0,2}")
 _TEXTS = 10_000
 """Padded pieces of one base64 body: each costs us far more than its sender."""
 
-_REQUEST_HEADERS = (
-    "authorization",
-    "content-type",
-    "grpc-timeout",
-    "x-clarifai-request-id-prefix",
-    "x-grpc-web",
-    "x-user-agent",
+_REPLY_HEADERS = (
+    "allow",
+    "grpc-message",
+    "grpc-status",
+    "grpc-status-details-bin",
+    "retry-after",
+    "www-authenticate",
 )
-_REPLY_HEADERS = ("grpc-status", "grpc-message", "grpc-status-details-bin")
 _PREFLIGHT_S = 600
 
 
@@ -96,9 +95,9 @@ class GrpcWeb:
             body = _Body(receive, text, _is_gzip(headers), limit, self._settings.request_timeout_s)
             async with asyncio.timeout(seconds) as timer:
                 if endpoint.unary is not None:
-                    await self._unary(call, endpoint, body, reply)
+                    await self._unary(call, endpoint, body, reply, scope)
                 else:
-                    await self._stream(call, endpoint, body, reply)
+                    await self._stream(call, endpoint, body, reply, scope)
         except RpcAbort as abort:
             end = abort
         except Overloaded as error:
@@ -115,7 +114,9 @@ class GrpcWeb:
                 call.memory.release()
         await reply.end(end)
 
-    async def _unary(self, call: Call, endpoint: Endpoint, body: "_Body", reply: "_Reply") -> None:
+    async def _unary(
+        self, call: Call, endpoint: Endpoint, body: "_Body", reply: "_Reply", scope: Mapping[str, Any]
+    ) -> None:
         assert endpoint.unary is not None
         size = await body.next_size()
         if size is None:
@@ -123,6 +124,7 @@ class GrpcWeb:
         refusal = self._admit(call, endpoint, size)
         if refusal is None:
             assert call.memory is not None
+            admitted(scope, call.memory)
             message = await body.message(call.memory)
             if await body.next_size() is not None:
                 raise grpc.more_than_one()
@@ -130,12 +132,16 @@ class GrpcWeb:
         else:
             await reply.message(refusal)
 
-    async def _stream(self, call: Call, endpoint: Endpoint, body: "_Body", reply: "_Reply") -> None:
+    async def _stream(
+        self, call: Call, endpoint: Endpoint, body: "_Body", reply: "_Reply", scope: Mapping[str, Any]
+    ) -> None:
         assert endpoint.stream is not None
         refusal = self._admit(call, endpoint, 0)
         if refusal is not None:
             await reply.message(refusal)
             return
+        assert call.memory is not None
+        admitted(scope, call.memory)
         replies = endpoint.stream(call, self._messages(body, grpc.owner(endpoint)))
         # Whoever leaves early ends the endpoint now, not when the garbage collector finds it.
         async with contextlib.aclosing(replies):  # type: ignore[type-var]  # endpoints are async generators
@@ -301,12 +307,16 @@ def _is_gzip(headers: Mapping[str, str]) -> bool:
 
 
 def _with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """Let pages of these origins call `app` from browsers; the key is theirs to send, cookies are not used."""
+    """Let pages of these origins call `app` from browsers; the key is theirs to send, cookies are not used.
+
+    They may send whatever headers they like: browser clients have many of their own (`x-clarifai-*`, `x-stainless-*`,
+    `x-grpc-web`), and none does anything here that its page could not do otherwise.
+    """
     return CORSMiddleware(
         app,
         allow_origins=origins,
         allow_methods=("GET", "POST", "PUT", "PATCH", "DELETE"),
-        allow_headers=_REQUEST_HEADERS,
+        allow_headers=("*",),
         expose_headers=_REPLY_HEADERS,
         max_age=_PREFLIGHT_S,
     )

@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING
 
 from appliance.core.errors import Overloaded
-from appliance.core.memory import STRANGER
+from appliance.core.memory import STRANGER, Reservation
 from appliance.wire import sentences
 from appliance.wire.asgi import OVERLOADED, TIMED_OUT, TOO_LARGE, Exchange, Headers, Problem, body_limit, scope
 from appliance.wire.calls import MARK, wake
@@ -30,7 +30,7 @@ class HttpRequest:
         plain = [(name, value) for name, value in headers if name[:1] != b":"]
         if b":authority" in pseudo:
             plain.insert(0, (b"host", pseudo[b":authority"]))
-        self._limit = body_limit(plain, connection.context.settings)
+        self._limit = body_limit(connection.context.settings)
         self._received = 0
         self._until = time.monotonic() + connection.context.settings.request_timeout_s  # when the body must be here
         # For what was given to the exchange, and not taken by the app.
@@ -59,7 +59,7 @@ class HttpRequest:
         """A piece of the body."""
         self._received += len(data)
         if self._received > self._limit:
-            self._refuse(TOO_LARGE, sentences.request_too_large(self.connection.context.settings.max_message))
+            self._refuse(TOO_LARGE, sentences.body_too_large(self.connection.context.settings.max_message))
             return
         try:
             self._held.grow(len(data))
@@ -129,6 +129,10 @@ class HttpRequest:
         if self.connection.session.queued(self.stream, MARK) > MARK:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
+
+    def admitted(self, memory: Reservation) -> None:
+        """See `Outlet.admitted`."""
+        self._held.follow(memory)
 
     def credit(self, count: int) -> None:
         """See `Outlet.credit`."""

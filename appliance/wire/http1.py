@@ -18,7 +18,7 @@ import h11
 
 from appliance.core.errors import Overloaded
 from appliance.core.logs import RateLimitedLog
-from appliance.core.memory import STRANGER, MemoryBudget
+from appliance.core.memory import STRANGER, MemoryBudget, Reservation
 from appliance.wire import asgi, sentences
 from appliance.wire.asgi import ASGIApp, Exchange, Headers, Problem
 from appliance.wire.peer import Peer
@@ -84,6 +84,7 @@ class Http1(asyncio.Protocol):
         self._input = bytearray()  # received and not parsed
         self._searched = 0  # bytes of it in which no head ends
         self._forgiven = False  # it began with a line end too many
+        self._budget = budget
         self._taken = budget.expect(0, STRANGER)  # for what is queued for the application
         self._given = budget.expect(0)  # for what the client has not taken
         self._output: deque[memoryview] = deque()
@@ -243,6 +244,7 @@ class Http1(asyncio.Protocol):
         self._forgiven = False
         self._disarm_read()
         request = self._request = _Request(head, self._settings)
+        self._taken = self._budget.expect(0, STRANGER)  # the one before may have had an owner
         exchange = self._exchange = Exchange(self._app, self._scope(request), self)
         if request.ended:
             exchange.end()
@@ -351,6 +353,10 @@ class Http1(asyncio.Protocol):
     async def drained(self) -> None:
         """Return when all that was written is with the transport, and it has room."""
         await self._drained.wait()
+
+    def admitted(self, memory: Reservation) -> None:
+        """What waits here for the application is its caller's from now on."""
+        self._taken.follow(memory)
 
     def credit(self, count: int) -> None:
         """Go on reading; a client that asked whether to send its body hears yes when the application wants it."""
@@ -466,9 +472,9 @@ class _Request:
         self.discarded = 0
         self._chunked = b"transfer-encoding" in names
         self._check()
-        self._limit = asgi.body_limit(self.headers, settings)
+        self._limit = asgi.body_limit(settings)
         if int(dict(self.headers).get(b"content-length", b"0")) > self._limit:
-            raise Refusal(asgi.TOO_LARGE, sentences.request_too_large(settings.max_message))
+            raise Refusal(asgi.TOO_LARGE, sentences.body_too_large(settings.max_message))
         self._answer: h11.Response | None = None
         self._size = 0
         self._chunks = 0
@@ -539,7 +545,7 @@ class _Request:
     def _count(self, size: int) -> None:
         self._size += size
         if self._size > self._limit:
-            raise Refusal(asgi.TOO_LARGE, sentences.request_too_large(self._settings.max_message))
+            raise Refusal(asgi.TOO_LARGE, sentences.body_too_large(self._settings.max_message))
         if self._chunks > _CHUNKS + self._size // _MEAN_CHUNK:
             raise Refusal(asgi.MALFORMED, "The request's body comes in too many small chunks.")
 

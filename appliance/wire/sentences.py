@@ -8,6 +8,14 @@ def request_too_large(limit: int) -> str:
     return f"The request is over limits.request_size, {limit} bytes. Send fewer or smaller inputs."
 
 
+def body_too_large(limit: int) -> str:
+    """For the body of an HTTP request, which may be longer than a message of `limit` bytes; see `asgi.body_limit`."""
+    return (
+        f"The request's body is over one and a half times limits.request_size, {limit} bytes. "
+        "Send fewer or smaller inputs."
+    )
+
+
 def request_too_late(seconds: float) -> str:
     """For a request that was not all here within `limits.request_timeout_s`."""
     return f"The request did not arrive within {seconds:g} s."

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from clarifai_grpc.grpc.api.status import status_code_pb2
+from google.protobuf import any_pb2
+from google.rpc import status_pb2 as rpc_status_pb2
 
 import appliance
 from appliance.api import status
 from appliance.core import errors
 from appliance.core.errors import ApplianceError, ConfigError
-from appliance.core.types import RpcStatus
+from appliance.core.types import RpcAbort, RpcStatus
 from appliance.engine.session import OutOfMemory
 
 PACKAGE = Path(appliance.__file__).parent
@@ -74,6 +76,7 @@ def test_every_row_belongs_to_an_error_of_the_tree() -> None:
     ("kind", "code"),
     [
         (errors.InvalidRequest, 11100),
+        (errors.EncodingNotRead, 11100),
         (errors.NoInputs, 39999),
         (errors.TooManyInputs, 30105),
         (errors.InvalidArgument, 21202),
@@ -192,3 +195,39 @@ def test_a_number_without_a_name_is_a_number() -> None:
     """In logs."""
     assert status.name_of(10000) == "SUCCESS"
     assert status.name_of(424242) == "424242"
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: status.name_of(row.code))
+def test_a_status_says_its_http_status(row: status.Row) -> None:
+    """30105 has two; 200 goes without saying."""
+    found = status.of_row(row, "")
+    assert status.http_of(found) == row.http
+    assert bool(found.http_status_code) == (row.http != 200)
+
+
+def test_a_call_that_ended_without_a_reply_has_the_status_that_it_would_have_had() -> None:
+    """In REST; what only the wire said, in the words of the table."""
+    packed = any_pb2.Any()
+    packed.Pack(status.of_error(errors.Draining(), "r"))
+    details = rpc_status_pb2.Status(code=14, message="x", details=[packed]).SerializeToString()
+    assert status.of_abort(RpcAbort(RpcStatus.UNAVAILABLE, "x", details)) == status.of_error(errors.Draining(), "r")
+    for rpc in RpcStatus:
+        found = status.of_abort(RpcAbort(rpc, "why"))
+        assert found.details == "why"
+        assert status.http_of(found) >= 400
+        assert MEANING.get(rpc, status.http_of(found)) == status.http_of(found) or rpc is RpcStatus.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("failures", "http"),
+    [
+        ([errors.InputTooLarge("")], 413),
+        ([errors.InputTooLarge(""), errors.InvalidInput("")], 400),
+        ([errors.Overloaded(""), errors.Overloaded("")], 503),
+        ([errors.Overloaded(""), errors.InferenceFailed("")], 500),
+        ([errors.InvalidInput(""), errors.InferenceFailed("")], 400),
+    ],
+)
+def test_when_all_inputs_failed_the_http_status_says_who_can_act(failures: list[ApplianceError], http: int) -> None:
+    assert status.failure_of(failures).http == http
+    assert status.failure_of(failures).code == status.FAILURE.code

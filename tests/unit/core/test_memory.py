@@ -87,6 +87,22 @@ def test_nobody_has_all_of_it(owner: str, share: int) -> None:
     assert budget.used == 0
 
 
+def test_what_was_a_strangers_gets_an_owner() -> None:
+    """Its bytes count in the owner's share from then on, and the strangers' is free for others."""
+    budget = MemoryBudget(1600)
+    announced = budget.expect(300, "ann")
+    body = budget.expect(100, STRANGER)
+    body.follow(announced)
+    budget.expect(100, STRANGER).release()
+    body.grow(800)
+    with pytest.raises(Overloaded):
+        body.grow(1)
+    body.release()
+    budget.expect(900, "ann").release()
+    announced.release()
+    assert (budget.used, budget._shares) == (0, {})
+
+
 OWNERS = st.sampled_from([None, STRANGER, "ann", "bob"])
 
 

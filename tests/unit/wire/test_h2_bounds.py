@@ -16,6 +16,7 @@ from support.waiting import eventually_async
 from appliance.core.memory import MemoryBudget
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 from appliance.wire import server
+from appliance.wire.asgi import admitted
 from appliance.wire.context import Context
 from appliance.wire.grpc import deflate
 from appliance.wire.h2 import Http2
@@ -81,7 +82,9 @@ class Connection:
         }
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["path"] == "/stuck":
+        if scope["path"] == "/mine":
+            admitted(scope, self.budget.expect(0, "ann"))
+        if scope["path"] in ("/stuck", "/mine"):
             await self.go_on.wait()
         if scope["path"].startswith("/large"):
             await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -408,3 +411,17 @@ async def test_trouble_with_one_connection_is_not_the_end_of_all_time_limits(mon
     await asyncio.wait_for(eventually_async(lambda: broken.abort.called), 20)
     made._connections.clear()
     await made.stop(1)
+
+
+async def test_http_bodies_of_admitted_callers_are_no_strangers() -> None:
+    """The share of all strangers is free for those whom nobody knows yet."""
+    connection = Connection(limit=16 * 100_000)
+    for stream in (1, 3, 5):
+        connection.open(stream, "/mine", ("content-type", "text/plain"))
+        await connection.turn()
+        connection.feed(b"".join(frame(peer.DATA, 0, stream, bytes(15_000)) for _ in range(4)))
+    assert connection.heard() == []
+    assert connection.budget._shares == {"ann": 180_000}
+    connection.gone()
+    await connection.turn()
+    assert connection.budget.used == 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget
-from appliance.wire import http1
+from appliance.wire import asgi, http1
 from appliance.wire.http1 import Http1
 from appliance.wire.peer import Peer
 from appliance.wire.settings import WireSettings
@@ -408,9 +408,38 @@ async def test_a_refusal_quotes_nothing_of_what_was_sent(
 # ---- limits ----
 
 
+@pytest.mark.parametrize("owner", ["", "ann"])
+async def test_an_admitted_callers_body_does_not_use_up_the_strangers_share(owner: str) -> None:
+    """Nor does the next request on its connection have an owner before it is admitted itself."""
+    go_on = asyncio.Event()
+    budget = MemoryBudget(16 * 1000)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if owner and scope["path"] == "/mine":
+            asgi.admitted(scope, budget.expect(0, owner))
+        await go_on.wait()
+        await echo(scope, receive, send)
+
+    meeting = Meeting(app, budget=budget)
+    await meeting.say(request("POST /mine HTTP/1.1", "Content-Length: 5000"))
+    sent = await meeting.say(b"x" * 5000)
+    if not owner:
+        assert details(sent)[:2] == (503, 21354)
+    else:
+        assert (sent, budget.used, budget._shares) == (b"", 5000, {"ann": 5000})
+        go_on.set()
+        assert len(said(await meeting.say(b""))) == 1
+        go_on.clear()
+        await meeting.say(request("POST /other HTTP/1.1", "Content-Length: 500"))
+        await meeting.say(b"x" * 400)
+        assert budget._shares == {"": 400}
+    await meeting.leave()
+
+
 async def test_a_body_over_the_limit_is_refused_by_its_length_before_it_comes() -> None:
     meeting = Meeting(echo)
-    status, code, sentence = details(await meeting.say(request("POST / HTTP/1.1", f"Content-Length: {MIB + 1}")))
+    over = asgi.body_limit(SETTINGS) + 1
+    status, code, sentence = details(await meeting.say(request("POST / HTTP/1.1", f"Content-Length: {over}")))
     assert (status, code) == (413, 30105)
     assert f"limits.request_size, {MIB} bytes" in sentence
     await meeting.leave()
@@ -419,15 +448,17 @@ async def test_a_body_over_the_limit_is_refused_by_its_length_before_it_comes() 
 async def test_a_chunked_body_over_the_limit_is_refused_when_it_is_over() -> None:
     meeting = Meeting(echo)
     chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
-    assert await meeting.say(request("POST / HTTP/1.1", CHUNKED) + 16 * chunk) == b""
+    last = b"400\r\n" + bytes(0x400) + b"\r\n"
+    assert await meeting.say(request("POST / HTTP/1.1", CHUNKED) + 24 * chunk + last) == b""
     assert details(await meeting.say(b"1\r\nx\r\n"))[:2] == (413, 30105)
     await meeting.leave()
 
 
 async def test_a_body_at_the_limit_is_served() -> None:
     meeting = Meeting(echo)
-    sent = await meeting.say(request("POST / HTTP/1.1", f"Content-Length: {MIB}", body=b"x" * MIB))
-    assert len(said(sent)[0][2]) == MIB
+    size = asgi.body_limit(SETTINGS)
+    sent = await meeting.say(request("POST / HTTP/1.1", f"Content-Length: {size}", body=b"x" * size))
+    assert len(said(sent)[0][2]) == size
     await meeting.leave()
 
 
