@@ -8,10 +8,14 @@ CLIENTS := .clients
 # Stock clients, each in an environment of its own from requirements/<name>.txt.
 ENVIRONMENTS := sdk-12 sdk-11 sdk-10 openai triton
 APT := python3-venv gcc pkg-config libsystemd-dev libnghttp2-dev iproute2 curl
+# Stock clients that are no Python: the programs they run on. Whoever lacks some sees those tests skipped, with a reason.
+STOCK := chromium libnss3-tools php-cli php-curl php-google-protobuf protobuf-compiler protobuf-compiler-grpc \
+  default-jdk-headless protobuf-compiler-grpc-java-plugin libgrpc-java libprotobuf-java libnetty-java \
+  libnetty-tcnative-java libguava-java libperfmark-java libgeronimo-annotation-1.3-spec-java
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu-check bench fuzz sanitize format lock clean system
+.PHONY: help demo test stock check gpu-check bench fuzz sanitize format lock clean system
 
 help: ## What there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -22,6 +26,9 @@ demo: $(VENV)/built $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock 
 test: $(VENV)/built $(ENVIRONMENTS:%=$(CLIENTS)/%/ready) $(CLIENTS)/node/ready check ## All tests; the exit code is kept in build/.
 	@mkdir -p build
 	@$(BIN)/python -m pytest $(ARGS); code=$$?; echo $$code > build/pytest-exit-code; exit $$code
+
+stock: ## Install what the tests of Java, PHP and browser clients run on (as root; else name it).
+	@$(MAKE) --no-print-directory system APT="$(STOCK)"
 
 check: $(VENV)/built ## Lint and types.
 	$(BIN)/ruff check .
