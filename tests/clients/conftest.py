@@ -51,13 +51,22 @@ def native(tmp_path_factory: pytest.TempPathFactory, pki: Pki, web: str) -> Iter
     Client tests take it instead of `shared`, which runs them over both wires.
     """
     place = web.removeprefix("http://")
-    config = {"urls": {"hosts": [place.partition(":")[0], place], "private_addresses": True}}
+    config = {
+        "urls": {"hosts": [place.partition(":")[0], place], "private_addresses": True},
+        "principal": [{"name": "slow", "requests_per_second": 1, "burst": 1}],
+    }
     appliance = Appliance(tmp_path_factory.mktemp("native"), pki, config, transport="native")
     for bundle in ("digits", "ml-topics"):
         shutil.copytree(MODELS / bundle, appliance.models / bundle)
     appliance.key = appliance.new_key()
     with appliance:
         yield appliance
+
+
+@pytest.fixture(scope="session")
+def slow_key(native: Appliance) -> str:
+    """A key of a principal of `native` that may ask once a second."""
+    return native.new_key("--principal", "slow")
 
 
 @pytest.fixture(scope="session")

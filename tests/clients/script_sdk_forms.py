@@ -1,13 +1,15 @@
 """Runs inside an environment with a stock Clarifai SDK, old or new: every classic form, by what its user writes.
 
-Usage: script_sdk_forms.py BASE_URL ROOT_CERTIFICATE SAMPLES WEB; the key is in CLARIFAI_PAT. Prints a JSON object:
-form → what came back, or the error that its user sees.
+Usage: script_sdk_forms.py BASE_URL ROOT_CERTIFICATE SAMPLES WEB SLOW_KEY; the key is in CLARIFAI_PAT, SLOW_KEY is of a
+principal with a rate of one request a second. Prints a JSON object: form → what came back, or the error that its user
+sees.
 """
 
 import json
 import logging
 import os
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from clarifai.client.model import Model
 from clarifai.client.user import User
 from clarifai_grpc.grpc.api import resources_pb2
 
-base_url, root, samples, web = sys.argv[1:5]
+base_url, root, samples, web, slow_key = sys.argv[1:6]
 logging.disable(logging.CRITICAL)
 stub.time = types.SimpleNamespace(sleep=lambda _: None)  # five seconds before it tries again
 PATHS = sorted(Path(samples).glob("*.png"))
@@ -63,6 +65,22 @@ def fresh(url=DIGITS):
     return Model(url=url, **HERE)
 
 
+def throttled():
+    """What the second of two predictions of a slow principal gives, and for how long the SDK wanted to wait."""
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        time.sleep(1.1)
+
+    before, stub.time.sleep = stub.time.sleep, sleep
+    try:
+        model = Model(url=DIGITS, pat=slow_key, **HERE)
+        return [[predicted(model) for _ in range(2)][1], sorted(set(waits))]
+    finally:
+        stub.time.sleep = before
+
+
 def batch(count):
     """Ids and best concepts of that many inputs."""
     inputs = [image(f"demo_{i}", PATHS[i % len(PATHS)].read_bytes()) for i in range(count)]
@@ -89,11 +107,13 @@ FORMS = {
     "an unknown model": lambda: predicted(fresh("https://clarifai.com/appliance/main/models/nothing")),
     "an unknown version": lambda: predicted(fresh(f"{DIGITS}/versions/9")),
     "a wrong PAT": lambda: predicted(Model(url=DIGITS, pat="0" * 64, **HERE)),
+    "a principal over its rate: the SDK waits five seconds and tries again": throttled,
     # ---- inputs ----
     "`predict([Input, …])`": lambda: ids(digits.predict([image()])),
     "`predict(inputs=[Input, …])`": lambda: ids(digits.predict(inputs=[image()])),
     "`predict_by_bytes(…, input_type='image')`": lambda: ids(digits.predict_by_bytes(DIGIT, input_type="image")),
     "`predict_by_bytes(…, input_type='text')`": lambda: ids(topics.predict_by_bytes(TEXT, input_type="text")),
+    "`predict_by_bytes('…', 'text')`, a str": lambda: ids(topics.predict_by_bytes(TEXT.decode(), "text")),
     "`predict_by_bytes(…)` without input_type, an image": lambda: ids(fresh().predict_by_bytes(DIGIT)),
     "`predict_by_bytes(…)` without input_type, a text": lambda: ids(
         fresh("https://clarifai.com/appliance/main/models/ml-topics").predict_by_bytes(TEXT)

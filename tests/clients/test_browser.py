@@ -10,7 +10,7 @@ import pytest
 from support.appliance import MODELS, Appliance, Pki, make_pki
 from support.browser import Pages, chromium, chromium_version
 from support.client_matrix import Matrix
-from support.forms import Of, Says, check, refused, why
+from support.forms import DIGIT, TOPIC, Of, Says, check, says, why
 from support.programs import NODE_MODULES, need_node, node_versions, run
 from support.stock import CLIENT_TESTS, SAMPLES
 from support.wire_server import Server
@@ -18,7 +18,6 @@ from support.wire_server import Server
 pytestmark = pytest.mark.clients
 
 FETCH, GRPC_WEB = "Browser `fetch`", "gRPC-Web"
-DIGIT, TOPIC = Of("digits"), Of("ml-topics")
 PATHS = sorted(SAMPLES.glob("*.png"))
 LABELS = [path.stem.rsplit("-", 1)[1] for path in PATHS]
 BATCH = [[f"demo_{index}", LABELS[index % len(LABELS)]] for index in range(128)]
@@ -32,14 +31,14 @@ FETCH_FORMS: dict[str, Any] = {
     "an image by URL": DIGIT,
     "a text": TOPIC,
     "a batch of 128": BATCH,
-    "a batch of 129": refused("HTTP 400, 30105", "129 inputs; the limit is 128"),
+    "a batch of 129": says("HTTP 400, 30105", "129 inputs; the limit is 128"),
     "`max_concepts`": Of("digits", 3),
     "`min_value`": Of("digits", 1),
     "`select_concepts`": ["4", "5"],
-    "`max_concepts` 201": refused("HTTP 400, 21202", "from 1 to 200"),
-    "bytes that are no image": refused("HTTP 400, 10020, 30101", "send a JPEG, PNG"),
-    "a wrong PAT": refused("HTTP 401, 11008", "not known to this appliance"),
-    "an unknown model": refused("HTTP 404, 21200", "appliance/main/nothing"),
+    "`max_concepts` 201": says("HTTP 400, 21202", "from 1 to 200"),
+    "bytes that are no image": says("HTTP 400, 10020, 30101", "send a JPEG, PNG"),
+    "a wrong PAT": says("HTTP 401, 11008", "not known to this appliance"),
+    "an unknown model": says("HTTP 404, 21200", "appliance/main/nothing"),
     "`GET …/models`": ["digits", "ml-topics"],
     "`GET …/models/…`": "1",
     "`POST …/outputs/generate`, read line by line": [DIGIT],
@@ -56,14 +55,14 @@ WEB_FORMS: dict[str, Any] = {
     '`format: "binary"`': DIGIT,
     "a text": TOPIC,
     "a batch of 128": BATCH,
-    "a batch of 129": refused("30105", "129 inputs; the limit is 128"),
+    "a batch of 129": says("30105", "129 inputs; the limit is 128"),
     "`setMaxConcepts`": Of("digits", 3),
     "`setSelectConceptsList`": ["4", "5"],
     "`getModel`": "1",
     "`listModels`": ["digits", "ml-topics"],
     "`GenerateModelOutputs`, by grpc-web's `serverStreaming`": [DIGIT],
-    "a wrong PAT": refused("11008", "not known to this appliance"),
-    "an RPC that is not served": refused("gRPC 12: .*ListInputs"),
+    "a wrong PAT": says("11008", "not known to this appliance"),
+    "an RPC that is not served": says("gRPC 12: .*ListInputs"),
 }
 
 _BLOCKED = """

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from support.appliance import MODELS, PATIENCE_S, Appliance, Pki
 from support.client_matrix import Matrix
-from support.forms import Of, Says, check, refused, why
+from support.forms import DIGIT, TOPIC, Of, Says, check, says, why
 from support.programs import environment, need_programs, run
 from support.stock import SAMPLES
 
 pytestmark = pytest.mark.clients
 
 CURL = "cURL"
-DIGIT, TOPIC = Of("digits"), Of("ml-topics")
 PATHS = sorted(SAMPLES.glob("*.png"))
 LABELS = [path.stem.rsplit("-", 1)[1] for path in PATHS]
 PICTURES = [base64.b64encode(path.read_bytes()).decode() for path in PATHS]
@@ -121,7 +120,7 @@ FORMS: dict[str, Form] = {
     "a URL of a host that is not allowed": Form(
         f'curl -X POST {MAIN}/models/digits/outputs" {AUTH} {JSON} '
         """-d '{"inputs": [{"data": {"image": {"url": "http://169.254.169.254/x.png"}}}]}'""",
-        refused("HTTP 400, 10020, 30106", "169.254.169.254"),
+        says("HTTP 400, 10020, 30106", "169.254.169.254"),
     ),
     "a text": Form(
         f'curl -X POST {MAIN}/models/ml-topics/outputs" {AUTH} {JSON} '
@@ -135,7 +134,7 @@ FORMS: dict[str, Form] = {
     ),
     "a batch of 129": Form(
         f'curl -X POST {MAIN}/models/digits/outputs" {AUTH} {JSON} -d @129.json',
-        refused("HTTP 400, 30105", "129 inputs; the limit is 128"),
+        says("HTTP 400, 30105", "129 inputs; the limit is 128"),
     ),
     "`model.output_info.output_config`, as documented": Form(
         post(', "model": {"output_info": {"output_config": {"max_concepts": 3}}}'), Of("digits", 3)
@@ -145,12 +144,12 @@ FORMS: dict[str, Form] = {
     "`select_concepts`": Form(configured('{"select_concepts": [{"id": "4"}, {"name": "five"}]}'), ["4", "5"]),
     "`select_concepts` that matches in part": Form(
         configured('{"select_concepts": [{"id": "4"}, {"id": "no such"}]}'),
-        refused("HTTP 207, 10010", "no such"),
+        says("HTTP 207, 10010", "no such"),
     ),
     "`select_concepts` that matches nothing": Form(
-        configured('{"select_concepts": [{"id": "no such"}]}'), refused("HTTP 400, 21202", "no such")
+        configured('{"select_concepts": [{"id": "no such"}]}'), says("HTTP 400, 21202", "no such")
     ),
-    "`max_concepts` 201": Form(configured('{"max_concepts": 201}'), refused("HTTP 400, 21202", "from 1 to 200")),
+    "`max_concepts` 201": Form(configured('{"max_concepts": 201}'), says("HTTP 400, 21202", "from 1 to 200")),
     "a method's arguments as parts": Form(
         f"curl -X POST {MAIN}/models/digits/outputs\" {AUTH} {JSON} -d '{{{PARTS}}}'",
         Of("digits", 2),
@@ -158,29 +157,29 @@ FORMS: dict[str, Form] = {
     ),
     "one bad input of two": Form(
         f'curl -X POST {MAIN}/models/digits/outputs" {AUTH} {JSON} -d @mixed.json',
-        refused("HTTP 207, 10010, 30101", "send a JPEG, PNG"),
+        says("HTTP 207, 10010, 30101", "send a JPEG, PNG"),
     ),
     "bytes that are no image": Form(
         f'curl -X POST {MAIN}/models/digits/outputs" {AUTH} {JSON} '
         """-d '{"inputs": [{"data": {"image": {"base64": "bm8gcGljdHVyZQ=="}}}]}'""",
-        refused("HTTP 400, 10020, 30101", "send a JPEG, PNG"),
+        says("HTTP 400, 10020, 30101", "send a JPEG, PNG"),
     ),
     "no inputs": Form(
-        f"curl -X POST {MAIN}/models/digits/outputs\" {AUTH} {JSON} -d '{{}}'", refused("HTTP 400, 39999", "input")
+        f"curl -X POST {MAIN}/models/digits/outputs\" {AUTH} {JSON} -d '{{}}'", says("HTTP 400, 39999", "input")
     ),
     "a body that is no JSON": Form(
         f'curl -X POST {MAIN}/models/digits/outputs" {AUTH} {JSON} -d \'{{"inputs": [}}\'',
-        refused("HTTP 400, 11100", "JSON"),
+        says("HTTP 400, 11100", "JSON"),
     ),
-    "a wrong PAT": Form(post(options='-H "Authorization: Key 0123456789"'), refused("HTTP 401, 11008")),
-    "no PAT": Form(post(options=JSON), refused("HTTP 401, 11102", "authorization: Key")),
-    "an unknown model": Form(post(path="/models/nothing/outputs"), refused("HTTP 404, 21200", "main/nothing")),
+    "a wrong PAT": Form(post(options='-H "Authorization: Key 0123456789"'), says("HTTP 401, 11008")),
+    "no PAT": Form(post(options=JSON), says("HTTP 401, 11102", "authorization: Key")),
+    "an unknown model": Form(post(path="/models/nothing/outputs"), says("HTTP 404, 21200", "main/nothing")),
     "an unknown version": Form(
-        post(path="/models/digits/versions/9/outputs"), refused("HTTP 404, 21200", "ready versions: 1")
+        post(path="/models/digits/versions/9/outputs"), says("HTTP 404, 21200", "ready versions: 1")
     ),
-    "an unknown path": Form(get("/inputs"), refused("HTTP 404, 11101", "openapi.json")),
+    "an unknown path": Form(get("/inputs"), says("HTTP 404, 11101", "openapi.json")),
     "a method that a path does not have": Form(
-        f'curl -X PUT {MAIN}/models/digits/outputs" {AUTH}', refused("HTTP 405, 11103")
+        f'curl -X PUT {MAIN}/models/digits/outputs" {AUTH}', says("HTTP 405, 11103")
     ),
     "`POST …/outputs/generate`": Form(
         post(path="/models/digits/outputs/generate"), [DIGIT], lambda reply: [ids(reply)]
@@ -217,7 +216,7 @@ FORMS: dict[str, Form] = {
     "`GET /v2/users/me`": Form(f'curl "$BASE/v2/users/me" {AUTH}', "appliance", lambda reply: reply["user"]["id"]),
     "`GET /v2/myscopes`": Form(f'curl "$BASE/v2/myscopes" {AUTH}', 10000, lambda reply: reply["status"]["code"]),
     "`GET /v2/status_codes/…`": Form(
-        f'curl "$BASE/v2/status_codes/21200" {AUTH}', refused("HTTP 200, 21200", "MODEL_DOES_NOT_EXIST")
+        f'curl "$BASE/v2/status_codes/21200" {AUTH}', says("HTTP 200, 21200", "MODEL_DOES_NOT_EXIST")
     ),
     "`GET /v2/openapi.json`": Form('curl "$BASE/v2/openapi.json"', True, lambda reply: len(reply["paths"]) > 20),
 }
@@ -317,5 +316,5 @@ def test_a_client_certificate(
     pair = {"PAIR": pki.folder / "clients" / "line-3"}
     command = post(options=f'--cert "$PAIR.crt" --key "$PAIR.key" {JSON}')
     check(found(ask(command, bodies, certified, **pair), ids), DIGIT, truth)
-    check(found(ask(post(), bodies, certified), ids), refused("HTTP 401, 11102", "client certificate"), truth)
+    check(found(ask(post(), bodies, certified), ids), says("HTTP 401, 11102", "client certificate"), truth)
     matrix.row(CURL, "a client certificate: `--cert`, `--key`")

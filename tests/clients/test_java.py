@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.appliance import MODELS, Appliance, Pki
 from support.client_matrix import Matrix
-from support.forms import Of, Says, check, refused, why
+from support.forms import DIGIT, TOPIC, Of, Says, check, says, why
 from support.programs import debian_versions, generate, need, need_programs, run
 from support.stock import CLIENT_TESTS, SAMPLES
 
@@ -42,7 +42,6 @@ PORT = 443
 STOCK_HOST, NOBODYS_HOST = "127.44.3.1", "127.44.3.2"
 """Loopback, and in no certificate."""
 
-DIGIT, TOPIC = Of("digits"), Of("ml-topics")
 LABELS = [path.stem.rsplit("-", 1)[1] for path in sorted(SAMPLES.glob("*.png"))]
 
 FORMS: dict[str, Any] = {
@@ -58,20 +57,20 @@ FORMS: dict[str, Any] = {
     "`model.model_version.output_info.output_config`": Of("digits", 3),
     "`setMinValue`": Of("digits", 1),
     "`addSelectConcepts`": ["4", "5"],
-    "`setMaxConcepts(201)`": refused("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
+    "`setMaxConcepts(201)`": says("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
     "a batch of 128": [[f"demo_{index}", LABELS[index % len(LABELS)]] for index in range(128)],
-    "a batch of 129": refused("INPUT_OVER_LIMIT", "129 inputs; the limit is 128"),
+    "a batch of 129": says("INPUT_OVER_LIMIT", "129 inputs; the limit is 128"),
     "a method's arguments as parts": Of("digits", 2),
     "`GenerateModelOutputs`": [DIGIT],
     "`StreamModelOutputs`": [DIGIT, DIGIT],
     "`GetModel`": "1",
     "`ListModels`": ["digits", "ml-topics"],
     "`ListModelConcepts`": "10 concepts",
-    "a wrong PAT": refused("CONN_KEY_INVALID", "not known to this appliance"),
-    "no PAT": refused("CONN_INVALID_REQUEST", "authorization: Key"),
-    "an unknown model": refused("MODEL_DOES_NOT_EXIST", "appliance/main/nothing"),
+    "a wrong PAT": says("CONN_KEY_INVALID", "not known to this appliance"),
+    "no PAT": says("CONN_INVALID_REQUEST", "authorization: Key"),
+    "an unknown model": says("MODEL_DOES_NOT_EXIST", "appliance/main/nothing"),
     "a client certificate: `keyManager(certificate, key)`": DIGIT,
-    "without a client certificate, where one is needed": refused("CONN_INVALID_REQUEST", "client certificate"),
+    "without a client certificate, where one is needed": says("CONN_INVALID_REQUEST", "client certificate"),
     "the JVM's own trust store": Says(
         ("UNAVAILABLE", "unable to find valid certification path"),
         "it does not know the custom root; import it with keytool, or name it as `trustManager`",
@@ -79,9 +78,9 @@ FORMS: dict[str, Any] = {
 }
 STOCK_FORMS: dict[str, Any] = {
     "the stock channel's trust": DIGIT,
-    "the certificate's name, where it is verified": refused("UNAVAILABLE", "127.44.3.1"),
-    "the stock channel's port": refused("UNAVAILABLE", "Connection refused: .*127.44.3.2:443"),
-    "the stock channel with another port": refused("Invalid host or port: localhost:"),
+    "the certificate's name, where it is verified": says("UNAVAILABLE", "127.44.3.1"),
+    "the stock channel's port": says("UNAVAILABLE", "Connection refused: .*127.44.3.2:443"),
+    "the stock channel with another port": says("Invalid host or port: localhost:"),
 }
 """What a channel made like the stock package's does: port 443 and whoever answers there (PROTOCOL 1.3)."""
 

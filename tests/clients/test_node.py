@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from support.appliance import Appliance, Pki
 from support.client_matrix import Matrix
-from support.forms import Instead, Of, Says, check, refused, why
+from support.forms import DIGIT, TOPIC, Instead, Of, Says, check, says, why
 from support.programs import node_versions, run_node
 from support.stock import SAMPLES
 
@@ -14,7 +14,6 @@ pytestmark = pytest.mark.clients
 
 SDK = "Node SDK"
 STUB = "Node stub"
-DIGIT, TOPIC = Of("digits"), Of("ml-topics")
 LABELS = [path.stem.rsplit("-", 1)[1] for path in sorted(SAMPLES.glob("*.png"))]
 BATCH = [[f"demo_{index}", LABELS[index % len(LABELS)]] for index in range(128)]
 
@@ -33,26 +32,26 @@ SDK_FORMS: dict[str, Any] = {
     "a base without `https://`": Says(
         ("Please provide a valid scheme",), "the SDK asks for the scheme: write https:// before the host"
     ),
-    "a root certificate that is not there": refused("ENOENT.*/nowhere/ca.crt"),
-    "a wrong PAT": refused('"code":11008', "not known to this appliance"),
-    "an unknown model": refused('"code":21200', "appliance/main/nothing"),
-    "an unknown version": refused('"code":21200', "ready versions: 1"),
+    "a root certificate that is not there": says("ENOENT.*/nowhere/ca.crt"),
+    "a wrong PAT": says('"code":11008', "not known to this appliance"),
+    "an unknown model": says('"code":21200', "appliance/main/nothing"),
+    "an unknown version": says('"code":21200', "ready versions: 1"),
     '`predictByBytes({ inputBytes, inputType: "image" })`': DIGIT,
     '`predictByBytes({ inputBytes, inputType: "text" })`': TOPIC,
     '`predictByFilepath({ filepath, inputType: "image" })`': DIGIT,
     '`predictByUrl({ url, inputType: "image" })`': DIGIT,
     '`predictByUrl({ url, inputType: "text" })`': TOPIC,
-    "a URL of a host that is not allowed": refused("INPUT_INVALID_URL", "169.254.169.254"),
-    "bytes that are no image": refused("INPUT_UNSUPPORTED_FORMAT", "send a JPEG, PNG"),
+    "a URL of a host that is not allowed": says("INPUT_INVALID_URL", "169.254.169.254"),
+    "bytes that are no image": says("INPUT_UNSUPPORTED_FORMAT", "send a JPEG, PNG"),
     "`predict({ inputs })`": DIGIT,
     "a batch of 128": BATCH,
-    "a batch of 129": refused("Too many inputs. Max is 128"),
+    "a batch of 129": says("Too many inputs. Max is 128"),
     "one bad input of two": Says(
         ('"code":10010', "1 of 2 inputs failed", "INPUT_UNSUPPORTED_FORMAT"),
         "the reply has the good output; the SDK throws on MIXED_STATUS, and its user finds it in `error.cause`",
     ),
     "`outputConfig` with max_concepts": Of("digits", 3),
-    "`outputConfig` with max_concepts 201": refused('"code":21202', "from 1 to 200"),
+    "`outputConfig` with max_concepts 201": says('"code":21202', "from 1 to 200"),
     "`outputConfig` with min_value": Of("digits", 1),
     "`outputConfig` with select_concepts, by id and by name": ["4", "5"],
     "`loadInfo()`, then `outputConfig`": Of("digits", 3),
@@ -66,14 +65,14 @@ SDK_FORMS: dict[str, Any] = {
     "`predict({ methodName, …, max_concepts })`": Of("digits", 2),
     "`predict({ methodName, …, min_value })`": Of("digits", 1),
     '`predict({ methodName, …, select_concepts: ["4", "five"] })`': ["4", "5"],
-    "`predict({ methodName, …, max_concepts: 201 })`": refused("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
+    "`predict({ methodName, …, max_concepts: 201 })`": says("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
     "a whole number for a FLOAT argument, `min_value: 0`": Says(
         ("Validation failed for field min_value",),
         "the SDK takes whole numbers for no FLOAT; leave the argument out for 0, write 0.999 for 1",
     ),
-    "a missing argument": refused("Missing required fields: image"),
-    "an unknown argument": refused("Field colour not found"),
-    "an unknown method": refused("Invalid Method: analyze, available methods are predict"),
+    "a missing argument": says("Missing required fields: image"),
+    "an unknown argument": says("Field colour not found"),
+    "an unknown method": says("Invalid Method: analyze, available methods are predict"),
     "`Model.getOutputDataFromModelResponse(outputs)`": DIGIT,
     "`generate({ methodName, … })`": [DIGIT],
     "`listVersions()`": ["1"],
@@ -105,9 +104,9 @@ STUB_FORMS: dict[str, Any] = {
     "`min_value`": Of("digits", 1),
     "`select_concepts`": ["4", "5"],
     "`select_concepts` that matches in part": [10010, "4"],
-    "`max_concepts` 201": refused("21202", "from 1 to 200"),
+    "`max_concepts` 201": says("21202", "from 1 to 200"),
     "a batch of 128": BATCH,
-    "a batch of 129": refused("30105", "129 inputs; the limit is 128"),
+    "a batch of 129": says("30105", "129 inputs; the limit is 128"),
     "one bad input of two": [10010, 10000, 30101],
     "a method's arguments as parts": Of("digits", 2),
     "`GenerateModelOutputs`": [DIGIT],
@@ -122,10 +121,10 @@ STUB_FORMS: dict[str, Any] = {
     "`GetModelType`": ["image"],
     "`GetUser`, `me`": 10000,
     "`MyScopes`": 10000,
-    "an RPC that is not served": refused("12 UNIMPLEMENTED", "ListInputs"),
-    "a wrong PAT": refused("11008", "not known to this appliance"),
-    "no PAT": refused("11102", "authorization: Key"),
-    "an unknown model": refused("21200", "appliance/main/nothing"),
+    "an RPC that is not served": says("12 UNIMPLEMENTED", "ListInputs"),
+    "a wrong PAT": says("11008", "not known to this appliance"),
+    "no PAT": says("11102", "authorization: Key"),
+    "an unknown model": says("21200", "appliance/main/nothing"),
     "the generated `V2Client` of `service_grpc_pb`": DIGIT,
 }
 
@@ -219,9 +218,9 @@ def test_a_client_certificate(
     assert by_stub[form] == truth["digits"]
     matrix.row(STUB, form)
     needed = "connect with one that a \\[\\[principal\\]\\]"
-    check(by_stub["without a client certificate"], refused("11102", needed), truth)
+    check(by_stub["without a client certificate"], says("11102", needed), truth)
     matrix.row(
         STUB, "a client certificate by `ClarifaiStub.grpc`", why="it has no parameter for one; see the row above"
     )
-    check(by_sdk[first], refused('"code":11102', needed), truth)
+    check(by_sdk[first], says('"code":11102', needed), truth)
     matrix.row(SDK, "a client certificate", why="`authConfig` takes none; point `base` at `appliance connect`")

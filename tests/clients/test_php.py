@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.appliance import Appliance, Pki
 from support.client_matrix import Matrix
-from support.forms import Instead, Of, Says, check, refused, why
+from support.forms import DIGIT, TOPIC, Instead, Of, Says, check, says, why
 from support.programs import debian_versions, generate, need, need_programs, run
 from support.stock import CLIENT_TESTS, SAMPLES
 
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.clients
 PHP = "PHP"
 PACKAGES = "php-cli php-curl php-google-protobuf protobuf-compiler protobuf-compiler-grpc"
 NO_EXTENSION = "Debian has no package of the `grpc` extension (PECL)"
-DIGIT, TOPIC = Of("digits"), Of("ml-topics")
 LABELS = [path.stem.rsplit("-", 1)[1] for path in sorted(SAMPLES.glob("*.png"))]
 
 FORMS: dict[str, Any] = {
@@ -33,16 +32,16 @@ FORMS: dict[str, Any] = {
     "`model.model_version.output_info.output_config`": Of("digits", 3),
     "`min_value`": Of("digits", 1),
     "`select_concepts`": ["4", "5"],
-    "`max_concepts` 201": refused("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
+    "`max_concepts` 201": says("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
     "a batch of 128": [[f"demo_{index}", LABELS[index % len(LABELS)]] for index in range(128)],
-    "a batch of 129": refused("INPUT_OVER_LIMIT", "129 inputs; the limit is 128"),
+    "a batch of 129": says("INPUT_OVER_LIMIT", "129 inputs; the limit is 128"),
     "`GenerateModelOutputs`": [DIGIT],
     "gRPC over HTTP/2, by php-curl": DIGIT,
-    "an RPC that is not served": refused("gRPC 12: .*ListInputs"),
+    "an RPC that is not served": says("gRPC 12: .*ListInputs"),
     "`GetModel`": "1",
     "`ListModels`": ["digits", "ml-topics"],
-    "a wrong PAT": refused("CONN_KEY_INVALID", "not known to this appliance"),
-    "an unknown model": refused("MODEL_DOES_NOT_EXIST", "appliance/main/nothing"),
+    "a wrong PAT": says("CONN_KEY_INVALID", "not known to this appliance"),
+    "an unknown model": says("MODEL_DOES_NOT_EXIST", "appliance/main/nothing"),
     "without the root certificate": Says(
         ("self-signed certificate in certificate chain",),
         "the system does not trust the custom root; set CURLOPT_CAINFO",

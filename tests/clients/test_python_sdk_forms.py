@@ -1,45 +1,17 @@
 """Every classic form of the stock Python SDKs, old and new: what its user writes, and what comes back."""
 
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from support.appliance import Appliance, Pki
 from support.client_matrix import Matrix
+from support.forms import DIGIT, TOPIC, Of, check, says
 from support.stock import SAMPLES, run_script, versions
 
 pytestmark = pytest.mark.clients
 
 
-@dataclass(frozen=True)
-class Of:
-    """What the raw stub reads from a model for the first sample or the text; with `best` so many of its concepts."""
-
-    model: str
-    best: int | None = None
-
-
-DIGIT, TOPIC = Of("digits"), Of("ml-topics")
-
 LABELS = [path.stem.rsplit("-", 1)[1] for path in sorted(SAMPLES.glob("*.png"))]
-
-
-@dataclass(frozen=True)
-class Says:
-    """The user reads an error with all of these; with `why` the client cannot do it at all.
-
-    Attributes: words: regular expressions.
-    """
-
-    words: tuple[str, ...]
-    why: str = ""
-
-
-def refused(*words: str) -> Says:
-    """The error that the appliance, or the SDK, means its user to read."""
-    return Says(words)
-
 
 FORMS: dict[str, Any] = {
     "`Model(url=…)`": DIGIT,
@@ -48,13 +20,15 @@ FORMS: dict[str, Any] = {
     "`Model(model_id=…, user_id=…, app_id=…)`": DIGIT,
     "`Model(model_id=…, model_version={'id': …})`": DIGIT,
     "`Model(pat=…)`": DIGIT,
-    "an unknown model": refused("MODEL_DOES_NOT_EXIST", "appliance/main/nothing"),
-    "an unknown version": refused("MODEL_DOES_NOT_EXIST", "ready versions: 1"),
-    "a wrong PAT": refused("CONN_KEY_INVALID", "not known to this appliance"),
+    "an unknown model": says("MODEL_DOES_NOT_EXIST", "appliance/main/nothing", 'req_id: "sdk-python-'),
+    "an unknown version": says("MODEL_DOES_NOT_EXIST", "ready versions: 1"),
+    "a wrong PAT": says("CONN_KEY_INVALID", "not known to this appliance"),
+    "a principal over its rate: the SDK waits five seconds and tries again": [DIGIT, [5]],
     "`predict([Input, …])`": DIGIT,
     "`predict(inputs=[Input, …])`": DIGIT,
     "`predict_by_bytes(…, input_type='image')`": DIGIT,
     "`predict_by_bytes(…, input_type='text')`": TOPIC,
+    "`predict_by_bytes('…', 'text')`, a str": TOPIC,
     "`predict_by_bytes(…)` without input_type, an image": DIGIT,
     "`predict_by_bytes(…)` without input_type, a text": TOPIC,
     "`predict_by_filepath(…, input_type='image')`": DIGIT,
@@ -66,24 +40,25 @@ FORMS: dict[str, Any] = {
     "`Inputs.get_input_from_url`": DIGIT,
     "`Inputs.get_text_input`": TOPIC,
     "a batch of 128": [[f"demo_{index}", LABELS[index % len(LABELS)]] for index in range(128)],
-    "a batch of 129": refused("UserError: Too many inputs. Max is 128"),
-    "bytes that are no image": refused("INPUT_UNSUPPORTED_FORMAT", "send a JPEG, PNG"),
-    "a URL of a host that is not allowed": refused("INPUT_INVALID_URL", "169.254.169.254"),
+    "a batch of 129": says("UserError: Too many inputs. Max is 128"),
+    "bytes that are no image": says("INPUT_UNSUPPORTED_FORMAT", "send a JPEG, PNG"),
+    "a URL of a host that is not allowed": says("INPUT_INVALID_URL", "169.254.169.254"),
     "`inference_params={…}`": DIGIT,
     "`output_config={'max_concepts': 3}`": Of("digits", 3),
-    "`output_config={'max_concepts': 201}`": refused("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
+    "`output_config={'max_concepts': 201}`": says("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
     "`output_config={'min_value': 0.6}`": Of("digits", 1),
     "`output_config={'select_concepts': [Concept(id=…), Concept(name=…)]}`": ["4", "5"],
     "`output_config={'select_concepts': [{'id': …}]}`": ["4"],
-    "`output_config={'select_concepts': ['name']}`": Says(
-        ("TypeError: Parameter to initialize message field must be dict",),
-        "documented so, but the SDK raises a TypeError: it takes Concept messages, or dicts",
+    "`output_config={'select_concepts': ['name']}`": says(
+        "TypeError: Parameter to initialize message field must be dict",
+        why="documented so, but the SDK raises a TypeError: it takes Concept messages, or dicts",
     ),
-    "`output_config={'select_concepts': …}` that matches in part": Says(
-        ("MIXED_STATUS", "has no concept .*no such"),
-        "the reply says MIXED_STATUS and has the concepts that match; the SDK raises on it, and its user loses them",
+    "`output_config={'select_concepts': …}` that matches in part": says(
+        "MIXED_STATUS",
+        "has no concept .*no such",
+        why="the reply has the concepts that match and says MIXED_STATUS; the SDK raises on that",
     ),
-    "`output_config={'select_concepts': …}` that matches nothing": refused("MODEL_INVALID_ARGUMENT", "none"),
+    "`output_config={'select_concepts': …}` that matches nothing": says("MODEL_INVALID_ARGUMENT", "none"),
     "`generate([Input])`": [DIGIT],
     "`generate_by_bytes(…)`": [DIGIT],
     "`generate_by_filepath(…)`": [DIGIT],
@@ -108,17 +83,18 @@ FORMS: dict[str, Any] = {
 """What each form gives; None: whatever the SDK makes of it, as a list."""
 
 ONLY_12: dict[str, Any] = {
-    "`generate(…, output_config=…)`": Says(
-        ("AttributeError: MergeFromDict",), "the SDK raises AttributeError: MergeFromDict before it sends anything"
+    "`generate(…, output_config=…)`": says(
+        "AttributeError: MergeFromDict", why="the SDK raises AttributeError: MergeFromDict before it sends anything"
     ),
-    "`stream(…, output_config=…)`": Says(
-        ("generator raised StopIteration",), "the SDK's AttributeError: MergeFromDict ends its own stream"
+    "`stream(…, output_config=…)`": says(
+        "generator raised StopIteration", why="the SDK's AttributeError: MergeFromDict ends its own stream"
     ),
     "`User.get_user_info('me')`": "appliance",
     "`User.list_models()`": ["digits", "ml-topics"],
-    "`User.list_models(return_clarifai_model=True)`": Says(
-        ("MODEL_DOES_NOT_EXIST", "Handwritten digits"),
-        "the SDK takes a model's display name for its id; it works for bundles whose name is their id",
+    "`User.list_models(return_clarifai_model=True)`": says(
+        "MODEL_DOES_NOT_EXIST",
+        "Handwritten digits",
+        why="the SDK takes a model's display name for its id; it works for bundles whose name is their id",
     ),
 }
 SDKS = {"sdk-12": "Python SDK 12.5.0", "sdk-11": "Python SDK 11.0.7", "sdk-10": "Python SDK 10.11.1"}
@@ -127,12 +103,12 @@ CASES = [(environment, form) for environment in SDKS for form in EXPECTED[enviro
 
 
 @pytest.fixture(scope="module")
-def found(native: Appliance, pki: Pki, web: str) -> dict[str, dict[str, Any]]:
+def found(native: Appliance, pki: Pki, web: str, slow_key: str) -> dict[str, dict[str, Any]]:
     """By environment, what each form gave."""
     target = f"https://localhost:{native.port()}"
     return {
         environment: run_script(
-            environment, "script_sdk_forms.py", target, pki.ca, SAMPLES, web, CLARIFAI_PAT=native.key
+            environment, "script_sdk_forms.py", target, pki.ca, SAMPLES, web, slow_key, CLARIFAI_PAT=native.key
         )
         for environment in SDKS
     }
@@ -153,20 +129,3 @@ def test_form(
 def test_no_form_is_forgotten(environment: str, found: dict[str, dict[str, Any]]) -> None:
     """Each that the script drives is looked at."""
     assert set(found[environment]) == set(EXPECTED[environment])
-
-
-def check(given: Any, expected: Any, truth: dict[str, list[str]]) -> None:
-    """Compare what a form gave with what is written above."""
-    if isinstance(expected, Says):
-        for words in expected.words:
-            assert re.search(words, str(given)), given
-    elif expected is None:
-        assert isinstance(given, list), given
-    else:
-        assert given == _filled(expected, truth)
-
-
-def _filled(expected: Any, truth: dict[str, list[str]]) -> Any:
-    if isinstance(expected, Of):
-        return truth[expected.model][: expected.best]
-    return [_filled(one, truth) for one in expected] if isinstance(expected, list) else expected

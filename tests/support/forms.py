@@ -1,4 +1,4 @@
-"""What a client's form should give: words for the tables of the client tests."""
+"""What the forms of a client give: the raw stub's answer, a value, or an error that its user reads."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Of:
 
 @dataclass(frozen=True)
 class Says:
-    """The user reads an error with all of these; with `why` the client cannot do it at all.
+    """The user reads something with all of these words; with `why` the client cannot do it at all.
 
     Attributes: words: regular expressions.
     """
@@ -32,16 +32,19 @@ class Instead:
     why: str
 
 
-def refused(*words: str) -> Says:
-    """The error that the appliance, or the SDK, means its user to read."""
-    return Says(words)
+DIGIT, TOPIC = Of("digits"), Of("ml-topics")
+
+
+def says(*words: str, why: str = "") -> Says:
+    """What the appliance, or the client, means its user to read."""
+    return Says(words, why)
 
 
 def check(given: Any, expected: Any, truth: dict[str, list[str]]) -> None:
-    """Compare what a form gave with what its table says; None: whatever the client makes of it, as a list."""
+    """Compare what a form gave with what it should; None: any list will do."""
     if isinstance(expected, Says):
         for words in expected.words:
-            assert re.search(words, str(given)), given
+            assert re.search(words, str(given), re.DOTALL), given
     elif expected is None:
         assert isinstance(given, list), given
     else:
