@@ -19,7 +19,6 @@
         PlacementMismatch       one that is, but not for the model asked for
         DeploymentDisabled      one whose model is held back, or not here
         UnknownApp              no such app, or none of its models is the caller's to use
-        PlacementUnknown        a deployment or nodepool that is not this appliance
         InputError              one input of many is at fault
           InvalidInput            it carries the wrong thing, or nothing
           UnsupportedFormat       its bytes are not a format we read
@@ -122,14 +121,12 @@ class UnknownUser(RequestError):
     """A user id that is not the caller's."""
 
 
-class UnknownWorkflow(RequestError):
-    """No such workflow, or no such version of it."""
 class UnknownApp(RequestError):
     """No such app, or none of its models is the caller's to use."""
 
 
-class PlacementUnknown(RequestError):
-    """A deployment or nodepool that is not this appliance.
+class UnknownWorkflow(RequestError):
+    """No such workflow, or no such version of it."""
 
 
 class WorkflowArgument(RequestError):

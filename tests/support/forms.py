@@ -24,6 +24,14 @@ class Says:
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Instead:
+    """What the client gives instead, and why its user cannot have what was asked for."""
+
+    value: Any
+    why: str
+
+
 DIGIT, TOPIC = Of("digits"), Of("ml-topics")
 
 
@@ -40,7 +48,13 @@ def check(given: Any, expected: Any, truth: dict[str, list[str]]) -> None:
     elif expected is None:
         assert isinstance(given, list), given
     else:
-        assert given == _filled(expected, truth)
+        assert given == _filled(expected.value if isinstance(expected, Instead) else expected, truth)
+
+
+def why(expected: Any) -> str:
+    """Why the form is not possible, "" when it is."""
+    reason: str = getattr(expected, "why", "")
+    return reason
 
 
 def _filled(expected: Any, truth: dict[str, list[str]]) -> Any:

@@ -89,6 +89,8 @@ CASES: dict[str, list[Any]] = {
         ),
         P.PostWorkflowResultsRequest(user_app_id=IDS, workflow_id="nobody"),
     ],
+    "GetApp": [P.GetAppRequest(user_app_id=IDS), P.GetAppRequest(user_app_id={"user_id": "x", "app_id": "y"})],
+    "ListApps": [P.ListAppsRequest(user_app_id=IDS), P.ListAppsRequest(user_app_id=IDS, page=2)],
     "GetWorkflow": [P.GetWorkflowRequest(user_app_id=IDS, workflow_id="nobody")],
     "ListWorkflows": [P.ListWorkflowsRequest(user_app_id=IDS), P.ListWorkflowsRequest(user_app_id=IDS, page=2)],
     "GetWorkflowVersion": [P.GetWorkflowVersionRequest(user_app_id=IDS, workflow_id="nobody", workflow_version_id="1")],
