@@ -182,10 +182,14 @@ class Catalogue:
     # ---- apps ----
 
     async def get_app(self, context: Context, request: service_pb2.GetAppRequest) -> service_pb2.SingleAppResponse:
-        """An app that holds models the caller may use; the SDK asks before it hands out an App."""
+        """An app that holds models the caller may use, the only one unless named; the SDK asks for it by its id."""
         wanted = request.user_app_id
-        apps = [app for app in self._apps(context) if app.id == wanted.app_id and wanted.user_id in ("", app.user_id)]
-        if not apps:
+        apps = [
+            app
+            for app in self._apps(context)
+            if wanted.app_id in ("", app.id) and wanted.user_id in ("", app.user_id)
+        ]
+        if len(apps) != 1:
             raise UnknownApp(f"There is no app {wanted.app_id!r} of user {wanted.user_id!r}; ListApps names them.")
         return service_pb2.SingleAppResponse(status=status.success(context.req_id), app=apps[0])
 
