@@ -179,6 +179,8 @@ class Api:
             "ListDeployments": compute.list_deployments,
             "GetRunner": compute.get_runner,
             "ListRunners": compute.list_runners,
+            "GetApp": catalogue.get_app,
+            "ListApps": catalogue.list_apps,
             "GetUser": catalogue.get_user,
             "MyScopes": catalogue.my_scopes,
             "ListStatusCodes": catalogue.list_status_codes,

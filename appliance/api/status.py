@@ -79,6 +79,7 @@ TABLE: dict[type[ApplianceError], Row] = {
     errors.UnknownUser: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownWorkflow: Row(Code.WORKFLOW_DOES_NOT_EXIST, "Workflow does not exist", 404, reason="unknown_model"),
     errors.WorkflowArgument: Row(Code.WORKFLOW_INVALID_ARGUMENT, "Invalid workflow argument", 400, reason="argument"),
+    errors.UnknownApp: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.PlacementUnknown: Row(Code.DEPLOYMENT_DOES_NOT_EXIST, "Deployment does not exist", 404),
     errors.PlacementMismatch: Row(Code.DEPLOYMENT_INVALID_ARGUMENT, "Invalid deployment argument", 400),
     errors.DeploymentDisabled: Row(Code.DEPLOYMENT_DISABLED, "Deployment is disabled", 409),

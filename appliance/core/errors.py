@@ -18,6 +18,7 @@
         PlacementUnknown        a deployment, nodepool, compute cluster or runner that is not this appliance's
         PlacementMismatch       one that is, but not for the model asked for
         DeploymentDisabled      one whose model is held back, or not here
+        UnknownApp              no such app, or none of its models is the caller's to use
         InputError              one input of many is at fault
           InvalidInput            it carries the wrong thing, or nothing
           UnsupportedFormat       its bytes are not a format we read
@@ -118,6 +119,10 @@ class NotServed(RequestError):
 
 class UnknownUser(RequestError):
     """A user id that is not the caller's."""
+
+
+class UnknownApp(RequestError):
+    """No such app, or none of its models is the caller's to use."""
 
 
 class UnknownWorkflow(RequestError):

@@ -87,6 +87,7 @@ def test_every_row_belongs_to_an_error_of_the_tree() -> None:
         (errors.UnknownType, 11101),
         (errors.UnknownStatusCode, 11101),
         (errors.UnknownUser, 11101),
+        (errors.UnknownApp, 11101),
         (errors.InvalidInput, 30104),
         (errors.UnsupportedFormat, 30101),
         (errors.InputTooLarge, 30105),
