@@ -9,7 +9,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -527,7 +526,7 @@ class TestOddClients:
                     slow.session.increment_flow_control_window(2**30)
                     slow.session.update_settings({4: 2**30})
                     slow.begin(1, "/wire.Test/Count", _framed(b'{"count": 200, "size": 1048576}'), end=True)
-                    eventually(lambda: _steady(lambda: server.ask("made")), PATIENCE_S)
+                    eventually(lambda: _steady(lambda: server.ask("made"), lambda: ask.unary("Echo")(b"x")), PATIENCE_S)
                     assert ask.unary("Echo")(b"x", timeout=PATIENCE_S) == b"x"
                     assert server.ask("made") < 100
                     assert forwarder.memory() - before < 16 * 2**20
@@ -748,10 +747,11 @@ def _framed(message: bytes) -> bytes:
     return bytes(1) + len(message).to_bytes(4, "big") + message
 
 
-def _steady(look: Callable[[], int]) -> bool:
-    """Whether a number does not grow any more."""
+def _steady(look: Callable[[], int], work: Callable[[], object]) -> bool:
+    """Whether a number does not grow any more while the server does other work."""
     first = look()
-    time.sleep(0.3)
+    for _ in range(100):
+        work()
     return first > 0 and look() == first
 
 
