@@ -118,20 +118,25 @@ def of_connecting(error: Exception, settings: Settings, loaded: Loaded) -> Troub
     return Trouble("unforeseen", f"{where} cannot be reached ({type(error).__name__}).", again)
 
 
-def of_silence(error: Exception | None, tls_version: str, settings: Settings, loaded: Loaded) -> Trouble:
+def of_silence(
+    error: Exception | None, tls_version: str, settings: Settings, loaded: Loaded, *, took: bool = False
+) -> Trouble:
     """Why a connection ended after its handshake, before the appliance said anything.
 
     In TLS 1.3 a client's handshake is over before its certificate was looked at: a refusal comes as the first thing
     read, or as the mere end of the connection. Source: RFC 8446, section 4.4.2.4 and appendix E.1.2.
+
+    Args:    took: the appliance has let in this certificate before.
     """
     if isinstance(error, ssl.SSLError):
         found = _of_tls(error, settings, loaded)
         if found.kind == "certificate":
             return found
-    if tls_version == "TLSv1.3":
+    if tls_version == "TLSv1.3" and (loaded.problems() or not took):
         return _certificate_refused("", settings, loaded)
     what = f"{settings.upstream} closed the connection right after the TLS handshake, before it said anything."
-    return Trouble("reset", what, "It may be restarting; it is tried again with the next call.", 503)
+    before = " It took this client certificate before; if this goes on, it no longer does." if took else ""
+    return Trouble("reset", what, f"It may be restarting; it is tried again with the next call.{before}", 503)
 
 
 def _of_tls(error: ssl.SSLError, settings: Settings, loaded: Loaded) -> Trouble:

@@ -135,7 +135,7 @@ class Tunnel(asyncio.Protocol):
 
     def hold(self, why: str) -> None:
         """Do not read the client for the moment."""
-        if not self._held:
+        if not self._held and not self._transport.is_closing():
             self._transport.pause_reading()
         self._held.add(why)
 
@@ -212,7 +212,7 @@ class Tunnel(asyncio.Protocol):
         """What it says."""
         self.moved_at = time.monotonic()
         self._reply_begun = True
-        if self._transport is not None:
+        if not self._transport.is_closing():
             self._transport.write(data)
 
     def far_lost(self, far: "_Far", error: Exception | None) -> None:
@@ -220,7 +220,7 @@ class Tunnel(asyncio.Protocol):
         if self._far is not far:  # the attempt is not over, or the client left first
             return
         self._far = None
-        if far.heard:
+        if far.heard or self._closing_at:
             self.close()
             return
         upstream = self._owner.upstream
@@ -263,11 +263,6 @@ class Tunnel(asyncio.Protocol):
 
     # ---- the end ----
 
-    @property
-    def forwarding(self) -> bool:
-        """Whether it is connected to the appliance, or about to be."""
-        return self._connecting is not None or self._far is not None
-
     def close(self) -> None:
         """Write what is written, and close both sides."""
         if self._refusing is not None:
@@ -278,8 +273,9 @@ class Tunnel(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close both sides now."""
-        if self._far is not None:
-            self._far.transport.abort()
+        far, self._far = self._far, None
+        if far is not None:
+            far.transport.abort()
         if self._transport is not None:
             self._transport.abort()
 

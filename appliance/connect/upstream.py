@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from appliance.connect import trouble as troubles
-from appliance.connect.credentials import Alpn, Credentials
+from appliance.connect.credentials import Alpn, Credentials, Loaded
 from appliance.connect.settings import Settings
 from appliance.connect.trouble import Refused, Trouble
 
@@ -45,6 +45,7 @@ class Upstream:
         self._settings = settings
         self._credentials = credentials
         self._trouble: Trouble | None = None
+        self._took: Loaded | None = None  # what the appliance has let in
         self._since = 0.0  # of the trouble
         self._said_at = 0.0
         self._failed_at = 0.0
@@ -94,6 +95,10 @@ class Upstream:
 
     def proven(self) -> None:
         """The appliance has said something: it takes us."""
+        self._took = self._credentials.loaded
+        self._recovered()
+
+    def _recovered(self) -> None:
         if self._trouble is not None:
             _log.info(
                 "%s answers again after %.0f s; %d connections were refused meanwhile",
@@ -147,7 +152,7 @@ class Upstream:
     def _end_probe(self, probe: "asyncio.Future[None]", began: float) -> None:
         """Nothing bad was heard of the connection for a while."""
         if self._probe is probe and self._failed_at < began:
-            self.proven()
+            self._recovered()
         self._release_probe(probe)
 
     def _release_probe(self, probe: "asyncio.Future[None] | None") -> None:
@@ -212,7 +217,8 @@ class Upstream:
     def explain_silence(self, transport: Any, error: Exception | None) -> Trouble:
         """Why a connection ended after its handshake before it brought a byte."""
         version = _tls(transport).version() or ""
-        return troubles.of_silence(error, version, self._settings, self._credentials.loaded)
+        loaded = self._credentials.loaded
+        return troubles.of_silence(error, version, self._settings, loaded, took=loaded is self._took)
 
 
 def _tls(transport: Any) -> Any:

@@ -1,13 +1,14 @@
 """`appliance connect` before a daemon that wants certificate and key: what clients get through it, what they hear."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import socket
 import ssl
+import subprocess
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,15 @@ class TestForwarding:
             assert client.get("/nothing/here").json()["status"]["code"] == StatusCode.CONN_DOES_NOT_EXIST
             assert client.head("/readyz").status_code == 200
 
+    def test_http2_without_grpc_is_forwarded_or_refused_in_json(
+        self, forwarder: Forwarder, make_forwarder: MakeForwarder
+    ) -> None:
+        assert curl_h2(forwarder.port) == ({"ready": True}, "200 2")
+        content, how = curl_h2(make_forwarder(free_port()).start().port)
+        assert how == "503 2"
+        assert content["status"]["code"] == StatusCode.TRY_AGAIN
+        assert "nobody listens at" in content["status"]["details"]
+
     def test_http1_answers_a_client_that_closed_its_half(self, forwarder: Forwarder) -> None:
         with socket.create_connection(("127.0.0.1", forwarder.port), PATIENCE_S) as sock:
             sock.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -362,6 +372,21 @@ class TestRefusals:
             eventually(lambda: answered(late), PATIENCE_S)
             assert code(inside[1]) == StatusCode.SUCCESS
 
+    def test_without_the_native_extension_the_log_and_http1_have_the_sentence(
+        self, both: Appliance, make_forwarder: MakeForwarder, tmp_path: Path
+    ) -> None:
+        """A client's host on which it was not built: what can be forwarded is."""
+        (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['appliance.wire._h2'] = None\n")
+        paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+        with PlainClient(make_forwarder(both.port()).start(paths).port, both.key) as client:
+            assert code(client) == StatusCode.SUCCESS
+        forwarder = make_forwarder(free_port()).start(paths)
+        assert "the native HTTP/2 extension was not built here" in forwarder.log
+        with PlainClient(forwarder.port) as client:
+            failure(client)
+        forwarder.wait_for("nobody listens at")
+        assert "nobody listens at" in httpx.get(f"http://localhost:{forwarder.port}/readyz").text
+
 
 class TestRestarts:
     def test_an_appliance_that_comes_later(self, make_appliance: Make, make_forwarder: MakeForwarder) -> None:
@@ -501,7 +526,7 @@ class TestOddClients:
                     slow.session.increment_flow_control_window(2**30)
                     slow.session.update_settings({4: 2**30})
                     slow.begin(1, "/wire.Test/Count", _framed(b'{"count": 200, "size": 1048576}'), end=True)
-                    eventually(lambda: _steady(lambda: server.ask("made")), PATIENCE_S)
+                    eventually(lambda: _steady(lambda: server.ask("made"), lambda: ask.unary("Echo")(b"x")), PATIENCE_S)
                     assert ask.unary("Echo")(b"x", timeout=PATIENCE_S) == b"x"
                     assert server.ask("made") < 100
                     assert forwarder.memory() - before < 16 * 2**20
@@ -655,6 +680,15 @@ def checked(forwarder: Forwarder) -> tuple[int, list[tuple[str, str, str]]]:
     return done.returncode, [tuple(line.split(None, 2)) for line in done.stdout.splitlines()]  # type: ignore[misc]
 
 
+def curl_h2(port: int) -> tuple[Any, str]:
+    """A page over HTTP/2 with prior knowledge: its content, its status and the HTTP that it came by."""
+    command = ["curl", "--silent", "--http2-prior-knowledge", "--write-out", "\n%{http_code} %{http_version}"]
+    url = f"http://localhost:{port}/readyz"
+    done = subprocess.run([*command, url], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    body, how = done.stdout.split("\n")
+    return json.loads(body), how
+
+
 def received(sock: socket.socket) -> bytes:
     """All that comes until the other side closes."""
     pieces = []
@@ -713,10 +747,11 @@ def _framed(message: bytes) -> bytes:
     return bytes(1) + len(message).to_bytes(4, "big") + message
 
 
-def _steady(look: Callable[[], int]) -> bool:
-    """Whether a number does not grow any more."""
+def _steady(look: Callable[[], int], work: Callable[[], object]) -> bool:
+    """Whether a number does not grow any more while the server does other work."""
     first = look()
-    time.sleep(0.3)
+    for _ in range(100):
+        work()
     return first > 0 and look() == first
 
 

@@ -79,13 +79,16 @@ def test_an_end_right_after_the_handshake_means_the_certificate_in_tls_13(site: 
     assert found.kind == "certificate"
     assert "the appliance refused this client certificate: 'ada', issued by 'Site Root'" in found.what
     assert trouble.of_silence(None, "TLSv1.2", site.settings, loaded).kind == "reset"
+    restarting = trouble.of_silence(None, "TLSv1.3", site.settings, loaded, took=True)
+    assert (restarting.kind, restarting.http) == ("reset", 503)
+    assert "It took this client certificate before" in restarting.remedy
     alert = trouble.of_silence(tls("TLSV1_ALERT_UNKNOWN_CA"), "TLSv1.3", site.settings, loaded)
     assert "its issuer is not among the authorities" in alert.what
 
 
 def test_an_expired_certificate_is_named_as_the_reason(site: Site) -> None:
     site.install(site.make(days_left=-1))
-    found = trouble.of_silence(None, "TLSv1.3", site.settings, Credentials(site.settings, {}).loaded)
+    found = trouble.of_silence(None, "TLSv1.3", site.settings, Credentials(site.settings, {}).loaded, took=True)
     assert "'ada' expired on" in found.remedy
     assert str(site.settings.certificate) in found.remedy
 
