@@ -15,7 +15,7 @@ STOCK := chromium libnss3-tools php-cli php-curl php-google-protobuf protobuf-co
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stock check gpu-check bench fuzz sanitize format lock clean system
+.PHONY: help demo test stock check gpu-check bench fuzz sanitize protos format lock clean system
 
 help: ## What there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,10 @@ sanitize: $(VENV)/built ## The wire's unit tests with the native part under Addr
 	  LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=1:malloc_context_size=4 \
 	  LSAN_OPTIONS=suppressions=tests/fuzz/leaks.supp:print_suppressions=0 \
 	  $(BIN)/python -m pytest -p sanitized --capture=sys tests/unit/wire $(ARGS)
+
+# Debian's protoc, whose code every protobuf runtime that we allow takes: apt-get install protobuf-compiler
+protos: ## Python of our own .proto files; what comes out is committed.
+	protoc --python_out=. --pyi_out=. appliance/api/inference.proto
 
 format: $(VENV)/ready ## Put the code into shape.
 	$(BIN)/ruff format .
