@@ -166,6 +166,14 @@ def test_the_page_of_the_documentation_is_right(found: dict[str, dict[str, Any]]
     assert found["page"] == {"Browser": "two 0.97", "gRPC-Web": ["two", "four"]}
 
 
+def test_an_allowed_origin_may_send_a_key(
+    found: dict[str, dict[str, Any]], truth: dict[str, list[str]], about: Matrix
+) -> None:
+    """The browser asks first (OPTIONS), as the header Authorization makes it do, and sends the call only then."""
+    check(found["fetch"]["`Authorization: Bearer …`"], DIGIT, truth)
+    about.row(FETCH, "the preflight that `Authorization` causes, from a page of `server.cors_origins`")
+
+
 def test_a_foreign_origin_is_stopped_by_the_browser(found: dict[str, dict[str, Any]], about: Matrix) -> None:
     """Its page hears nothing, not even the status."""
     assert found["blocked"]["a foreign origin"] == "TypeError: Failed to fetch"
