@@ -6,6 +6,7 @@ were chosen and none failed or was skipped, docs/clients.md is written anew; the
 committed.
 """
 
+import json
 import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -33,6 +34,17 @@ def matrix(request: pytest.FixtureRequest) -> Matrix:
 TEXT = "Decision trees are grown on bootstrap samples and vote together."
 """What the clients ask the text classifier about."""
 
+TWICE = {
+    "workflow": {
+        "id": "twice",
+        "nodes": [
+            {"id": "best", "model": {"model_id": "digits", "output_info": {"params": {"max_concepts": 1}}}},
+            {"id": "all", "model": {"model_id": "digits"}},
+        ],
+    }
+}
+"""A workflow that `native` has: the best guess, and the whole ranking beside it."""
+
 
 @pytest.fixture(scope="session")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -58,6 +70,8 @@ def native(tmp_path_factory: pytest.TempPathFactory, pki: Pki, web: str) -> Iter
     appliance = Appliance(tmp_path_factory.mktemp("native"), pki, config, transport="native")
     for bundle in ("digits", "ml-topics"):
         shutil.copytree(MODELS / bundle, appliance.models / bundle)
+    (appliance.home / "workflows").mkdir()
+    (appliance.home / "workflows" / "twice.yaml").write_text(json.dumps(TWICE), encoding="utf-8")
     appliance.key = appliance.new_key()
     with appliance:
         yield appliance

@@ -2,16 +2,18 @@
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support.appliance import MODELS, Appliance, Pki, make_pki
+from support.appliance import MODELS, ROOT, Appliance, Pki, make_pki
 from support.browser import Pages, chromium, chromium_version
 from support.client_matrix import Matrix
 from support.forms import DIGIT, TOPIC, Of, Says, check, says, why
-from support.programs import NODE_MODULES, need_node, node_versions, run
+from support.programs import bundle, node_project, node_versions
 from support.stock import CLIENT_TESTS, SAMPLES
 from support.wire_server import Server
 
@@ -80,15 +82,15 @@ location.replace(location.href.replace("127.0.0.1", "localhost").replace("blocke
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The script of the page, with the packages it imports."""
-    need_node("clarifai-web-grpc", "esbuild")
-    project = tmp_path_factory.mktemp("web")
-    (project / "node_modules").symlink_to(NODE_MODULES)
-    shutil.copy(CLIENT_TESTS / "web" / "forms.mjs", project)
-    options = ("--bundle", "--format=esm", "--target=es2022", "--log-level=error", "--outfile=forms.js")
-    run("node", NODE_MODULES / "esbuild" / "bin" / "esbuild", "forms.mjs", *options, cwd=project)
-    return (project / "forms.js").read_text("utf-8")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the script of the page, the packages it imports, and what docs/sdk.md has for browsers."""
+    folder = tmp_path_factory.mktemp("web")
+    node_project(folder)
+    shutil.copy(CLIENT_TESTS / "web" / "forms.mjs", folder)
+    text = "".join(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("sdk*.md")))
+    for name, content in re.findall(r"^```(?:html|mjs) (\S+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        (folder / name).write_text(content, "utf-8")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +102,13 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def found(
-    tmp_path_factory: pytest.TempPathFactory, bundle: str, pki: Pki, web: str, stranger: str
+    tmp_path_factory: pytest.TempPathFactory, project: Path, pki: Pki, web: str, stranger: str
 ) -> dict[str, dict[str, Any]]:
     """What each form gave in one browser, and what a page of a foreign origin heard."""
     config: dict[str, Any] = {"web": web, "stranger": stranger}
     pages = {
         "/forms": ("text/html", '<!doctype html><script type="module" src="/forms.js"></script>'),
-        "/forms.js": ("text/javascript", bundle),
+        "/forms.js": ("text/javascript", bundle(project, "forms.mjs")),
         "/blocked": ("text/html", f'<!doctype html><script type="module">{_BLOCKED}</script>'),
     }
     home = tmp_path_factory.mktemp("chromium")
@@ -124,6 +126,12 @@ def found(
         with appliance:
             config["base"] = f"https://localhost:{appliance.port()}"
             pages["/config.json"] = ("application/json", json.dumps(config))
+            for path, kind, content in (
+                ("/page.html", "text/html", (project / "page.html").read_text("utf-8")),
+                ("/digits.js", "text/javascript", bundle(project, "digits.mjs")),
+            ):
+                own = content.replace("https://appliance.example:8443", config["base"])
+                pages[path] = (kind, own.replace("YOUR_PAT", config["key"]))
             with chromium(home, pki.ca, f"http://127.0.0.1:{server.port}/blocked") as browser:
                 blocked = server.next(browser, home / "log")
                 return {"blocked": {"a foreign origin": blocked}, **server.next(browser, home / "log")}
@@ -151,6 +159,19 @@ def test_grpc_web(form: str, found: dict[str, dict[str, Any]], truth: dict[str, 
     """It gives what the raw stub of Python reads, or the error that it should."""
     check(found["web"][form], WEB_FORMS[form], truth)
     about.row(GRPC_WEB, form, why=why(WEB_FORMS[form]))
+
+
+def test_the_page_of_the_documentation_is_right(found: dict[str, dict[str, Any]]) -> None:
+    """What docs/sdk.md has to copy for browsers."""
+    assert found["page"] == {"Browser": "two 0.97", "gRPC-Web": ["two", "four"]}
+
+
+def test_an_allowed_origin_may_send_a_key(
+    found: dict[str, dict[str, Any]], truth: dict[str, list[str]], about: Matrix
+) -> None:
+    """The browser asks first (OPTIONS), as the header Authorization makes it do, and sends the call only then."""
+    check(found["fetch"]["`Authorization: Bearer …`"], DIGIT, truth)
+    about.row(FETCH, "the preflight that `Authorization` causes, from a page of `server.cors_origins`")
 
 
 def test_a_foreign_origin_is_stopped_by_the_browser(found: dict[str, dict[str, Any]], about: Matrix) -> None:

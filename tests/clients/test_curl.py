@@ -32,6 +32,12 @@ def ids(reply: Reply) -> list[str]:
     return [concept["id"] for concept in reply["outputs"][0]["data"]["concepts"]]
 
 
+def results(reply: Reply) -> list[list[str]]:
+    """Concept ids of each node of a workflow."""
+    outputs = reply["results"][0]["outputs"]
+    return [[concept["id"] for concept in output["data"]["concepts"]] for output in outputs]
+
+
 def named(field: str) -> Callable[[Reply], list[str]]:
     """The ids of a list."""
     return lambda reply: sorted(entry["id"] for entry in reply[field])
@@ -96,6 +102,19 @@ FORMS: dict[str, Form] = {
     ),
     "`POST /v2/models/…/versions/…/outputs`": Form(
         f"curl -X POST \"$BASE/v2/models/digits/versions/1/outputs\" {AUTH} {JSON} -d '{{{INPUTS}{OWNER}}}'"
+    ),
+    "`POST /v2/users/…/deployments/…/outputs`": Form(
+        f"curl -X POST \"$BASE/v2/users/appliance/deployments/digits/outputs\" {AUTH} {JSON} -d '{{{INPUTS}}}'"
+    ),
+    "a deployment that is not here": Form(
+        f"curl -X POST \"$BASE/v2/users/appliance/deployments/other/outputs\" {AUTH} {JSON} -d '{{{INPUTS}}}'",
+        says("HTTP 404, 25900", "other"),
+    ),
+    "`POST …/workflows/…/results`": Form(post(path="/workflows/twice/results"), [Of("digits", 1), DIGIT], results),
+    "`POST /v2/workflows/…/results`, user_app_id in the body": Form(
+        f"curl -X POST \"$BASE/v2/workflows/twice/results\" {AUTH} {JSON} -d '{{{INPUTS}{OWNER}}}'",
+        [Of("digits", 1), DIGIT],
+        results,
     ),
     "fields in camelCase": Form(
         post(', "model": {"modelVersion": {"outputInfo": {"outputConfig": {"maxConcepts": 3}}}}'), Of("digits", 3)
@@ -212,6 +231,13 @@ FORMS: dict[str, Form] = {
     ),
     "`GET …/models/types/…`": Form(
         get("/models/types/visual-classifier"), ["image"], lambda reply: reply["model_type"]["input_fields"]
+    ),
+    "`GET …/workflows`": Form(get("/workflows"), ["twice"], named("workflows")),
+    "`GET /v2/users/…/deployments`": Form(
+        f'curl "$BASE/v2/users/appliance/deployments" {AUTH}', ["digits", "ml-topics"], named("deployments")
+    ),
+    "`GET /v2/users/…/compute_clusters`": Form(
+        f'curl "$BASE/v2/users/appliance/compute_clusters" {AUTH}', ["on-prem"], named("compute_clusters")
     ),
     "`GET /v2/users/me`": Form(f'curl "$BASE/v2/users/me" {AUTH}', "appliance", lambda reply: reply["user"]["id"]),
     "`GET /v2/myscopes`": Form(f'curl "$BASE/v2/myscopes" {AUTH}', 10000, lambda reply: reply["status"]["code"]),

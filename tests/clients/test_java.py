@@ -1,7 +1,4 @@
-"""Java: stubs that Debian's protoc plugin makes of the protos, over Debian's grpc-java; the stock channel's ways.
-
-Debian's netty has no ALPN of its own in Java; netty-tcnative gives it, once its library has the name netty looks for.
-"""
+"""Java: stubs that Debian's protoc plugin makes of the protos, over Debian's grpc-java; the stock channel's ways."""
 
 import json
 import shutil
@@ -14,30 +11,13 @@ import pytest
 from support.appliance import MODELS, Appliance, Pki
 from support.client_matrix import Matrix
 from support.forms import DIGIT, TOPIC, Of, Says, check, says, why
-from support.programs import debian_versions, generate, need, need_programs, run
+from support.java import java_command
+from support.programs import debian_versions, need, run
 from support.stock import CLIENT_TESTS, SAMPLES
 
 pytestmark = pytest.mark.clients
 
 JAVA = "Java"
-JARS = Path("/usr/share/java")
-CLASSPATH = [
-    *("grpc-api", "grpc-context", "grpc-core", "grpc-netty", "grpc-protobuf", "grpc-protobuf-lite", "grpc-stub"),
-    *("netty-buffer", "netty-codec", "netty-codec-http", "netty-codec-http2", "netty-common", "netty-handler"),
-    *(
-        "netty-handler-proxy",
-        "netty-resolver",
-        "netty-tcnative",
-        "netty-transport",
-        "netty-transport-native-unix-common",
-    ),
-    *("protobuf", "guava", "perfmark-api", "geronimo-annotation-1.3-spec"),
-]
-PACKAGES = (
-    "default-jdk-headless protobuf-compiler protobuf-compiler-grpc-java-plugin libgrpc-java libprotobuf-java "
-    "libnetty-java libnetty-tcnative-java libguava-java libperfmark-java libgeronimo-annotation-1.3-spec-java"
-)
-RPCS = ("PostModelOutputs", "GenerateModelOutputs", "StreamModelOutputs", "GetModel", "ListModels", "ListModelConcepts")
 PORT = 443
 STOCK_HOST, NOBODYS_HOST = "127.44.3.1", "127.44.3.2"
 """Loopback, and in no certificate."""
@@ -86,24 +66,6 @@ STOCK_FORMS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with Forms.class, the stubs it uses, and netty's native library under the name that netty looks for."""
-    need_programs(PACKAGES, "javac", "java", "protoc", "grpc_java_plugin")
-    for name in CLASSPATH:
-        need((JARS / f"{name}.jar").exists(), f"{name}.jar", f"apt-get install {PACKAGES}")
-    folder = tmp_path_factory.mktemp("java")
-    stubs = folder / "stubs"
-    plugin = f"--plugin=protoc-gen-grpc-java={shutil.which('grpc_java_plugin')}"
-    generate(stubs, "--java_out=.", plugin, "--grpc-java_out=.", rpcs=RPCS)
-    classpath = ":".join(str(JARS / f"{name}.jar") for name in CLASSPATH)
-    options = ["-J-XX:TieredStopAtLevel=1", "-proc:none", "-nowarn", "-implicit:class", "-cp", classpath]
-    run("javac", *options, "-sourcepath", stubs, "-d", folder, CLIENT_TESTS / "java" / "Forms.java")
-    library = next(Path("/usr/lib").glob("*/jni/libnetty-tcnative.so"))
-    shutil.copy(library, folder / "libnetty_tcnative.so")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def certified(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Appliance]:
     """An appliance that knows its callers by certificate."""
     line_3 = {"name": "line-3", "identities": ["uri:spiffe://test/line-3"]}
@@ -134,15 +96,19 @@ def running(home: Path, pki: Pki, config: dict[str, Any]) -> Iterator[Appliance]
 
 @pytest.fixture(scope="module")
 def found(
-    compiled: Path, native: Appliance, certified: Appliance, at_443: Appliance | None, pki: Pki, web: str
+    tmp_path_factory: pytest.TempPathFactory,
+    native: Appliance,
+    certified: Appliance,
+    at_443: Appliance | None,
+    pki: Pki,
+    web: str,
 ) -> dict[str, Any]:
     """What each form gave, in one JVM."""
+    source = (CLIENT_TESTS / "java" / "Forms.java").read_text("utf-8")
+    command = java_command(source, "Forms", tmp_path_factory.mktemp("java"))
     pair = [pki.folder / "clients" / f"line-3.{kind}" for kind in ("key", "crt")]
-    classpath = ":".join([str(compiled), *(str(JARS / f"{name}.jar") for name in CLASSPATH)])
     words = ["localhost", native.port(), pki.ca, SAMPLES, web, certified.port(), *pair, STOCK_HOST, NOBODYS_HOST]
-    options = [f"-Djava.library.path={compiled}", "-XX:TieredStopAtLevel=1", "-cp", classpath]
-    said = run("java", *options, "Forms", *words, CLARIFAI_PAT=native.key)
-    return dict(json.loads(said.splitlines()[-1]))
+    return dict(json.loads(run(*command, *words, CLARIFAI_PAT=native.key).splitlines()[-1]))
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ PHP = "PHP"
 PACKAGES = "php-cli php-curl php-google-protobuf protobuf-compiler protobuf-compiler-grpc"
 NO_EXTENSION = "Debian has no package of the `grpc` extension (PECL)"
 LABELS = [path.stem.rsplit("-", 1)[1] for path in sorted(SAMPLES.glob("*.png"))]
+BATCH = [[f"demo_{index}", LABELS[index % len(LABELS)]] for index in range(128)]
 
 FORMS: dict[str, Any] = {
     "the messages that `protoc --php_out` makes": ['Clarifai\\Api\\V2Client: Class "Grpc\\BaseStub" not found'],
@@ -33,7 +34,7 @@ FORMS: dict[str, Any] = {
     "`min_value`": Of("digits", 1),
     "`select_concepts`": ["4", "5"],
     "`max_concepts` 201": says("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
-    "a batch of 128": [[f"demo_{index}", LABELS[index % len(LABELS)]] for index in range(128)],
+    "a batch of 128": BATCH,
     "a batch of 129": says("INPUT_OVER_LIMIT", "129 inputs; the limit is 128"),
     "`GenerateModelOutputs`": [DIGIT],
     "gRPC over HTTP/2, by php-curl": DIGIT,
@@ -42,13 +43,24 @@ FORMS: dict[str, Any] = {
     "`ListModels`": ["digits", "ml-topics"],
     "a wrong PAT": says("CONN_KEY_INVALID", "not known to this appliance"),
     "an unknown model": says("MODEL_DOES_NOT_EXIST", "appliance/main/nothing"),
+    "REST: `POST …/outputs`": DIGIT,
+    "REST: `max_concepts`": Of("digits", 3),
+    "REST: a batch of 128": BATCH,
+    "REST: a batch of 129": says("HTTP 400, 30105", "129 inputs; the limit is 128"),
+    "REST: a wrong PAT": says("HTTP 401, 11008", "not known to this appliance"),
     "without the root certificate": Says(
         ("self-signed certificate in certificate chain",),
         "the system does not trust the custom root; set CURLOPT_CAINFO",
     ),
 }
 
-ALONE = ("the messages that `protoc --php_out` makes", "the extension `grpc`", "gRPC over HTTP/2, by php-curl")
+ALONE = (
+    "the messages that `protoc --php_out` makes",
+    "the extension `grpc`",
+    "gRPC over HTTP/2, by php-curl",
+    "without the root certificate",
+)
+"""Rows that say themselves how they call; the others do by gRPC-Web."""
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +93,11 @@ def about(matrix: Matrix) -> Matrix:
 def test_php(form: str, found: dict[str, Any], truth: dict[str, list[str]], about: Matrix) -> None:
     """It gives what the raw stub of Python reads, or the error that it should."""
     check(found[form], FORMS[form], truth)
-    about.row(PHP, form if form in ALONE else f"gRPC-Web over php-curl: {form}", why=why(FORMS[form]))
+    about.row(
+        PHP,
+        form if form in ALONE or form.startswith("REST") else f"gRPC-Web over php-curl: {form}",
+        why=why(FORMS[form]),
+    )
 
 
 def test_the_generated_client_needs_what_debian_lacks(stubs: Path, found: dict[str, Any], about: Matrix) -> None:

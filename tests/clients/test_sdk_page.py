@@ -1,7 +1,8 @@
 """docs/sdk.md is executed: every block of every section, in order, in the environment that it names.
 
 A fence's first word is a language, its second word where it runs: ```` ```python sdk-12 ```` with that environment's
-Python, ```` ```sh sdk-12 ```` with a shell that finds that environment's commands first (`sh system`: the system's).
+Python, ```` ```sh sdk-12 ```` with a shell that finds that environment's commands first (`sh system`: the system's),
+```` ```java Digits ```` as the class of that name.
 RUNNERS knows the languages. What a section's `sh` blocks export holds for its later blocks. ```` ```yaml NAME ````
 is a file that later blocks find under that name, and ```` ```text ```` is what the block before it prints, "…" standing
 for anything.
@@ -16,11 +17,13 @@ from pathlib import Path
 
 import pytest
 from support.appliance import PATIENCE_S, ROOT, Appliance, Pki
-from support.stock import SAMPLES, executable, plain_environment
+from support.java import java_command
+from support.programs import environment, need_programs, node_project
+from support.stock import SAMPLES, executable
 
 pytestmark = pytest.mark.clients
 
-PAGE = (ROOT / "docs" / "sdk.md").read_text(encoding="utf-8")
+PAGE = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("sdk*.md")))
 ANYTHING = "…"
 _FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _EXPORT = re.compile(r"^export (\w+)=(\S*)$", re.MULTILINE)
@@ -55,10 +58,35 @@ def _shell(block: Block, folder: Path) -> list[str | Path]:
     return ["bash", "-euc", path + block.content]
 
 
-RUNNERS: dict[str, Callable[[Block, Path], list[str | Path]]] = {"python": _python, "sh": _shell}
+def _node(block: Block, folder: Path) -> list[str | Path]:
+    node_project(folder)
+    script = folder / "block.mjs"
+    script.write_text(block.content, encoding="utf-8")
+    return ["node", script]
+
+
+def _java(block: Block, folder: Path) -> list[str | Path]:
+    return java_command(block.content, block.place, folder)
+
+
+def _php(block: Block, folder: Path) -> list[str | Path]:
+    need_programs("php-cli php-curl", "php")
+    script = folder / "block.php"
+    script.write_text(block.content, encoding="utf-8")
+    return ["php", script]
+
+
+RUNNERS: dict[str, Callable[[Block, Path], list[str | Path]]] = {
+    "python": _python,
+    "sh": _shell,
+    "js": _node,
+    "java": _java,
+    "php": _php,
+}
 """By language, the command that runs a block whose placeholders are filled, in the section's folder."""
 
-FILES = ("yaml", "toml", "json")
+FILES = ("yaml", "toml", "json", "html", "mjs")
+"""What a browser is to read is run by test_browser."""
 
 
 class Reader:
@@ -105,7 +133,7 @@ class Reader:
             capture_output=True,
             text=True,
             cwd=self.folder,
-            env=plain_environment(**self.exported),
+            env=environment(**self.exported),
             timeout=PATIENCE_S,
             check=False,
         )

@@ -71,18 +71,25 @@ def run(*words: object, cwd: Path | None = None, **variables: str | Path) -> str
 
 
 def run_node(script: str, *arguments: object, **variables: str | Path) -> Any:
-    """Run a script of tests/clients/node with the stock packages in reach; what it printed last, as JSON."""
-    need_node("clarifai-nodejs", "clarifai-nodejs-grpc")
-    return json.loads(node_source((CLIENT_TESTS / "node" / script).read_text("utf-8"), script, *arguments, **variables))
-
-
-def node_source(source: str, name: str, *arguments: object, **variables: str | Path) -> str:
-    """Run a text as a user's own file `name` (.js or .mjs) in a project with the stock packages; what it printed."""
+    """Run a script of tests/clients/node in a user's project; what it printed, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder)
-        (project / "node_modules").symlink_to(NODE_MODULES)
-        (project / name).write_text(source, "utf-8")
-        return run("node", name, *arguments, cwd=project, **variables)
+        node_project(project)
+        shutil.copy(CLIENT_TESTS / "node" / script, project)
+        return json.loads(run("node", script, *arguments, cwd=project, **variables))
+
+
+def node_project(folder: Path) -> None:
+    """Make a folder a project with the stock packages."""
+    need_node("clarifai-nodejs", "clarifai-nodejs-grpc", "clarifai-web-grpc", "esbuild")
+    if not (folder / "node_modules").exists():
+        (folder / "node_modules").symlink_to(NODE_MODULES)
+
+
+def bundle(project: Path, name: str) -> str:
+    """A script of a project and all it imports, as one module for browsers."""
+    options = ("--bundle", "--format=esm", "--target=es2022", "--log-level=error")
+    return run("node", NODE_MODULES / "esbuild" / "bin" / "esbuild", name, *options, cwd=project)
 
 
 @functools.cache

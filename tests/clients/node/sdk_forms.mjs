@@ -1,8 +1,9 @@
 // Every form of clarifai-nodejs, by what its user writes: node sdk_forms.mjs BASE CA SAMPLES WEB, the key in CLARIFAI_PAT.
 // Prints a JSON object: form → what came back, or the error that its user sees. A fifth word is the only form to drive.
 import fs from "node:fs";
+import os from "node:os";
 import path from "node:path";
-import { App, Input, Model } from "clarifai-nodejs";
+import { App, Input, Model, Workflow } from "clarifai-nodejs";
 import resources from "clarifai-nodejs-grpc/proto/clarifai/api/resources_pb";
 
 const [base, rootCertificatesPath, samples, web, only] = process.argv.slice(2);
@@ -32,6 +33,20 @@ async function limited({ maxConcepts, minValue, selectConcepts }, made = digits(
   if (selectConcepts) outputConfig.setSelectConceptsList(selectConcepts);
   return ids(await made.predictByBytes({ inputBytes: picture, inputType: "image", outputConfig }));
 }
+
+async function parametrized(inferenceParams) {
+  const asked = { inputBytes: picture, inputType: "image", inferenceParams, outputConfig: new resources.OutputConfig() };
+  return ids(await digits().predictByBytes(asked));
+}
+
+const placed = (runner) => new Model({ url, authConfig: { pat, ...here }, runner });
+const place = (nodepool, cluster = "on-prem") => placed({ nodepool: { id: nodepool, computeCluster: { id: cluster } } });
+const host = os.hostname().split(".")[0];
+
+const workflow = (name = "twice", more = {}) =>
+  new Workflow({ url: `https://clarifai.com/appliance/main/workflows/${name}`, authConfig: { pat, ...here }, ...more });
+const results = ({ resultsList }) =>
+  resultsList.map(({ outputsList }) => outputsList.map((output) => output.data.conceptsList.map(({ id }) => id)));
 
 const concept = ({ id = "", name = "" }) => new resources.Concept().setId(id).setName(name);
 const byMethod = (more = {}) => ({ methodName: "predict", image: { base64: picture.toString("base64") }, ...more });
@@ -107,11 +122,8 @@ const forms = {
     await made.loadInfo();
     return limited({ maxConcepts: 3 }, made);
   },
-  "`inferenceParams` beside `outputConfig`": async () => {
-    const outputConfig = new resources.OutputConfig().setMaxConcepts(3);
-    const asked = { inputBytes: picture, inputType: "image", inferenceParams: { temperature: "0.7" }, outputConfig };
-    return ids(await digits().predictByBytes(asked));
-  },
+  "`inferenceParams` beside `outputConfig`": () => parametrized({ max_concepts: 3 }),
+  "`inferenceParams` that the model does not have": () => parametrized({ temperature: "0.7" }),
   "`inferenceParams` alone": async () => {
     const made = digits();
     await made.predictByBytes({ inputBytes: picture, inputType: "image", inferenceParams: { temperature: "0.7" } });
@@ -143,6 +155,25 @@ const forms = {
     for await (const outputs of digits().generate(byMethod())) messages.push(returned(outputs));
     return messages;
   },
+  "`runner: { deployment: { id } }`": () => predicted(placed({ deployment: { id: "digits" } })),
+  "`setRunner({ deployment: { id, userId } })`": () => {
+    const made = digits();
+    made.setRunner({ deployment: { id: "digits", userId: "appliance" } });
+    return predicted(made);
+  },
+  "`runner: { nodepool: { id, computeCluster: { id } } }`": () => predicted(place(host)),
+  "`runner`, with `predict({ methodName, … })`": async () => returned(await place(host).predict(byMethod())),
+  "a deployment that is not here": () => predicted(placed({ deployment: { id: "other" } })),
+  "a nodepool that is not here": () => predicted(place("other")),
+  "a compute cluster that is not here": () => predicted(place(host, "other")),
+  "`Workflow.predictByBytes(inputBytes, \"image\")`": async () =>
+    results(await workflow().predictByBytes(picture, "image")),
+  "`Workflow.predictByUrl(url, \"image\")`": async () =>
+    results(await workflow().predictByUrl(`${web}/${names[0]}`, "image")),
+  "`Workflow.predict({ inputs })`": async () => results(await workflow().predict({ inputs: [image("a"), image("b")] })),
+  "`new Workflow({ …, outputConfig: { maxConcepts } })`": async () =>
+    results(await workflow("twice", { outputConfig: { maxConcepts: 2 } }).predictByBytes(picture, "image")),
+  "a workflow that is not here": () => workflow("other").predictByBytes(picture, "image"),
   "`listVersions()`": async () => (await all(digits().listVersions())).map((found) => found.id),
   "`listVersions({ pageNo, perPage })`": async () =>
     (await all(digits().listVersions({ pageNo: 2, perPage: 1 }))).map((found) => found.id),

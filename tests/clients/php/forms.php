@@ -104,6 +104,32 @@ function grpc(string $method, Message $request, string $reply, ?string $as = nul
     return $messages;
 }
 
+/** One prediction by REST: the reply, where it is good. */
+function rest(array $inputs, array $more = [], ?string $as = null): array
+{
+    global $key;
+    $headers = ['Authorization: Key ' . ($as ?? $key), 'Content-Type: application/json'];
+    $path = '/v2/users/appliance/apps/main/models/digits/outputs';
+    [$http, , $body] = http($path, json_encode(['inputs' => $inputs] + $more, JSON_THROW_ON_ERROR), $headers);
+    $reply = json_decode($body, true, flags: JSON_THROW_ON_ERROR);
+    if ($reply['status']['code'] !== 10000) {
+        throw new RuntimeException("HTTP $http, {$reply['status']['code']}: {$reply['status']['details']}");
+    }
+    return $reply;
+}
+
+function jsonImage(int $index, string $id = ''): array
+{
+    global $pictures;
+    $picture = base64_encode($pictures[$index % count($pictures)]);
+    return ['id' => $id, 'data' => ['image' => ['base64' => $picture]]];
+}
+
+function jsonIds(array $reply): array
+{
+    return array_column($reply['outputs'][0]['data']['concepts'], 'id');
+}
+
 function image(int $index, string $id = ''): Input
 {
     global $pictures;
@@ -217,7 +243,17 @@ $forms = [
     },
     'a wrong PAT' => fn () => ids(post(request([image(0)]), str_repeat('0', 64))),
     'an unknown model' => fn () => ids(post(request([image(0)], ['model_id' => 'nothing']))),
-    'without the root certificate' => function () use ($stubs, &$ca) {
+    'REST: `POST …/outputs`' => fn () => jsonIds(rest([jsonImage(0)])),
+    'REST: `max_concepts`' => fn () => jsonIds(rest([jsonImage(0)], [
+        'model' => ['model_version' => ['output_info' => ['output_config' => ['max_concepts' => 3]]]],
+    ])),
+    'REST: a batch of 128' => fn () => array_map(
+        fn (array $output): array => [$output['input']['id'], $output['data']['concepts'][0]['id']],
+        rest(array_map(fn (int $index): array => jsonImage($index, "demo_$index"), range(0, 127)))['outputs'],
+    ),
+    'REST: a batch of 129' => fn () => jsonIds(rest(array_map(jsonImage(...), range(0, 128)))),
+    'REST: a wrong PAT' => fn () => jsonIds(rest([jsonImage(0)], as: str_repeat('0', 64))),
+    'without the root certificate' => function () use (&$ca) {
         [$kept, $ca] = [$ca, '/etc/ssl/certs/ca-certificates.crt'];
         try {
             return ids(post(request([image(0)])));

@@ -185,6 +185,31 @@ const byGrpcWeb = {
   "an RPC that is not served": () => called("listInputs", new ListModelsRequest()),
 };
 
+// ---- what docs/sdk.md has for browsers ----
+
+async function page() {
+  const frame = Object.assign(document.createElement("iframe"), { src: "/page.html" });
+  const loaded = new Promise((resolve) => frame.addEventListener("load", resolve));
+  document.body.append(frame);
+  await loaded;
+  const chosen = new DataTransfer();
+  chosen.items.add(new File([Uint8Array.from(atob(pictures[0]), (letter) => letter.charCodeAt(0))], "picture.png"));
+  const [file, answer] = ["picture", "answer"].map((id) => frame.contentDocument.getElementById(id));
+  const answered = new Promise((resolve) => new MutationObserver(resolve).observe(answer, { childList: true }));
+  file.files = chosen.files;
+  file.dispatchEvent(new Event("change"));
+  await answered;
+  return answer.value;
+}
+
+const byPage = {
+  Browser: page,
+  "gRPC-Web": async () => {
+    const script = "/digits.js";
+    return (await import(script)).predict(pictures[0]);
+  },
+};
+
 // ---- all of them ----
 
 async function driven(forms) {
@@ -199,5 +224,5 @@ async function driven(forms) {
   return found;
 }
 
-const found = { fetch: await driven(byFetch), web: await driven(byGrpcWeb) };
+const found = { fetch: await driven(byFetch), web: await driven(byGrpcWeb), page: await driven(byPage) };
 await fetch("/found", { method: "POST", body: JSON.stringify(found) });
