@@ -38,7 +38,17 @@ _TYPES = {
     RAW_TYPE: ("Tensor to Tensor", "A graph's own inputs and outputs.", "ndarray", "ndarray"),
 }
 
-_SCOPES = ("Predict", "Models:Get", "Concepts:Get", "Users:Get")
+_SCOPES = (
+    "Predict",
+    "Models:Get",
+    "Concepts:Get",
+    "Workflows:Get",
+    "ComputeClusters:Get",
+    "Nodepools:Get",
+    "Deployments:Get",
+    "Runners:Get",
+    "Users:Get",
+)
 
 T = TypeVar("T")
 
@@ -329,6 +339,19 @@ RPCS = (
     "ListConcepts",
     "GetModelType",
     "ListModelTypes",
+    "PostWorkflowResults",
+    "GetWorkflow",
+    "ListWorkflows",
+    "GetWorkflowVersion",
+    "ListWorkflowVersions",
+    "GetComputeCluster",
+    "ListComputeClusters",
+    "GetNodepool",
+    "ListNodepools",
+    "GetDeployment",
+    "ListDeployments",
+    "GetRunner",
+    "ListRunners",
     "GetApp",
     "ListApps",
     "GetUser",

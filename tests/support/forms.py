@@ -27,6 +27,14 @@ class Says:
     refusal: bool = False
 
 
+@dataclass(frozen=True)
+class Instead:
+    """What the client gives instead, and why its user cannot have what was asked for."""
+
+    value: Any
+    why: str
+
+
 DIGIT, TOPIC = Of("digits"), Of("ml-topics")
 
 
@@ -55,7 +63,13 @@ def check(given: Any, expected: Any, truth: dict[str, list[str]]) -> None:
     elif expected is None:
         assert isinstance(given, list), given
     else:
-        assert given == _filled(expected, truth)
+        assert given == _filled(expected.value if isinstance(expected, Instead) else expected, truth)
+
+
+def why(expected: Any) -> str:
+    """Why the form is not possible, "" when it is."""
+    reason: str = getattr(expected, "why", "")
+    return reason
 
 
 def _filled(expected: Any, truth: dict[str, list[str]]) -> Any:
