@@ -23,7 +23,7 @@ SITE = "https://clarifai.com/"
 DIGITS, TOPICS = "appliance/main/models/digits", "appliance/main/models/ml-topics"
 NOT_TRUSTED = "CERTIFICATE_VERIFY_FAILED"
 CLOUD = r"api\.clarifai\.com"
-NO_DEPLOYMENT = "Deployment 'no-such' not found|does not serve /clarifai.api.V2/GetDeployment"
+NO_DEPLOYMENT = "Deployment 'no-such' not found"
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ TODAY = (
     predict(
         "`-cc_id … -np_id … --deployment_user_id …`, ones that are not there",
         *(DIGITS, "-cc_id", "no-such", "-np_id", "no-such", "--deployment_user_id", "appliance", "--file", PICTURE),
-        gives=refused("Nodepool 'no-such' not found|does not serve /clarifai.api.V2/GetNodepool"),
+        gives=refused("Nodepool 'no-such' not found"),
         code=1,
     ),
     Call(
@@ -291,10 +291,16 @@ OLD = (
         code=1,
     ),
     predict(
-        "`--inference_params JSON`",
+        "`--inference_params '{\"max_concepts\": 3}'`",
+        *(*TOPICS_BY_IDS, "--bytes", TEXT, "--input_type", "text", "--inference_params", '{"max_concepts": 3}'),
+        gives=Of("ml-topics", 3),
+    ),
+    predict(
+        "`--inference_params JSON` that the model has not",
         *(*TOPICS_BY_IDS, "--bytes", TEXT, "--input_type", "text"),
         *("--inference_params", '{"temperature": "0.7", "max_tokens": 100}'),
-        gives=TOPIC,
+        gives=refused("MODEL_INVALID_ARGUMENT", "max_tokens|temperature"),
+        code=1,
     ),
     predict(
         "`--output_config '{\"max_concepts\": 3}'`",
