@@ -137,7 +137,10 @@ FORMS = {
         digits.predict_by_url("http://169.254.169.254/latest/meta-data", input_type="image")
     ),
     # ---- what to say about them ----
-    "`inference_params={…}`": lambda: ids(
+    "`inference_params={'max_concepts': 3}`, a method's argument": lambda: ids(
+        digits.predict_by_bytes(DIGIT, input_type="image", inference_params={"max_concepts": 3})
+    ),
+    "`inference_params={…}` that the model has not": lambda: ids(
         digits.predict_by_bytes(DIGIT, input_type="image", inference_params={"temperature": "0.7", "max_tokens": 30})
     ),
     "`output_config={'max_concepts': 3}`": lambda: limited(max_concepts=3),

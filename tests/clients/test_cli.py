@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.appliance import PATIENCE_S, Appliance, Pki
 from support.client_matrix import Matrix
-from support.forms import DIGIT, TOPIC, Of, check, says
+from support.forms import DIGIT, TOPIC, Of, check, refused, row_of, says
 from support.stock import SAMPLES, executable, plain_environment, run_script, versions
 
 pytestmark = pytest.mark.clients
@@ -23,7 +23,7 @@ SITE = "https://clarifai.com/"
 DIGITS, TOPICS = "appliance/main/models/digits", "appliance/main/models/ml-topics"
 NOT_TRUSTED = "CERTIFICATE_VERIFY_FAILED"
 CLOUD = r"api\.clarifai\.com"
-NO_DEPLOYMENT = "Deployment 'no-such' not found|does not serve /clarifai.api.V2/GetDeployment"
+NO_DEPLOYMENT = "Deployment 'no-such' not found"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ TODAY = (
         says("Logged in as appliance"),
         variables={"CLARIFAI_PAT": KEY},
     ),
-    Call("`login` with a wrong PAT", ("login", BASE, "--pat", "0" * 64), says("CONN_KEY_INVALID"), code=1),
+    Call("`login` with a wrong PAT", ("login", BASE, "--pat", "0" * 64), refused("CONN_KEY_INVALID"), code=1),
     Call(
         "`login --config …`",
         ("login", "--config", "login.yaml"),
@@ -150,7 +150,7 @@ TODAY = (
         "`--method` that the model has not",
         DIGITS,
         *("--method", "analyze", "--file", PICTURE),
-        gives=says("Method 'analyze' not available. Available methods: .*predict"),
+        gives=refused("Method 'analyze' not available. Available methods: .*predict"),
         code=2,
     ),
     predict("`--info`", DIGITS, "--info", gives=says(r"def predict\(image: .*Image, max_concepts: int = 20")),
@@ -168,13 +168,13 @@ TODAY = (
         DIGIT,
     ),
     predict(
-        "`CLARIFAI_PAT` over the context's",
+        "`CLARIFAI_PAT`, a wrong one, over the context's",
         *(DIGITS, "--file", PICTURE),
-        gives=says("CONN_KEY_INVALID"),
+        gives=refused("CONN_KEY_INVALID"),
         code=1,
         variables={"CLARIFAI_PAT": "0" * 64},
     ),
-    predict("an unknown model", "appliance/main/models/no", "x", gives=says("MODEL_DOES_NOT_EXIST"), code=1),
+    predict("an unknown model", "appliance/main/models/no", "x", gives=refused("MODEL_DOES_NOT_EXIST"), code=1),
     *(gone(f"--{name}") for name in ("bytes", "file_path", "input_type", "input_id", "inference_params")),
     *(gone(f"--{name}") for name in ("output_config", "config")),
     predict(
@@ -192,7 +192,7 @@ TODAY = (
     predict(
         "`--deployment …` with `CLARIFAI_API_BASE`, one that is not there",
         *(DIGITS, "--deployment", "no-such", "--file", PICTURE),
-        gives=says(NO_DEPLOYMENT),
+        gives=refused(NO_DEPLOYMENT),
         code=1,
         variables={"CLARIFAI_API_BASE": BASE},
         started=True,
@@ -200,13 +200,13 @@ TODAY = (
     predict(
         "`--deployment_id … --deployment_user_id …`, one that is not there",
         *(DIGITS, "--deployment_id", "no-such", "--deployment_user_id", "appliance", "--file", PICTURE),
-        gives=says(NO_DEPLOYMENT),
+        gives=refused(NO_DEPLOYMENT),
         code=1,
     ),
     predict(
         "`-cc_id … -np_id … --deployment_user_id …`, ones that are not there",
         *(DIGITS, "-cc_id", "no-such", "-np_id", "no-such", "--deployment_user_id", "appliance", "--file", PICTURE),
-        gives=says("Nodepool 'no-such' not found|does not serve /clarifai.api.V2/GetNodepool"),
+        gives=refused("Nodepool 'no-such' not found"),
         code=1,
     ),
     Call(
@@ -291,10 +291,16 @@ OLD = (
         code=1,
     ),
     predict(
-        "`--inference_params JSON`",
+        "`--inference_params '{\"max_concepts\": 3}'`",
+        *(*TOPICS_BY_IDS, "--bytes", TEXT, "--input_type", "text", "--inference_params", '{"max_concepts": 3}'),
+        gives=Of("ml-topics", 3),
+    ),
+    predict(
+        "`--inference_params JSON` that the model has not",
         *(*TOPICS_BY_IDS, "--bytes", TEXT, "--input_type", "text"),
         *("--inference_params", '{"temperature": "0.7", "max_tokens": 100}'),
-        gives=TOPIC,
+        gives=refused("MODEL_INVALID_ARGUMENT", "max_tokens|temperature"),
+        code=1,
     ),
     predict(
         "`--output_config '{\"max_concepts\": 3}'`",
@@ -322,7 +328,7 @@ OLD = (
         "--model_url",
         f"{SITE}appliance/main/models/no",
         *PICTURE_FILE,
-        gives=says("MODEL_DOES_NOT_EXIST"),
+        gives=refused("MODEL_DOES_NOT_EXIST"),
         code=1,
     ),
     predict(
@@ -471,7 +477,8 @@ def test_form(
     code, out, errors = found[environment, call.form]
     assert code == call.code, errors
     check(out + errors if hasattr(call.expected, "words") else concepts(out), call.expected, truth)
-    matrix.row(CLIS[environment], call.form, why=getattr(call.expected, "why", ""))
+    row, why = row_of(call.form, call.expected)
+    matrix.row(CLIS[environment], row, why=why)
     matrix.version(CLIS[environment], versions(environment, "clarifai", "clarifai-grpc", "grpcio", "protobuf"))
 
 

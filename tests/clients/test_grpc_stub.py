@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from support.appliance import Appliance, Pki
 from support.client_matrix import Matrix
-from support.forms import DIGIT, Of, check, says
+from support.forms import DIGIT, Of, check, refused, row_of, says
 from support.stock import SAMPLES, run_script, versions
 
 pytestmark = pytest.mark.clients
@@ -18,7 +18,7 @@ RAW: dict[str, Any] = {
         "ValueError: .*should not start with http", why="the stub takes host:port: leave the scheme out"
     ),
     "`CLARIFAI_GRPC_BASE`": DIGIT,
-    "`get_grpc_channel()` without root_certificates_path": says(NOT_TRUSTED),
+    "`get_grpc_channel()` without root_certificates_path": refused(NOT_TRUSTED),
     "`get_insecure_grpc_channel(base=…, port=…)`": says(
         "UNAVAILABLE", why="plaintext; the appliance serves nothing without TLS: take get_grpc_channel"
     ),
@@ -31,7 +31,7 @@ RAW: dict[str, Any] = {
     "metadata `authorization: Key …`": DIGIT,
     "metadata `x-clarifai-session-token`": DIGIT,
     "metadata `x-clarifai-request-id-prefix`": "line-3-",
-    "no metadata": says("11102: .*authorization: Key <PAT>"),
+    "no metadata": refused("11102: .*authorization: Key <PAT>"),
     "`PostModelOutputs` by bytes": DIGIT,
     "`PostModelOutputs` by URL": DIGIT,
     "`PostModelOutputs` with `version_id`": DIGIT,
@@ -40,9 +40,9 @@ RAW: dict[str, Any] = {
     "`PostModelOutputs` with both": Of("digits", 2),
     "`PostModelOutputs` with one bad input of three": [10010, [["a", 10000, 10], ["b", 30101, 0], ["c", 10000, 10]]],
     "`PostModelOutputs` with 128 inputs": 128,
-    "`PostModelOutputs` with 129 inputs": says("30105: .*129 inputs; the limit is 128"),
+    "`PostModelOutputs` with 129 inputs": refused("30105: .*129 inputs; the limit is 128"),
     "`PostModelOutputs` with 16 MB": DIGIT,
-    "`PostModelOutputs` without inputs": says("39999: .*no inputs"),
+    "`PostModelOutputs` without inputs": refused("39999: .*no inputs"),
     "`PostModelOutputs` of `_GET_SIGNATURES`": says("'predict'"),
     "`PostModelOutputs` of a method and its arguments": Of("digits", 3),
     "`PostModelOutputs.future`": DIGIT,
@@ -62,7 +62,7 @@ RAW: dict[str, Any] = {
     "`GetUser`": "appliance",
     "`MyScopes`": True,
     "`ListStatusCodes`, `GetStatusCode`": [True, 21200],
-    "an RPC that is not served (`PostInputs`)": says("UNIMPLEMENTED: .*does not serve"),
+    "an RPC that is not served (`PostInputs`)": refused("UNIMPLEMENTED: .*does not serve"),
 }
 AIO: dict[str, Any] = {
     "`await stub.PostModelOutputs(…)`": DIGIT,
@@ -86,7 +86,7 @@ JSON: dict[str, Any] = {
     "`PostModelOutputs` by URL": DIGIT,
     "`PostModelOutputs` with `version_id`": DIGIT,
     "`PostModelOutputs` with `model.output_info`": Of("digits", 3),
-    "`PostModelOutputs` with 129 inputs": says("30105: .*129 inputs; the limit is 128"),
+    "`PostModelOutputs` with 129 inputs": refused("30105: .*129 inputs; the limit is 128"),
     "`GetModel`": "digits",
     "`ListModels`": ["digits", "ml-topics"],
     "`ListModels(page=…, per_page=…)`": 1,
@@ -95,7 +95,7 @@ JSON: dict[str, Any] = {
     "`ListModelVersions`": ["1"],
     "`ListConcepts`": 19,
     "`GetUser`": "appliance",
-    "a wrong key": says("11008: .*not known to this appliance"),
+    "a wrong key": refused("11008: .*not known to this appliance"),
     "`GenerateModelOutputs`": says(
         "NotImplementedError", why="the channel has no server streams; take the gRPC channel"
     ),
@@ -134,7 +134,8 @@ def test_form(
     """It gives what the raw stub reads, or the error that it should."""
     client, forms = GROUPS[group]
     check(found[group][form], forms[form], truth)
-    matrix.row(client, form, why=getattr(forms[form], "why", ""))
+    row, why = row_of(form, forms[form])
+    matrix.row(client, row, why=why)
     matrix.version(client, versions("sdk-12", "clarifai-grpc", "grpcio", "protobuf"))
 
 

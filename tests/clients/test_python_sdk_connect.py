@@ -89,9 +89,13 @@ CASES = (
         {"base_url": f"localhost:{PORT}", "root_certificates_path": CA},
         {"SSL_CERT_FILE": CA},
     ),
-    Case("no `root_certificates_path`", {"base_url": f"https://127.0.0.1:{PORT}"}, error=NOT_TRUSTED),
     Case(
-        "a `root_certificates_path` that is not there",
+        "no `root_certificates_path`: refused, with the reason",
+        {"base_url": f"https://127.0.0.1:{PORT}"},
+        error=NOT_TRUSTED,
+    ),
+    Case(
+        "a `root_certificates_path` that is not there: refused, with the reason",
         {"base_url": HERE, "root_certificates_path": "/no/such/ca.crt"},
         error="FileNotFoundError.*/no/such/ca.crt",
     ),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from support.appliance import Appliance, Pki
 from support.client_matrix import Matrix
-from support.forms import DIGIT, TOPIC, Of, check, says
+from support.forms import DIGIT, TOPIC, Of, check, refused, row_of, says
 from support.stock import SAMPLES, run_script, versions
 
 pytestmark = pytest.mark.clients
@@ -20,9 +20,9 @@ FORMS: dict[str, Any] = {
     "`Model(model_id=…, user_id=…, app_id=…)`": DIGIT,
     "`Model(model_id=…, model_version={'id': …})`": DIGIT,
     "`Model(pat=…)`": DIGIT,
-    "an unknown model": says("MODEL_DOES_NOT_EXIST", "appliance/main/nothing", 'req_id: "sdk-python-'),
-    "an unknown version": says("MODEL_DOES_NOT_EXIST", "ready versions: 1"),
-    "a wrong PAT": says("CONN_KEY_INVALID", "not known to this appliance"),
+    "an unknown model": refused("MODEL_DOES_NOT_EXIST", "appliance/main/nothing", 'req_id: "sdk-python-'),
+    "an unknown version": refused("MODEL_DOES_NOT_EXIST", "ready versions: 1"),
+    "a wrong PAT": refused("CONN_KEY_INVALID", "not known to this appliance"),
     "a principal over its rate: the SDK waits five seconds and tries again": [DIGIT, [5]],
     "`predict([Input, …])`": DIGIT,
     "`predict(inputs=[Input, …])`": DIGIT,
@@ -40,12 +40,13 @@ FORMS: dict[str, Any] = {
     "`Inputs.get_input_from_url`": DIGIT,
     "`Inputs.get_text_input`": TOPIC,
     "a batch of 128": [[f"demo_{index}", LABELS[index % len(LABELS)]] for index in range(128)],
-    "a batch of 129": says("UserError: Too many inputs. Max is 128"),
-    "bytes that are no image": says("INPUT_UNSUPPORTED_FORMAT", "send a JPEG, PNG"),
-    "a URL of a host that is not allowed": says("INPUT_INVALID_URL", "169.254.169.254"),
-    "`inference_params={…}`": DIGIT,
+    "a batch of 129": refused("UserError: Too many inputs. Max is 128"),
+    "bytes that are no image": refused("INPUT_UNSUPPORTED_FORMAT", "send a JPEG, PNG"),
+    "a URL of a host that is not allowed": refused("INPUT_INVALID_URL", "169.254.169.254"),
+    "`inference_params={'max_concepts': 3}`, a method's argument": Of("digits", 3),
+    "`inference_params={…}` that the model has not": refused("MODEL_INVALID_ARGUMENT", "temperature", "max_concepts"),
     "`output_config={'max_concepts': 3}`": Of("digits", 3),
-    "`output_config={'max_concepts': 201}`": says("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
+    "`output_config={'max_concepts': 201}`": refused("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
     "`output_config={'min_value': 0.6}`": Of("digits", 1),
     "`output_config={'select_concepts': [Concept(id=…), Concept(name=…)]}`": ["4", "5"],
     "`output_config={'select_concepts': [{'id': …}]}`": ["4"],
@@ -58,7 +59,7 @@ FORMS: dict[str, Any] = {
         "has no concept .*no such",
         why="the reply has the concepts that match and says MIXED_STATUS; the SDK raises on that",
     ),
-    "`output_config={'select_concepts': …}` that matches nothing": says("MODEL_INVALID_ARGUMENT", "none"),
+    "`output_config={'select_concepts': …}` that matches nothing": refused("MODEL_INVALID_ARGUMENT", "none"),
     "`generate([Input])`": [DIGIT],
     "`generate_by_bytes(…)`": [DIGIT],
     "`generate_by_filepath(…)`": [DIGIT],
@@ -120,8 +121,8 @@ def test_form(
 ) -> None:
     """It gives what the raw stub reads, or the error that it should."""
     check(found[environment][form], EXPECTED[environment][form], truth)
-    why = getattr(EXPECTED[environment][form], "why", "")
-    matrix.row(SDKS[environment], form, why=why)
+    row, why = row_of(form, EXPECTED[environment][form])
+    matrix.row(SDKS[environment], row, why=why)
     matrix.version(SDKS[environment], versions(environment, "clarifai", "clarifai-grpc", "grpcio", "protobuf"))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from support.appliance import Appliance, Pki
 from support.client_matrix import Matrix
-from support.forms import DIGIT, TOPIC, Of, check, says
+from support.forms import DIGIT, TOPIC, Of, check, refused, row_of, says
 from support.stock import SAMPLES, run_script
 
 pytestmark = pytest.mark.clients
@@ -34,17 +34,19 @@ FORMS: dict[str, Any] = {
     "`predict(…, min_value=0.0)`": DIGIT,
     "`predict(…, select_concepts=['4', 'five'])`": ["4", "5"],
     "`predict([{…}, {…}])`, a batch of 128": [LABELS[index % len(LABELS)] for index in range(128)],
-    "`predict([{…}, …])`, a batch of 129": says("UserError: Too many inputs. Max is 128"),
+    "`predict([{…}, …])`, a batch of 129": refused("UserError: Too many inputs. Max is 128"),
     "`predict(…, with_proto=True)`": [DIGIT, 10000, "return"],
     "`model.client.predict(…)`": DIGIT,
-    "an unknown argument": says("TypeError: .*threshold"),
-    "too many arguments": says("TypeError: .*takes 4 positional arguments"),
-    "an argument given twice": says("TypeError: Multiple values for argument image"),
-    "a required argument that is missing": says("TypeError: Missing required argument: image"),
-    "an argument of the wrong type": says("TypeError: Incompatible type"),
-    "`max_concepts=201` as argument": says("MODEL_INVALID_ARGUMENT", "max_concepts is 201; it must be from 1 to 200"),
-    "a method that the model has not": says("AttributeError: .*analyze"),
-    "a picture that is none": says("INPUT_UNSUPPORTED_FORMAT", "send a JPEG, PNG"),
+    "an unknown argument": refused("TypeError: .*threshold"),
+    "too many arguments": refused("TypeError: .*takes 4 positional arguments"),
+    "an argument given twice": refused("TypeError: Multiple values for argument image"),
+    "a required argument that is missing": refused("TypeError: Missing required argument: image"),
+    "an argument of the wrong type": refused("TypeError: Incompatible type"),
+    "`max_concepts=201` as argument": refused(
+        "MODEL_INVALID_ARGUMENT", "max_concepts is 201; it must be from 1 to 200"
+    ),
+    "a method that the model has not": refused("AttributeError: .*analyze"),
+    "a picture that is none": refused("INPUT_UNSUPPORTED_FORMAT", "send a JPEG, PNG"),
     "`await async_predict([Input, …])`": DIGIT,
     "`await async_predict(inputs=[Input, …], output_config=…)`": Of("digits", 3),
     "`await (await async_predict(image=…))`": DIGIT,
@@ -77,7 +79,8 @@ def found(native: Appliance, pki: Pki, web: str) -> dict[str, Any]:
 def test_form(form: str, found: dict[str, Any], truth: dict[str, list[str]], matrix: Matrix) -> None:
     """It gives what the raw stub reads, or the error that it should."""
     check(found[form], FORMS[form], truth)
-    matrix.row(CLIENT, form, why=getattr(FORMS[form], "why", ""))
+    row, why = row_of(form, FORMS[form])
+    matrix.row(CLIENT, row, why=why)
 
 
 def test_no_form_is_forgotten(found: dict[str, Any]) -> None:

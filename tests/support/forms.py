@@ -17,11 +17,14 @@ class Of:
 class Says:
     """The user reads something with all of these words; with `why` the client cannot do it at all.
 
-    Attributes: words: regular expressions.
+    Attributes:
+        words: regular expressions.
+        refusal: it is refused, and this is the reason that the user should read.
     """
 
     words: tuple[str, ...]
     why: str = ""
+    refusal: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,20 @@ DIGIT, TOPIC = Of("digits"), Of("ml-topics")
 
 
 def says(*words: str, why: str = "") -> Says:
-    """What the appliance, or the client, means its user to read."""
+    """What the client shows its user."""
     return Says(words, why)
+
+
+def refused(*words: str) -> Says:
+    """The reason that the appliance, or the client, gives its user for refusing what nobody may do."""
+    return Says(words, refusal=True)
+
+
+def row_of(form: str, expected: Any) -> tuple[str, str]:
+    """A form as its row says it, and why it is not possible, if it is not."""
+    return (f"{form}: refused, with the reason" if getattr(expected, "refusal", False) else form), getattr(
+        expected, "why", ""
+    )
 
 
 def check(given: Any, expected: Any, truth: dict[str, list[str]]) -> None:
