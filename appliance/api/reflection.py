@@ -5,11 +5,17 @@ from collections.abc import AsyncIterator
 from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from appliance.api import inference_pb2
 from appliance.api.auth import Authenticator
 from appliance.core.errors import AccessError, NotPermitted
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 
-_SERVICES = ("clarifai.api.V2", "grpc.health.v1.Health", reflection.SERVICE_NAME)
+_SERVICES = (
+    "clarifai.api.V2",
+    inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+    "grpc.health.v1.Health",
+    reflection.SERVICE_NAME,
+)
 _SERVICER = reflection.ReflectionServicer(service_names=_SERVICES)
 
 

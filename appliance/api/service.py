@@ -13,24 +13,29 @@ import logging
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from clarifai_grpc.grpc.api import service_pb2
-from google.protobuf import any_pb2, message_factory
+from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
-from google.rpc import status_pb2 as rpc_status_pb2  # type: ignore[import-untyped]
 
 from appliance.api import messages, methods, status
 from appliance.api.auth import Authenticator
 from appliance.api.catalogue import RPCS, Catalogue
+from appliance.api.compute import Compute
 from appliance.api.context import Context
+from appliance.api.direct import Direct
 from appliance.api.health import Health
+from appliance.api.kserve import Kserve, kserve_endpoints
 from appliance.api.predict import Begun, Predictions
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
+from appliance.api.workflow_results import WorkflowResults
+from appliance.api.workflows import WorkflowCatalogue
 from appliance.catalog.repository import Repository
+from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, InvalidRequest, Overloaded
 from appliance.core.logs import RateLimitedLog
@@ -54,7 +59,10 @@ _LARGE_TEXT = 64 * 1024
 _QUICK_BODY = 64 * 1024
 """Bytes of a request up to which it may go the quick way: parsing and copying it takes some ten microseconds."""
 
-Handler = Callable[[Context, Any], Awaitable[Message | Reply]]
+Handler = Callable[[Context, Any], Awaitable[Message | Reply | Sequence[Message | Reply]]]
+"""Answers a message; a stream's may answer it with several."""
+
+DoorHandler = Callable[[Context, bytes], Awaitable[Reply]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,22 @@ class _Rpc:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """A call of another protocol: its handler reads the body itself, and an error ends it as a `Refusal`.
+
+    Attributes:
+        name: for metrics and the log.
+        told: makes the message of a stream that tells an error which does not end it; None: every error ends the call.
+    """
+
+    name: str
+    told: Callable[[ApplianceError], bytes] | None = None
+
+
+_Form: TypeAlias = _Rpc | _Door
+
+
 class Api:
     """All endpoints. Handlers run on the event loop."""
 
@@ -85,13 +109,20 @@ class Api:
         authenticator: Authenticator,
         budget: MemoryBudget,
         metrics: Metrics,
+        workflows: Workflows | None = None,
     ) -> None:
+        """Args: workflows: those that are served; None for none."""
         self.health = Health()
         self._authenticator = authenticator
         self._budget = budget
         self._metrics = metrics
-        self._predictions = Predictions(config, repository)
+        self._predictions = Predictions(config, repository, metrics)
         self._catalogue = Catalogue(config, repository)
+        self._compute = Compute(config, repository)
+        self._workflows = WorkflowCatalogue(repository, workflows or Workflows(config.catalog))
+        self._results = WorkflowResults(config, repository, self._workflows, self._predictions, metrics)
+        self.direct = Direct(config, repository)
+        self.kserve = Kserve(self.direct, self.health)
         self._errors = RateLimitedLog(_log)
         self._running: set[asyncio.Task[Any]] = set()
         self._quick_calls: set[_QuickCall] = set()
@@ -109,13 +140,21 @@ class Api:
     def configure(self, config: Config) -> None:
         """Take over a new configuration; calls in flight finish under the old one."""
         self._config = config
-        self._predictions.config = config
+        self._predictions.configure(config)
         self._catalogue.config = config
+        self._compute.config = config
+        self._results.config = config
+        self.direct.config = config
         self._authenticator.configure(config)
+
+    def catalog_changed(self) -> None:
+        """Let go of what belongs to servables that are not served any more."""
+        self._predictions.forget_gone()
 
     def endpoints(self) -> dict[str, Endpoint]:
         """Endpoint by full gRPC method name; every other method is unimplemented."""
-        catalogue, predictions = self._catalogue, self._predictions
+        catalogue, compute, predictions = self._catalogue, self._compute, self._predictions
+        workflows = self._workflows
         unary: dict[str, Handler] = {
             "PostModelOutputs": predictions.post,
             "GetModel": catalogue.get_model,
@@ -127,6 +166,21 @@ class Api:
             "ListConcepts": catalogue.list_concepts,
             "GetModelType": catalogue.get_model_type,
             "ListModelTypes": catalogue.list_model_types,
+            "PostWorkflowResults": self._results.post,
+            "GetWorkflow": workflows.get_workflow,
+            "ListWorkflows": workflows.list_workflows,
+            "GetWorkflowVersion": workflows.get_workflow_version,
+            "ListWorkflowVersions": workflows.list_workflow_versions,
+            "GetComputeCluster": compute.get_compute_cluster,
+            "ListComputeClusters": compute.list_compute_clusters,
+            "GetNodepool": compute.get_nodepool,
+            "ListNodepools": compute.list_nodepools,
+            "GetDeployment": compute.get_deployment,
+            "ListDeployments": compute.list_deployments,
+            "GetRunner": compute.get_runner,
+            "ListRunners": compute.list_runners,
+            "GetApp": catalogue.get_app,
+            "ListApps": catalogue.list_apps,
             "GetUser": catalogue.get_user,
             "MyScopes": catalogue.my_scopes,
             "ListStatusCodes": catalogue.list_status_codes,
@@ -137,13 +191,31 @@ class Api:
             rpc = _Rpc.named(name)
             quick = self._quick(rpc) if name == "PostModelOutputs" else None
             found[name] = Endpoint(unary=self._unary(rpc, handler), admit=self._admission(rpc), quick=quick)
-        for name in ("GenerateModelOutputs", "StreamModelOutputs"):
-            # Both answer message by message here: a generate request is a stream of one.
+        # Both answer message by message here: a generate request is a stream of one.
+        streams: dict[str, Callable[[], Handler]] = {
+            "GenerateModelOutputs": lambda: predictions.generate,
+            "StreamModelOutputs": predictions.converse,
+        }
+        for name, begin in streams.items():
             rpc = _Rpc.named(name)
-            found[name] = Endpoint(stream=self._stream(rpc, predictions.post), admit=self._admission(rpc))
+            found[name] = Endpoint(stream=self._stream(rpc, begin), admit=self._admission(rpc))
         assert set(found) == set(RPCS)
         served = {f"/{_SERVICE.full_name}/{name}": endpoint for name, endpoint in found.items()}
+        served |= kserve_endpoints(self.kserve, self)
         return served | self.health.endpoints() | reflection_endpoints(self._authenticator)
+
+    def door(self, name: str, handler: DoorHandler) -> Endpoint:
+        """A unary call of another protocol: the same steps around `handler` as around an RPC.
+
+        Whoever calls the endpoint meets every error as a `status.Refusal`.
+        """
+        form = _Door(name)
+        return Endpoint(unary=self._unary(form, handler), admit=self._admission(form))
+
+    def door_stream(self, name: str, handler: DoorHandler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
+        """The same, message by message; `told` makes a message of an error that need not end the stream."""
+        form = _Door(name, told)
+        return Endpoint(stream=self._stream(form, lambda: handler), admit=self._admission(form))
 
     # ---- stopping ----
 
@@ -176,7 +248,7 @@ class Api:
 
     # ---- the steps around each handler ----
 
-    def _admission(self, rpc: _Rpc) -> Callable[[Call, int], bytes | None]:
+    def _admission(self, rpc: _Form) -> Callable[[Call, int], bytes | None]:
         """Who has no credentials, or wants more memory than is free, is refused before a byte of the body is read."""
 
         def admit(call: Call, size: int) -> bytes | None:
@@ -191,26 +263,31 @@ class Api:
 
         return admit
 
-    def _unary(self, rpc: _Rpc, handler: Handler) -> Callable[[Call, bytes], Awaitable[bytes]]:
+    def _unary(self, rpc: _Form, handler: Handler) -> Callable[[Call, bytes], Awaitable[bytes]]:
         async def endpoint(call: Call, body: bytes) -> bytes:
             with self._counted():
-                return await self._answer(rpc, handler, call, body)
+                (reply,) = [reply async for reply in self._answers(rpc, handler, call, body)]
+            return reply
 
         return endpoint
 
-    def _stream(self, rpc: _Rpc, handler: Handler) -> Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]:
+    def _stream(
+        self, rpc: _Form, begin: Callable[[], Handler]
+    ) -> Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]:
         async def endpoint(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             task = asyncio.current_task()
             assert task is not None
             self._streams.add(task)
+            handler = begin()
             try:
                 async for body in requests:
                     with self._counted():
-                        reply = await self._answer(rpc, handler, call, body)
-                    yield reply
+                        async with contextlib.aclosing(self._answers(rpc, handler, call, body)) as replies:
+                            async for reply in replies:
+                                yield reply
             except asyncio.CancelledError:
                 if self._ended:
-                    raise _abort(Draining()) from None
+                    raise status.Refusal(Draining()) from None
                 raise
             finally:
                 self._streams.discard(task)
@@ -222,7 +299,7 @@ class Api:
         """Count a call as in flight. Cancelled by `end`, it is told to try elsewhere; by its caller, it just ends."""
         if self._closed:
             self._refused_at = time.monotonic()
-            raise _abort(Draining())
+            raise status.Refusal(Draining())
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
@@ -231,12 +308,12 @@ class Api:
             yield
         except asyncio.CancelledError:
             if self._ended:
-                raise _abort(Draining()) from None
+                raise status.Refusal(Draining()) from None
             raise
-        except RpcAbort:
+        except (RpcAbort, GeneratorExit):  # a stream whose caller left between two replies
             raise
         except BaseException:
-            # `_answer` makes a status of everything; what comes through all the same is a call without an end.
+            # `_answers` makes a status of everything; what comes through all the same is a call without an end.
             self._metrics.lost.inc()
             raise
         finally:
@@ -247,39 +324,44 @@ class Api:
         if not self._running and not self._quick_calls:
             self._idle.set()
 
-    async def _answer(self, rpc: _Rpc, handler: Handler, call: Call, body: bytes) -> bytes:
-        """One message in, one message out, whatever happens."""
+    async def _answers(self, rpc: _Form, handler: Handler, call: Call, body: bytes) -> AsyncGenerator[bytes]:
+        """One message in; one out, or as many as a stream's handler gives, whatever happens."""
         begun = time.monotonic()
         req_id = _request_id(call)
         context: Context | None = None
+        code = status.SUCCESS.code
         try:
             grant = self._authenticator.grant(call)
             with grant.admitted(), call.memory or self._budget.hold(0) as memory:
                 memory.grow(max(0, len(body) - memory.count))
                 context = Context(grant.name, self._deadline(call, begun), memory, call, grant, req_id)
-                reply = await self._handle(rpc, handler, context, body)
+                for reply in await self._handle(rpc, handler, context, body):
+                    code = reply.code
+                    yield reply.body
         except RpcAbort:
             raise
         except Exception as error:
             reply = self._error_reply(rpc, call, req_id, error, context, body)
+            code = reply.code
+            yield reply.body
         finally:
             seconds = time.monotonic() - begun
             self._metrics.request_seconds.labels(rpc.name).observe(seconds)
-        self._record(rpc, context, reply.code, seconds)
-        return reply.body
+        self._record(rpc, context, code, seconds)
 
-    async def _handle(self, rpc: _Rpc, handler: Handler, context: Context, body: bytes) -> Reply:
+    async def _handle(self, rpc: _Form, handler: Handler, context: Context, body: bytes) -> list[Reply]:
         seconds = context.deadline - time.monotonic()
         if seconds <= 0:
             raise DeadlineExceeded
         try:
             async with asyncio.timeout(seconds) as timer:
-                request = await _parse(rpc, context.call.reader, body)
-                return _serialised(await handler(context, request))
+                request = body if isinstance(rpc, _Door) else await _parse(rpc, context.call.reader, body)
+                answered = await handler(context, request)
         except TimeoutError as error:
             if timer.expired():
                 raise DeadlineExceeded(round(seconds, 3)) from error
             raise
+        return [_serialised(each) for each in answered] if isinstance(answered, Sequence) else [_serialised(answered)]
 
     def _deadline(self, call: Call, begun: float) -> float:
         """The caller's deadline, or ours if that is sooner: the stock clients set none and would wait for ever."""
@@ -287,17 +369,19 @@ class Api:
         return ours if call.deadline is None else min(ours, call.deadline)
 
     def _error_reply(
-        self, rpc: _Rpc, call: Call, req_id: str, error: Exception, context: Context | None, body: bytes
+        self, rpc: _Form, call: Call, req_id: str, error: Exception, context: Context | None, body: bytes
     ) -> Reply:
         """What becomes of a call that raised. Raises: RpcAbort: where a transport must act."""
         if isinstance(error, ApplianceError):
             return self._refuse(rpc, call, req_id, error, context, body)
         # Last resort of every handler: the caller gets a stock sentence, the log the traceback.
         _log.error("unforeseen error", exc_info=error, extra={"method": rpc.name, "req_id": req_id})
+        if isinstance(rpc, _Door):
+            raise self._ended_in(rpc, error, req_id, context)
         return _error_response(rpc, error, req_id, call, body)
 
     def _refuse(
-        self, rpc: _Rpc, call: Call, req_id: str, error: ApplianceError, context: Context | None, body: bytes
+        self, rpc: _Form, call: Call, req_id: str, error: ApplianceError, context: Context | None, body: bytes
     ) -> Reply:
         """The reply to a call that ends in an error; logged, counted, or ended with a gRPC status of its own."""
         row = status.row_of(error)
@@ -315,12 +399,20 @@ class Api:
             **({"detail": error.detail} if error.detail else {}),
         )
         if row.rpc is not RpcStatus.OK:
-            model = context.model if context else ("", "")
-            self._metrics.requests.labels(*model, rpc.name, row.code).inc()
-            raise _abort(error, req_id)
+            raise self._ended_in(rpc, error, req_id, context)
+        if isinstance(rpc, _Door):
+            if rpc.told is None or isinstance(error, AccessError):
+                raise self._ended_in(rpc, error, req_id, context)
+            return Reply(rpc.told(error), int(row.code))
         return _error_response(rpc, error, req_id, call, body)
 
-    def _record(self, rpc: _Rpc, context: Context | None, code: int, seconds: float) -> None:
+    def _ended_in(self, rpc: _Form, error: Exception, req_id: str, context: Context | None) -> status.Refusal:
+        """The status that ends a call; counted."""
+        model = context.model if context else ("", "")
+        self._metrics.requests.labels(*model, rpc.name, status.row_of(error).code).inc()
+        return status.Refusal(error, req_id)
+
+    def _record(self, rpc: _Form, context: Context | None, code: int, seconds: float) -> None:
         """Count and log a call that has a reply."""
         model = context.model if context else ("", "")
         self._metrics.requests.labels(*model, rpc.name, code).inc()
@@ -404,7 +496,7 @@ class Api:
         context = begun.context
         try:
             if outcome is None:
-                return _abort(Draining(), context.req_id)
+                return status.Refusal(Draining(), context.req_id)
             if not isinstance(outcome, Outcome):
                 raise outcome
             reply = begun.reply(outcome)
@@ -483,15 +575,6 @@ def _error_response(rpc: _Rpc, error: Exception, req_id: str, call: Call, body: 
         # The SDK reads outputs[0] of a failed _GET_SIGNATURES and breaks without one (PROTOCOL 2.2).
         response.outputs.add(status=response.status)
     return _serialised(response)
-
-
-def _abort(error: ApplianceError, req_id: str = "") -> RpcAbort:
-    """The error as a gRPC status; its details carry Clarifai's own, so that a caller reads the same as in a reply."""
-    details = rpc_status_pb2.Status(code=int(status.row_of(error).rpc), message=str(error))
-    packed = any_pb2.Any()
-    packed.Pack(status.of_error(error, req_id))
-    details.details.append(packed)
-    return RpcAbort(status.row_of(error).rpc, str(error), details.SerializeToString())
 
 
 def _request_id(call: Call) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from appliance.catalog.bundle import ImageInput, TextInput
+from appliance.catalog.sections import ImageInput, TextInput
 from appliance.core.config import Limits
 from appliance.core.errors import ApplianceError, InputTooLarge, InvalidInput
 from appliance.core.types import Array, FieldType, Method, MethodField, Payload, PredictOptions, Result
@@ -38,7 +38,9 @@ class Task(Protocol):
 
     method: Method
     kind: str
-    """What an input must carry: "image", "text" or "ndarray"."""
+    """What an input must carry: "image", "text", "ndarray", or "values" by the method's signature."""
+    merges: bool
+    """Whether each input is one row, so that those of equal shape may be stacked."""
 
     def cost(self, payload: Payload, limits: Limits) -> int:
         """Bytes that decoding this input will take, from its header alone. Raises: InputError."""
@@ -156,7 +158,9 @@ class TextSide:
     def decode(self, payload: Payload) -> Decoded:
         """Token ids, integers (1, bucket)."""
         assert payload.text is not None
-        return Decoded(self._row(*self._tokenizer.encode(payload.text)))
+        ids, mask, types = self._tokenizer.encode(payload.text)
+        payload.tokens = int(np.count_nonzero(mask))
+        return Decoded(self._row(ids, mask, types))
 
     def examples(self) -> Sequence[Sequence[dict[str, Array]]]:
         """For each bucket rows that fill it, fill it barely and in other orders; one token over and over as outlier."""

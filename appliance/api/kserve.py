@@ -1,0 +1,280 @@
+"""KServe V2 over gRPC: `inference.GRPCInferenceService` as endpoints beside Clarifai's.
+
+Errors are gRPC statuses, as this protocol has no other place for them; in a stream a request at fault is told in its
+message, as Triton does. Whether server and models live and are ready everybody may ask, as with health.
+Sources: kserve/open-inference-protocol; triton-inference-server/common, grpc_service.proto.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from appliance import __version__
+from appliance.api import inference_pb2 as pb
+from appliance.api import oip, status
+from appliance.api.context import Context
+from appliance.api.direct import Direct, ModelName
+from appliance.api.health import Health
+from appliance.api.replies import Reply, length_head
+from appliance.catalog.repository import State, Version
+from appliance.core.config import Limits
+from appliance.core.errors import ApplianceError, InvalidInput, InvalidRequest, NotReady
+from appliance.core.types import Array, Call, Endpoint
+from appliance.tasks.servable import Servable
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+_LARGE_BODY = 1 << 20
+"""Bytes from which a request is parsed on a thread."""
+
+_MANY = 100_000
+"""Numbers from which they become an array on a thread: Python looks at each."""
+
+_RAW_OUTPUT = pb.ModelInferResponse.DESCRIPTOR.fields_by_name["raw_output_contents"].number
+_INFER_RESPONSE = pb.ModelStreamInferResponse.DESCRIPTOR.fields_by_name["infer_response"].number
+
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    oip.BYTES: "bytes_contents",
+}
+"""Datatype → the field of InferTensorContents that carries it; FP16 has none."""
+
+_WIRE = {
+    "bool_contents": np.bool_,
+    "int_contents": np.int32,
+    "int64_contents": np.int64,
+    "uint_contents": np.uint32,
+    "uint64_contents": np.uint64,
+    "fp32_contents": np.float32,
+    "fp64_contents": np.float64,
+}
+
+_STATES = {State.READY: "READY", State.LOADING: "LOADING", State.SETTLING: "LOADING"}
+
+M = TypeVar("M", bound=Message)
+DoorHandler: TypeAlias = Callable[[Context, bytes], Awaitable[Reply]]
+
+
+METRIC = "kserve."
+"""Before the names of this protocol's calls in metrics and logs, whichever wire they came by."""
+
+
+class Maker(Protocol):
+    """What makes endpoints of handlers; see `service.Api`."""
+
+    def door(self, name: str, handler: DoorHandler) -> Endpoint:
+        """A unary call."""
+
+    def door_stream(self, name: str, handler: DoorHandler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
+        """A stream."""
+
+
+class Kserve:
+    """What both wires of the protocol answer."""
+
+    def __init__(self, direct: Direct, health: Health) -> None:
+        self.direct = direct
+        self.health = health
+
+    def server(self) -> pb.ServerMetadataResponse:
+        """Who answers."""
+        return pb.ServerMetadataResponse(
+            name="inference-appliance", version=__version__, extensions=["binary_tensor_data", "model_repository_index"]
+        )
+
+    def model(self, context: Context, text: str, version: str) -> pb.ModelMetadataResponse:
+        """A model's versions that answer, and what the named one, or the newest, takes and gives.
+
+        Raises: UnknownModel, NotReady, NotDeployed, NotPermitted.
+        """
+        name = ModelName.parse(text, version)
+        with self.direct.serving(context, name) as servable:
+            key = servable.key
+            all_versions = ModelName(key.user_id, key.app_id, key.model_id)
+            return pb.ModelMetadataResponse(
+                name=text,
+                versions=[found.id for found in self.direct.versions_of(context, all_versions) if found.ready],
+                platform=oip.PLATFORM,
+                inputs=[_metadata(declared) for declared in oip.inputs_of(servable)],
+                outputs=[_metadata(declared) for declared in oip.outputs_of(servable)],
+            )
+
+    def ready(self, context: Context, text: str, version: str) -> bool:
+        """Whether a model, or that version of it, answers. Raises: UnknownModel, NotPermitted."""
+        try:
+            found = self.direct.versions_of(context, ModelName.parse(text, version))
+        except NotReady:  # bundles are still being read
+            return False
+        return self.health.ready and any(known.ready for known in found)
+
+    def index(self, context: Context, ready: bool) -> pb.RepositoryIndexResponse:
+        """The versions of all models that the caller may use. Args: ready: only those that answer."""
+        reply = pb.RepositoryIndexResponse()
+        for version in self.direct.versions(context):
+            if version.ready or not ready:
+                reply.models.add(name=str(version.config.key), version=version.id, state=_state(version))
+        return reply
+
+    async def infer(self, context: Context, request: pb.ModelInferRequest) -> bytes:
+        """ModelInfer: the reply, serialised. Raises: ApplianceError."""
+        name = ModelName.parse(request.model_name, request.model_version)
+        tensors = await _tensors(request, context, self.direct.config.limits)
+        for output in request.outputs:
+            oip.check_parameters(f"The output {output.name[:80]!r}", _parameters(output.parameters), ())
+        wanted = [output.name for output in request.outputs]
+        answer = await oip.infer(self.direct, context, name, tensors, wanted, _parameters(request.parameters))
+        return _response(request, answer)
+
+
+def kserve_endpoints(kserve: Kserve, doors: Maker) -> dict[str, Endpoint]:
+    """Endpoint by full gRPC method name."""
+
+    async def server_live(call: Call, body: bytes) -> bytes:
+        return bytes(pb.ServerLiveResponse(live=True).SerializeToString())
+
+    async def server_ready(call: Call, body: bytes) -> bytes:
+        return bytes(pb.ServerReadyResponse(ready=kserve.health.ready).SerializeToString())
+
+    async def model_ready(context: Context, body: bytes) -> Reply:
+        request = await _parsed(pb.ModelReadyRequest, body)
+        return good(pb.ModelReadyResponse(ready=kserve.ready(context, request.name, request.version)))
+
+    async def server_metadata(context: Context, body: bytes) -> Reply:
+        return good(kserve.server())
+
+    async def model_metadata(context: Context, body: bytes) -> Reply:
+        request = await _parsed(pb.ModelMetadataRequest, body)
+        return good(kserve.model(context, request.name, request.version))
+
+    async def repository_index(context: Context, body: bytes) -> Reply:
+        request = await _parsed(pb.RepositoryIndexRequest, body)
+        return good(kserve.index(context, request.ready))
+
+    async def model_infer(context: Context, body: bytes) -> Reply:
+        return Reply(await kserve.infer(context, await _parsed(pb.ModelInferRequest, body)), int(status.SUCCESS.code))
+
+    async def model_stream_infer(context: Context, body: bytes) -> Reply:
+        answer = await kserve.infer(context, await _parsed(pb.ModelInferRequest, body))
+        return Reply(length_head(_INFER_RESPONSE, len(answer)) + answer, int(status.SUCCESS.code))
+
+    served = {
+        "ServerLive": Endpoint(unary=server_live),
+        "ServerReady": Endpoint(unary=server_ready),
+        "ModelReady": doors.door(f"{METRIC}ModelReady", model_ready),
+        "ServerMetadata": doors.door(f"{METRIC}ServerMetadata", server_metadata),
+        "ModelMetadata": doors.door(f"{METRIC}ModelMetadata", model_metadata),
+        "RepositoryIndex": doors.door(f"{METRIC}RepositoryIndex", repository_index),
+        "ModelInfer": doors.door(f"{METRIC}ModelInfer", model_infer),
+        "ModelStreamInfer": doors.door_stream(f"{METRIC}ModelStreamInfer", model_stream_infer, _told),
+    }
+    assert set(served) == set(_SERVICE.methods_by_name)
+    return {f"/{_SERVICE.full_name}/{name}": endpoint for name, endpoint in served.items()}
+
+
+def good(message: Message) -> Reply:
+    """A reply that tells no error."""
+    return Reply(message.SerializeToString(), int(status.SUCCESS.code))
+
+
+def _told(error: ApplianceError) -> bytes:
+    return bytes(pb.ModelStreamInferResponse(error_message=str(error)).SerializeToString())
+
+
+async def _parsed(kind: type[M], body: bytes) -> M:
+    """Raises: InvalidRequest: the bytes are not that message."""
+    try:
+        if len(body) < _LARGE_BODY:
+            return kind.FromString(body)
+        return await asyncio.to_thread(kind.FromString, body)
+    except DecodeError as error:
+        raise InvalidRequest(f"The request is not a {kind.DESCRIPTOR.name} message.") from error
+
+
+def _metadata(declared: oip.Declared) -> pb.ModelMetadataResponse.TensorMetadata:
+    return pb.ModelMetadataResponse.TensorMetadata(name=declared.name, datatype=declared.datatype, shape=declared.shape)
+
+
+def _state(version: Version[Servable]) -> str:
+    return "READY" if version.ready else _STATES.get(version.state, "UNAVAILABLE")
+
+
+def _parameters(given: Mapping[str, pb.InferParameter]) -> oip.Parameters:
+    found = {}
+    for name, parameter in given.items():
+        kind = parameter.WhichOneof("parameter_choice")
+        if kind is None:
+            raise InvalidRequest(f"The parameter {name[:80]!r} has no value.")
+        found[name] = getattr(parameter, kind)
+    return found
+
+
+async def _tensors(request: pb.ModelInferRequest, context: Context, limits: Limits) -> list[oip.Tensor]:
+    """The request's inputs, from raw or from typed contents. Raises: RequestError. Overloaded."""
+    typed = sum(len(values) for given in request.inputs for _, values in given.contents.ListFields())
+    context.memory.grow(16 * typed)  # as they came, and as the datatype says
+    if typed > _MANY:
+        return await asyncio.to_thread(_tensors_now, request, limits)
+    return _tensors_now(request, limits)
+
+
+def _tensors_now(request: pb.ModelInferRequest, limits: Limits) -> list[oip.Tensor]:
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidInput(
+            f"The request has {len(request.inputs)} inputs and {len(raw)} raw_input_contents; give one for each, or "
+            "none and set contents."
+        )
+    tensors = []
+    for index, given in enumerate(request.inputs):
+        oip.check_parameters(f"The input {given.name[:80]!r}", _parameters(given.parameters), ())
+        shape = tuple(given.shape)
+        if raw:
+            if given.HasField("contents"):
+                raise InvalidInput(f"The input {given.name[:80]!r} has contents beside raw_input_contents; send one.")
+            tensors.append(oip.from_bytes(given.name, given.datatype, shape, raw[index], limits))
+        else:
+            tensors.append(_typed(given, shape, limits))
+    return tensors
+
+
+def _typed(given: pb.ModelInferRequest.InferInputTensor, shape: tuple[int, ...], limits: Limits) -> oip.Tensor:
+    dtype = oip.dtype_of(given.name, given.datatype)
+    field = _CONTENTS.get(given.datatype)
+    if field is None:
+        raise InvalidInput(f"The input {given.name[:80]!r} is {given.datatype}, which only raw_input_contents carry.")
+    others = [found.name for found, _ in given.contents.ListFields() if found.name != field]
+    if others:
+        raise InvalidInput(
+            f"The input {given.name[:80]!r} is {given.datatype}; its values belong into {field}, not {others[0]}."
+        )
+    values = getattr(given.contents, field)
+    if dtype is None:
+        return oip.from_elements(given.name, shape, values, limits)
+    wide: Array = np.array(values, _WIRE[field])
+    narrow = wide.astype(dtype, copy=False)
+    if wide.dtype.kind in "iu" and not np.array_equal(wide, narrow):
+        raise InvalidInput(f"The input {given.name[:80]!r} has values that {given.datatype} cannot hold.")
+    return oip.from_array(given.name, given.datatype, shape, narrow)
+
+
+def _response(request: pb.ModelInferRequest, answer: oip.Answer) -> bytes:
+    """The reply. Its arrays are joined behind what was serialised: in a message they would be copied twice more."""
+    head = pb.ModelInferResponse(model_name=request.model_name, model_version=answer.version, id=request.id)
+    pieces: list[bytes | memoryview] = []
+    for tensor in answer.tensors:
+        head.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        data = oip.to_bytes(tensor)
+        pieces += (length_head(_RAW_OUTPUT, len(data)), data)
+    return b"".join((head.SerializeToString(), *pieces))
