@@ -185,9 +185,7 @@ class Catalogue:
         """An app that holds models the caller may use, the only one unless named; the SDK asks for it by its id."""
         wanted = request.user_app_id
         apps = [
-            app
-            for app in self._apps(context)
-            if wanted.app_id in ("", app.id) and wanted.user_id in ("", app.user_id)
+            app for app in self._apps(context) if wanted.app_id in ("", app.id) and wanted.user_id in ("", app.user_id)
         ]
         if len(apps) != 1:
             raise UnknownApp(f"There is no app {wanted.app_id!r} of user {wanted.user_id!r}; ListApps names them.")
