@@ -4,17 +4,32 @@ What holds for PostModelOutputs holds here: who may use a model, how many inputs
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from appliance.api import status
 from appliance.api.context import Context
 from appliance.api.limits import check_input_count
+from appliance.api.replies import Reply
 from appliance.catalog.repository import Repository, State, Version
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, InputError, ModelError, NotPermitted, UnknownModel
-from appliance.core.types import Payload, PredictOptions, Result
+from appliance.core.types import Endpoint, Payload, PredictOptions, Result
 from appliance.tasks.servable import Servable
+
+Handler: TypeAlias = Callable[[Context, bytes], Awaitable[Reply]]
+"""Answers a call's body."""
+
+
+class Maker(Protocol):
+    """What makes endpoints of handlers; see `service.Api`."""
+
+    def door(self, name: str, handler: Handler) -> Endpoint:
+        """A unary call."""
+
+    def door_stream(self, name: str, handler: Handler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
+        """A stream."""
 
 
 @dataclass(frozen=True, slots=True)

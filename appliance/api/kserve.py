@@ -6,8 +6,8 @@ Sources: kserve/open-inference-protocol; triton-inference-server/common, grpc_se
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol, TypeAlias, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
@@ -16,7 +16,7 @@ from appliance import __version__
 from appliance.api import inference_pb2 as pb
 from appliance.api import oip, status
 from appliance.api.context import Context
-from appliance.api.direct import Direct, ModelName
+from appliance.api.direct import Direct, Maker, ModelName
 from appliance.api.health import Health
 from appliance.api.replies import Reply, length_head
 from appliance.catalog.repository import State, Version
@@ -64,21 +64,9 @@ _WIRE = {
 _STATES = {State.READY: "READY", State.LOADING: "LOADING", State.SETTLING: "LOADING"}
 
 M = TypeVar("M", bound=Message)
-DoorHandler: TypeAlias = Callable[[Context, bytes], Awaitable[Reply]]
-
 
 METRIC = "kserve."
 """Before the names of this protocol's calls in metrics and logs, whichever wire they came by."""
-
-
-class Maker(Protocol):
-    """What makes endpoints of handlers; see `service.Api`."""
-
-    def door(self, name: str, handler: DoorHandler) -> Endpoint:
-        """A unary call."""
-
-    def door_stream(self, name: str, handler: DoorHandler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
-        """A stream."""
 
 
 class Kserve:
@@ -91,7 +79,7 @@ class Kserve:
     def server(self) -> pb.ServerMetadataResponse:
         """Who answers."""
         return pb.ServerMetadataResponse(
-            name="inference-appliance", version=__version__, extensions=["binary_tensor_data", "model_repository_index"]
+            name="inference-appliance", version=__version__, extensions=["binary_tensor_data"]
         )
 
     def model(self, context: Context, text: str, version: str) -> pb.ModelMetadataResponse:

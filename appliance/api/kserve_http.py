@@ -8,7 +8,7 @@ Sources: kserve/open-inference-protocol, inference_rest; triton-inference-server
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,9 @@ from starlette.routing import BaseRoute, Route
 
 from appliance.api import jsonbody, oip, status, web
 from appliance.api.context import Context
-from appliance.api.direct import ModelName
+from appliance.api.direct import Handler, Maker, ModelName
 from appliance.api.jsonbody import dumped, objects, typed
-from appliance.api.kserve import METRIC, Kserve, Maker
+from appliance.api.kserve import METRIC, Kserve
 from appliance.api.replies import Reply
 from appliance.core.config import Limits
 from appliance.core.errors import InvalidArgument, InvalidInput, InvalidRequest, UnknownModel
@@ -161,7 +161,7 @@ async def _served(
     kserve: Kserve,
     doors: Maker,
     name: str,
-    handler: Callable[[Context, bytes], Awaitable[Reply]],
+    handler: Handler,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """The handler's reply, or the error. Args: headers: of a good reply, filled by the handler."""

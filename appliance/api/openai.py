@@ -8,7 +8,7 @@ Sources: PROTOCOL 2.7; OpenAI API reference, "Embeddings", "Models", "Error code
 import asyncio
 import base64
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -17,9 +17,8 @@ from starlette.routing import BaseRoute, Route
 
 from appliance.api import jsonbody, oip, status, web
 from appliance.api.context import Context
-from appliance.api.direct import Direct, ModelName
+from appliance.api.direct import Direct, Handler, Maker, ModelName
 from appliance.api.jsonbody import dumped
-from appliance.api.kserve import Maker
 from appliance.api.limits import check_input_count
 from appliance.api.replies import Reply
 from appliance.catalog.repository import Version
@@ -121,9 +120,7 @@ def model_name(text: str) -> ModelName:
 # ---- replies ---------------------------------------------------------------------------------------------------------
 
 
-async def _served(
-    request: Request, direct: Direct, doors: Maker, name: str, handler: Callable[[Context, bytes], Awaitable[Reply]]
-) -> Response:
+async def _served(request: Request, direct: Direct, doors: Maker, name: str, handler: Handler) -> Response:
     """The handler's reply, or the error in OpenAI's shape."""
     req_ids: list[str] = []
 

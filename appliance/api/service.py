@@ -21,12 +21,11 @@ from clarifai_grpc.grpc.api import service_pb2
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 
-from appliance.api import messages, methods, status
+from appliance.api import direct, messages, methods, status
 from appliance.api.auth import Authenticator
 from appliance.api.catalogue import RPCS, Catalogue
 from appliance.api.compute import Compute
 from appliance.api.context import Context
-from appliance.api.direct import Direct
 from appliance.api.health import Health
 from appliance.api.kserve import Kserve, kserve_endpoints
 from appliance.api.predict import Begun, Predictions
@@ -61,8 +60,6 @@ _QUICK_BODY = 64 * 1024
 
 Handler = Callable[[Context, Any], Awaitable[Message | Reply | Sequence[Message | Reply]]]
 """Answers a message; a stream's may answer it with several."""
-
-DoorHandler = Callable[[Context, bytes], Awaitable[Reply]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +118,7 @@ class Api:
         self._compute = Compute(config, repository)
         self._workflows = WorkflowCatalogue(repository, workflows or Workflows(config.catalog))
         self._results = WorkflowResults(config, repository, self._workflows, self._predictions, metrics)
-        self.direct = Direct(config, repository)
+        self.direct = direct.Direct(config, repository)
         self.kserve = Kserve(self.direct, self.health)
         self._errors = RateLimitedLog(_log)
         self._running: set[asyncio.Task[Any]] = set()
@@ -204,7 +201,7 @@ class Api:
         served |= kserve_endpoints(self.kserve, self)
         return served | self.health.endpoints() | reflection_endpoints(self._authenticator)
 
-    def door(self, name: str, handler: DoorHandler) -> Endpoint:
+    def door(self, name: str, handler: direct.Handler) -> Endpoint:
         """A unary call of another protocol: the same steps around `handler` as around an RPC.
 
         Whoever calls the endpoint meets every error as a `status.Refusal`.
@@ -212,7 +209,7 @@ class Api:
         form = _Door(name)
         return Endpoint(unary=self._unary(form, handler), admit=self._admission(form))
 
-    def door_stream(self, name: str, handler: DoorHandler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
+    def door_stream(self, name: str, handler: direct.Handler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
         """The same, message by message; `told` makes a message of an error that need not end the stream."""
         form = _Door(name, told)
         return Endpoint(stream=self._stream(form, lambda: handler), admit=self._admission(form))
