@@ -8,10 +8,14 @@ CLIENTS := .clients
 # Stock clients, each in an environment of its own from requirements/<name>.txt.
 ENVIRONMENTS := sdk-12 sdk-11 sdk-10 openai triton
 APT := python3-venv gcc pkg-config libsystemd-dev libnghttp2-dev iproute2 curl
+# Stock clients that are no Python: the programs they run on. Whoever lacks some sees those tests skipped, with a reason.
+STOCK := chromium libnss3-tools php-cli php-curl php-google-protobuf protobuf-compiler protobuf-compiler-grpc \
+  default-jdk-headless protobuf-compiler-grpc-java-plugin libgrpc-java libprotobuf-java libnetty-java \
+  libnetty-tcnative-java libguava-java libperfmark-java libgeronimo-annotation-1.3-spec-java
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu-check bench fuzz sanitize protos format lock clean system
+.PHONY: help demo test stock check gpu-check bench fuzz sanitize protos format lock clean system
 
 help: ## What there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -22,6 +26,9 @@ demo: $(VENV)/built $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock 
 test: $(VENV)/built $(ENVIRONMENTS:%=$(CLIENTS)/%/ready) $(CLIENTS)/node/ready check ## All tests; the exit code is kept in build/.
 	@mkdir -p build
 	@$(BIN)/python -m pytest $(ARGS); code=$$?; echo $$code > build/pytest-exit-code; exit $$code
+
+stock: ## Install what the tests of Java, PHP and browser clients run on (as root; else name it).
+	@$(MAKE) --no-print-directory system APT="$(STOCK)"
 
 check: $(VENV)/built ## Lint and types.
 	$(BIN)/ruff check .
@@ -92,11 +99,11 @@ $(VENV)/built: $(VENV)/ready pyproject.toml setup.py $(NATIVE)
 	@test -e appliance/wire/_h2.abi3.so || echo "the native wire cannot be built here: grpcio serves instead" >&2
 	touch $@
 
-# grpc-js, where npm is; its test says so where it is not.
+# The stock clients for Node and browsers, where npm is; their tests say so where it is not.
 $(CLIENTS)/node/ready: requirements/node/package.json requirements/node/package-lock.json | system
 	@mkdir -p $(@D) && cp requirements/node/* $(@D)/
 	@cd $(@D) && npm ci --silent --ignore-scripts --no-audit --no-fund \
-	  || echo "grpc-js cannot be installed here: its test will be skipped" >&2
+	  || echo "the npm clients cannot be installed here: their tests will be skipped" >&2
 	touch $@
 
 $(CLIENTS)/%/ready: requirements/%.txt | system

@@ -21,6 +21,8 @@ from appliance.pki.inspect import ClientIdentity, client_identity
 from appliance.pki.trust import Trust
 
 _SCHEMES = ("key", "bearer")
+_SESSION_HEADER = "x-clarifai-session-token"
+"""Where the SDKs put what their user passes as `token=`, a PAT too (PROTOCOL 1.4)."""
 _identity_of = lru_cache(maxsize=4096)(client_identity)
 """A certificate is parsed once, not on every request of its connection."""
 
@@ -173,6 +175,8 @@ class Authenticator:
 
     def _key(self, call: Call) -> Grant:
         scheme, _, key = call.metadata.get("authorization", "").strip().partition(" ")
+        if not scheme:
+            scheme, key = _SCHEMES[0], call.metadata.get(_SESSION_HEADER, "")
         key = key.strip()
         if not key or scheme.lower() not in _SCHEMES:
             raise CredentialsMissing('The call brings no key; send the header "authorization: Key <PAT>".')

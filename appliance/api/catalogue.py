@@ -1,4 +1,4 @@
-"""What there is: models, versions, concepts, model types, users, scopes and status codes."""
+"""What there is: models, versions, concepts, model types, apps, users, scopes and status codes."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +17,7 @@ from appliance.core.errors import (
     NotDeployed,
     NotPermitted,
     NotReady,
+    UnknownApp,
     UnknownStatusCode,
     UnknownType,
     UnknownUser,
@@ -37,7 +38,17 @@ _TYPES = {
     RAW_TYPE: ("Tensor to Tensor", "A graph's own inputs and outputs.", "ndarray", "ndarray"),
 }
 
-_SCOPES = ("Predict", "Models:Get", "Concepts:Get", "Users:Get")
+_SCOPES = (
+    "Predict",
+    "Models:Get",
+    "Concepts:Get",
+    "Workflows:Get",
+    "ComputeClusters:Get",
+    "Nodepools:Get",
+    "Deployments:Get",
+    "Runners:Get",
+    "Users:Get",
+)
 
 T = TypeVar("T")
 
@@ -168,6 +179,30 @@ class Catalogue:
             status=status.success(context.req_id), model_types=[_type_message(name) for name in found]
         )
 
+    # ---- apps ----
+
+    async def get_app(self, context: Context, request: service_pb2.GetAppRequest) -> service_pb2.SingleAppResponse:
+        """An app that holds models the caller may use, the only one unless named; the SDK asks for it by its id."""
+        wanted = request.user_app_id
+        apps = [
+            app for app in self._apps(context) if wanted.app_id in ("", app.id) and wanted.user_id in ("", app.user_id)
+        ]
+        if len(apps) != 1:
+            raise UnknownApp(f"There is no app {wanted.app_id!r} of user {wanted.user_id!r}; ListApps names them.")
+        return service_pb2.SingleAppResponse(status=status.success(context.req_id), app=apps[0])
+
+    async def list_apps(self, context: Context, request: service_pb2.ListAppsRequest) -> service_pb2.MultiAppResponse:
+        """The apps of a user (of all, when not named) that hold models the caller may use."""
+        owner = request.user_app_id.user_id
+        apps = [
+            app
+            for app in self._apps(context)
+            if owner in ("", app.user_id) and all(part in app.id for part in (request.id, request.name))
+        ]
+        return service_pb2.MultiAppResponse(
+            status=status.success(context.req_id), apps=page(apps, request.page, request.per_page)
+        )
+
     # ---- who and what ----
 
     async def get_user(self, context: Context, request: service_pb2.GetUserRequest) -> service_pb2.SingleUserResponse:
@@ -241,6 +276,11 @@ class Catalogue:
                 found.append(self._repository.version(bundle, ""))
         return found
 
+    def _apps(self, context: Context) -> list[resources_pb2.App]:
+        keys = [version.config.key for version in self._newest(context, "", "")]
+        places = sorted({(key.user_id, key.app_id) for key in keys})
+        return [resources_pb2.App(id=app_id, name=app_id, user_id=user_id) for user_id, app_id in places]
+
 
 def _rendered(render: Callable[[Version[Servable]], T], versions: Sequence[Version[Servable]]) -> Iterator[T]:
     """The versions as messages; one that cannot be a message is logged and left out, so that the others are listed."""
@@ -301,6 +341,21 @@ RPCS = (
     "ListConcepts",
     "GetModelType",
     "ListModelTypes",
+    "PostWorkflowResults",
+    "GetWorkflow",
+    "ListWorkflows",
+    "GetWorkflowVersion",
+    "ListWorkflowVersions",
+    "GetComputeCluster",
+    "ListComputeClusters",
+    "GetNodepool",
+    "ListNodepools",
+    "GetDeployment",
+    "ListDeployments",
+    "GetRunner",
+    "ListRunners",
+    "GetApp",
+    "ListApps",
     "GetUser",
     "MyScopes",
     "ListStatusCodes",

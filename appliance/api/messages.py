@@ -1,41 +1,36 @@
 """Between Clarifai's messages and our own types: inputs to payloads, answers to data, servables to models."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
-import numpy as np
 from clarifai_grpc.grpc.api import resources_pb2
 from clarifai_grpc.grpc.api.status import status_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from appliance.api import methods, status
+from appliance.api import arrays, methods, status
 from appliance.catalog.repository import Version
-from appliance.core.errors import ApplianceError, InvalidInput, NotDeployed, NotReady
-from appliance.core.types import Array, Payload
+from appliance.core.errors import ApplianceError, NotDeployed, NotReady
+from appliance.core.types import Array, FieldType, Payload
 from appliance.media.text import decode_text
 from appliance.tasks.servable import Servable
-
-_NDARRAY_LIMIT = 32
-"""Axes an array may have: NumPy's own bound in its older releases, far beyond any graph."""
-
-_DTYPE_LIMIT = 16
-"""Characters a dtype's name may have; NumPy reads a long list of field types for minutes."""
-
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class UrlInput:
-    """An input that lies behind a URL, to be fetched first; `finish` makes the payload of its bytes."""
+    """An input that lies behind a URL, to be fetched first; `finish` makes the payload of its bytes.
+
+    Attributes:
+        finish: one function a kind: inputs with the same URL and the same `finish` are fetched once.
+        kind: IMAGE, TEXT, AUDIO or VIDEO, whose size limit holds.
+    """
 
     url: str
     finish: Callable[[bytes], Payload]
+    kind: FieldType = FieldType.IMAGE
 
 
 def payload_of(kind: str, data: resources_pb2.Data) -> Payload | UrlInput:
@@ -56,7 +51,7 @@ def payload_of_arguments(
     """The same for a pythonic call: `data` is the task's own argument, `given` all of them (for raw tensors)."""
     if kind != "ndarray":
         return payload_of(kind, data)
-    return Payload(arrays={name: _array(part.ndarray, name) for name, part in given.items()})
+    return Payload(arrays={name: arrays.array(part.ndarray, name) for name, part in given.items()})
 
 
 def _image(data: resources_pb2.Data) -> Payload | UrlInput:
@@ -65,17 +60,25 @@ def _image(data: resources_pb2.Data) -> Payload | UrlInput:
     if data.image.base64:
         return Payload(image=data.image.base64)
     if data.image.url:
-        return UrlInput(data.image.url, lambda body: Payload(image=body))
+        return UrlInput(data.image.url, _image_behind)
     return Payload(image=b"")
 
 
 def _text(data: resources_pb2.Data) -> Payload | UrlInput:
     if data.HasField("text") and data.text.url and not data.text.raw:
-        return UrlInput(data.text.url, lambda body: Payload(text=decode_text(body)))
+        return UrlInput(data.text.url, _text_behind, FieldType.TEXT)
     text = _raw_text(data)
     if text is None and data.HasField("image"):
         return Payload(image=data.image.base64)
     return Payload(text=text)
+
+
+def _image_behind(body: bytes) -> Payload:
+    return Payload(image=body)
+
+
+def _text_behind(body: bytes) -> Payload:
+    return Payload(text=decode_text(body))
 
 
 def _raw_text(data: resources_pb2.Data) -> str | None:
@@ -86,50 +89,8 @@ def _raw_text(data: resources_pb2.Data) -> str | None:
 
 def _arrays(data: resources_pb2.Data) -> dict[str, Array]:
     if data.HasField("ndarray"):
-        return {"": _array(data.ndarray, "")}
-    return {part.id: _array(part.data.ndarray, part.id) for part in data.parts if part.data.HasField("ndarray")}
-
-
-def _array(message: resources_pb2.NDArray, name: str) -> Array:
-    """Bytes, shape and dtype as an array (C order, the machine's byte order).
-
-    Raises: InvalidInput: they contradict each other, or the dtype is not numeric.
-    """
-    buffer = message.buffer
-    try:
-        dtype, itemsize = _dtype(message.dtype)
-    except Exception as error:  # its parser raises TypeError, ValueError, SyntaxError, warnings and more
-        raise InvalidInput(
-            f"{_label(name)} has dtype {message.dtype[:40]!r}; use a NumPy name such as float32."
-        ) from error
-    if not itemsize:
-        raise InvalidInput(f"{_label(name)} has dtype {message.dtype[:40]!r}; numbers are needed, of 64 bits at most.")
-    shape = tuple(message.shape[:])  # a slice is read at once, an iterator step by step
-    if len(shape) > _NDARRAY_LIMIT:
-        raise InvalidInput(f"{_label(name)} has {len(shape)} axes; the limit is {_NDARRAY_LIMIT}.")
-    # Python's integers: a product that overflowed could agree with the buffer by accident.
-    size = math.prod(shape) * itemsize
-    if size != len(buffer):
-        raise InvalidInput(
-            f"{_label(name)} of shape {list(shape)} and dtype {dtype} needs {size} bytes; its buffer has {len(buffer)}."
-        )
-    try:
-        return np.ndarray(shape, dtype, buffer)
-    except ValueError as error:  # nothing in it, and axes whose product is too large all the same
-        raise InvalidInput(f"{_label(name)} of shape {list(shape)} is larger than any array can be.") from error
-
-
-def _label(name: str) -> str:
-    return f"The array {name[:80]!r}" if name else "The array"
-
-
-@lru_cache(maxsize=256)
-def _dtype(name: str) -> tuple["np.dtype[Any]", int]:
-    """The dtype and bytes of a number; 0 bytes when it is none that we take."""
-    if not 0 < len(name) <= _DTYPE_LIMIT:
-        raise ValueError("no name of a number's type is that long")
-    dtype = np.dtype(name)
-    return dtype, dtype.itemsize if dtype.kind in "biuf" and dtype.itemsize <= 8 else 0
+        return {"": arrays.array(data.ndarray, "")}
+    return {part.id: arrays.array(part.data.ndarray, part.id) for part in data.parts if part.data.HasField("ndarray")}
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -215,7 +176,7 @@ def version_full(version: Version[Servable]) -> resources_pb2.ModelVersion:
     servable = version.servable
     if servable is not None:
         message.active_concept_count = len(servable.concepts)
-        message.method_signatures.append(methods.signature(servable.task.method))
+        message.method_signatures.extend(methods.signature(offer.task.method) for offer in servable.offers.values())
     for name, value in version.config.compute.items():
         field = resources_pb2.ComputeInfo.DESCRIPTOR.fields_by_name.get(name)
         if field is not None and isinstance(value, str | int) and not isinstance(value, bool):

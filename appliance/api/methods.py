@@ -1,4 +1,4 @@
-"""The method protocol: how a task's method is published, and how a pythonic call's arguments are read.
+"""The method protocol: how methods are published, and how a call's arguments are read.
 
 A request that names a method (`data.metadata._method_name`) carries its arguments as parts, by name; one that does not
 is of the old form, its content at the top of `data`. Both reach the same task (PROTOCOL 4).
@@ -6,15 +6,17 @@ is of the old form, its content at the top of `data`. Both reach the same task (
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from clarifai_grpc.grpc.api import resources_pb2
-from google.protobuf import json_format
+from google.protobuf import json_format, struct_pb2
 
+from appliance.api import values
 from appliance.api.limits import Asked
-from appliance.core.errors import InvalidArgument, InvalidInput, UnknownMethod
-from appliance.core.types import FieldType, Method, MethodField
-from appliance.tasks.classifier import MAX_CONCEPTS, MIN_VALUE, SELECT_CONCEPTS
+from appliance.core.errors import InvalidArgument, InvalidInput
+from appliance.core.types import FieldType, Method, MethodField, Value
+from appliance.tasks.classifier import MAX_CONCEPTS, MIN_VALUE, SELECT_CONCEPTS, limit_arguments
 
 METHOD_KEY = "_method_name"
 GET_SIGNATURES = "_GET_SIGNATURES"
@@ -26,16 +28,16 @@ def signature(method: Method) -> resources_pb2.MethodSignature:
     """The method as clients read it."""
     return resources_pb2.MethodSignature(
         name=method.name,
-        method_type=resources_pb2.RunnerMethodType.UNARY_UNARY,
+        method_type=resources_pb2.RunnerMethodType.Value(method.kind.value),
         description=method.description,
         input_fields=[_field(argument, is_input=True) for argument in method.arguments],
         output_fields=[_field(method.returns, is_input=False)],
     )
 
 
-def signatures_json(method: Method) -> str:
+def signatures_json(methods: Iterable[Method]) -> str:
     """What `_GET_SIGNATURES` answers: a JSON object of method name → signature in camelCase proto-JSON."""
-    return json.dumps({method.name: json_format.MessageToDict(signature(method))})
+    return json.dumps({method.name: json_format.MessageToDict(signature(method)) for method in methods})
 
 
 def _field(field: MethodField, *, is_input: bool) -> resources_pb2.ModelTypeField:
@@ -45,9 +47,13 @@ def _field(field: MethodField, *, is_input: bool) -> resources_pb2.ModelTypeFiel
         description=field.description,
         required=is_input and field.default is None,
         type_args=[_field(item, is_input=False) for item in field.items],
+        iterator=field.iterator,
+        model_type_enum_options=[resources_pb2.ModelTypeEnumOption(id=choice) for choice in field.choices],
     )
     if field.default is not None:
         message.default = field.default
+    if field.range is not None:
+        message.model_type_range_info.min, message.model_type_range_info.max = field.range
     return message
 
 
@@ -58,25 +64,107 @@ def method_name(data: resources_pb2.Data) -> str:
     return data.metadata.fields[METHOD_KEY].string_value
 
 
-def arguments(method: Method, name: str, data: resources_pb2.Data) -> Mapping[str, resources_pb2.Data]:
-    """A pythonic call's arguments by name.
+def is_pythonic(data: resources_pb2.Data, kind: str) -> bool:
+    """Whether an input is of the method protocol: it names a method, or brings arguments as parts (PROTOCOL 4.3).
 
-    Raises: UnknownMethod. InvalidInput: a required argument is missing, or one is unknown.
+    Args:    kind: of the task; raw tensors have no other old form than parts, so that only a name makes them pythonic.
     """
-    if name != method.name:
-        raise UnknownMethod(name, (method.name,))
-    given = {part.id: part.data for part in data.parts}
+    return bool(method_name(data)) or (bool(data.parts) and kind != "ndarray")
+
+
+def arguments(method: Method, data: resources_pb2.Data) -> Mapping[str, resources_pb2.Data]:
+    """A pythonic call's arguments by name, as many as there are.
+
+    Raises: InvalidInput: one is unknown, or is there twice.
+    """
+    # The stock SDK sends an empty part where there are no arguments.
+    parts = [part for part in data.parts if part.id or part.data.ListFields()]
+    given = {part.id: part.data for part in parts}
     required = [argument for argument in method.arguments if argument.default is None]
     if not given and len(required) == 1:
         return {required[0].name: data}  # the first argument may stand in data itself
     known = {argument.name for argument in method.arguments}
-    for argument in required:
-        if argument.name not in given:
-            raise InvalidInput(f"Missing required field: {argument.name}; method {name!r} takes it.")
-    for extra in given:
-        if extra not in known:
-            raise InvalidInput(f"Method {name!r} has no argument {extra!r}; it takes {', '.join(sorted(known))}.")
+    for name in given:
+        if name not in known:
+            takes = ", ".join(sorted(known)) or "none"
+            raise InvalidInput(f"Method {method.name!r} has no argument {name[:80]!r}; it takes {takes}.")
+    if len(given) < len(parts):
+        raise InvalidInput(f"Method {method.name!r} was given an argument twice; give each one once.")
     return given
+
+
+def check_complete(method: Method, given: Mapping[str, resources_pb2.Data]) -> None:
+    """Raises: InvalidInput: an argument without a default is missing."""
+    for argument in method.arguments:
+        if argument.default is None and argument.name not in given:
+            raise InvalidInput(f"Missing required field: {argument.name}; method {method.name!r} takes it.")
+
+
+def read_arguments(method: Method, given: Mapping[str, resources_pb2.Data]) -> dict[str, Value]:
+    """Their values, defaults filled in. Raises: InvalidInput: one is of another type than the signature says."""
+    return {
+        argument.name: values.read(argument, given[argument.name])
+        if argument.name in given
+        else values.default_of(argument)
+        for argument in method.arguments
+    }
+
+
+def read_old_form(method: Method, data: resources_pb2.Data, params: struct_pb2.Struct) -> dict[str, Value]:
+    """The values of an input of the old form: each argument takes what is of its type, `params` the rest.
+
+    Raises: InvalidInput: a required argument is not there.
+    """
+    left = {descriptor.name for descriptor, _ in data.ListFields()}
+    read: dict[str, Value] = {}
+    for argument in method.arguments:
+        source = next((name for name in values.sources(argument) if name in left), None)
+        if source is not None:
+            left.discard(source)
+            read[argument.name] = values.read(argument, data, strict=False)
+        elif argument.name in params.fields:
+            read[argument.name] = values.from_json(argument, _param(params, argument.name))
+        elif argument.default is not None:
+            read[argument.name] = values.default_of(argument)
+        else:
+            fields = " or ".join(f"data.{name}" for name in values.sources(argument))
+            raise InvalidInput(f"Field {argument.name} is required but not set; method {method.name!r} takes {fields}.")
+    left -= {"metadata"}
+    if left:
+        raise InvalidInput(f"Method {method.name!r} takes nothing from data.{min(left)}; see its signature.")
+    return read
+
+
+def check_params(method: Method, params: struct_pb2.Struct) -> None:
+    """See that `inference_params` names arguments of the method. Raises: InvalidArgument."""
+    known = {argument.name for argument in method.arguments}
+    for name in params.fields:
+        if name not in known:
+            raise InvalidArgument(
+                f"inference_params: the model has no parameter {name[:80]!r}; it has {', '.join(sorted(known))}."
+            )
+
+
+def _param(params: struct_pb2.Struct, name: str) -> Any:
+    field = params.fields[name]
+    try:
+        return json_format.MessageToDict(field)
+    except (ValueError, RecursionError) as error:  # not finite, say
+        raise InvalidArgument(f"inference_params: {name} is not finite.") from error
+
+
+def asked_by_params(params: struct_pb2.Struct) -> Asked:
+    """The limits among `inference_params`. Raises: InvalidArgument: one has the wrong type."""
+    given: dict[str, resources_pb2.Data] = {}
+    for argument in limit_arguments(1):
+        if argument.name not in params.fields:
+            continue
+        try:
+            value = values.from_json(argument, _param(params, argument.name))
+        except InvalidInput as error:
+            raise InvalidArgument(str(error)) from error
+        given[argument.name] = values.write(argument, value)
+    return asked_by_arguments(given)
 
 
 def asked_by_arguments(given: Mapping[str, resources_pb2.Data]) -> Asked:

@@ -1,38 +1,37 @@
 """PostModelOutputs, GenerateModelOutputs, StreamModelOutputs: inputs in, one output an input out.
 
-`post` answers every request. `begin` takes the short way with the usual one: a single small input for a model whose
-runs are so short that the loop does them itself; whatever is unusual it leaves to `post`.
+`post` answers every request of the first RPC, `generate` and `converse` those of the other two. `begin` takes the short
+way with the usual one: a single small input for a model whose runs are so short that the loop does them itself;
+whatever is unusual it leaves to `post`.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
+from typing import TypeAlias
 
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 
 from appliance.api import messages, methods, replies, status
+from appliance.api.cache import PredictCache
 from appliance.api.context import Context
-from appliance.api.limits import Asked, check_input_count, options_for
+from appliance.api.downloads import Downloads
+from appliance.api.limits import check_input_count
+from appliance.api.placement import Ids, chosen
+from appliance.api.questions import Conversation, Question, Rpc, options_of, understand
 from appliance.api.replies import Reply, ReplyWriter
 from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError, NotPermitted, PlacementUnknown, RequestError
-from appliance.core.types import Payload, PredictOptions
+from appliance.core.errors import ApplianceError, NotPermitted
+from appliance.core.metrics import Metrics
+from appliance.core.types import ConceptScores, MethodKind, PredictOptions, Returned
 from appliance.engine.batcher import Outcome
 from appliance.engine.inline import Waiter
-from appliance.media.fetch import fetch
 from appliance.tasks.base import Decoded
 from appliance.tasks.servable import Answer, Servable
 
-
-@dataclass(slots=True)
-class _Question:
-    """One input, understood: what the task takes, how its answer is cut, and in which form it is given back."""
-
-    payload: Payload | messages.UrlInput | ApplianceError
-    options: PredictOptions
-    pythonic: bool
+Answered: TypeAlias = Reply | service_pb2.MultiOutputResponse
 
 
 @dataclass(slots=True)
@@ -67,9 +66,23 @@ class Begun:
 class Predictions:
     """The predict RPCs over the catalog's servables."""
 
-    def __init__(self, config: Config, repository: Repository[Servable]) -> None:
+    def __init__(self, config: Config, repository: Repository[Servable], metrics: Metrics) -> None:
         self.config = config
         self._repository = repository
+        self._downloads = Downloads(metrics)
+        self._cache = PredictCache(metrics)
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Take over a new configuration."""
+        self.config = config
+        self._downloads.configure(config)
+        self._cache.configure(config.cache)
+
+    def forget_gone(self) -> None:
+        """Forget the answers of servables that are not served any more."""
+        served = (version.servable for bundle in self._repository.bundles for version in bundle.versions.values())
+        self._cache.keep_only({servable.serial for servable in served if servable is not None})
 
     def begin(self, context: Context, request: service_pb2.PostModelOutputsRequest, waiter: Waiter) -> Begun | None:
         """Submit the one small input of a request to a model that the loop runs itself; its answer comes soon.
@@ -82,18 +95,20 @@ class Predictions:
         inputs = request.inputs
         if len(inputs) != 1 or request.HasField("runner_selector"):
             return None
+        if request.use_predict_cache and self._cache.limit:
+            return None
         given = inputs[0]
         data = given.data
-        if data.HasField("metadata"):  # where a method is named
+        if data.HasField("metadata") or data.parts:  # where a method is named, or called
             return None
         ids = request.user_app_id
         version = self._repository.answering(ids.user_id, ids.app_id, request.model_id, request.version_id)
         running = version.running
         assert running is not None, "a ready version has one"
         servable = running.servable
-        if not context.grant.allows(servable.key):
+        if not context.grant.allows(servable.key) or servable.task.kind == "values":
             return None
-        options, unknown = self._options(request, servable)
+        options, unknown = options_of(request, servable, servable.task.method, self.config.limits)
         payload = messages.payload_of(servable.task.kind, data)
         if unknown or isinstance(payload, messages.UrlInput):
             return None
@@ -106,86 +121,75 @@ class Predictions:
         context.model = (servable.key.model_id, servable.version)
         return Begun(context, given, options, running, row, writer, brief)
 
-    async def post(
-        self, context: Context, request: service_pb2.PostModelOutputsRequest
-    ) -> Reply | service_pb2.MultiOutputResponse:
+    async def post(self, context: Context, request: service_pb2.PostModelOutputsRequest) -> Answered:
         """Predict on all inputs of a request.
 
         Raises: ApplianceError: when the request as a whole cannot be answered.
         """
+        (reply,) = await self._predict(context, request, Rpc.POST)
+        return reply
+
+    async def generate(self, context: Context, request: service_pb2.PostModelOutputsRequest) -> Sequence[Answered]:
+        """Call a method that streams what it returns: a reply for each element. Any other method gives one reply.
+
+        Raises: ApplianceError: likewise.
+        """
+        return await self._predict(context, request, Rpc.GENERATE)
+
+    def converse(self) -> Callable[[Context, service_pb2.PostModelOutputsRequest], Awaitable[Sequence[Answered]]]:
+        """The answers to the messages of one stream; what it returns raises ApplianceError, likewise."""
+        conversation = Conversation()
+
+        async def answer(context: Context, request: service_pb2.PostModelOutputsRequest) -> Sequence[Answered]:
+            return await self._predict(context, request, Rpc.STREAM, conversation)
+
+        return answer
+
+    async def _predict(
+        self,
+        context: Context,
+        request: service_pb2.PostModelOutputsRequest,
+        rpc: Rpc,
+        conversation: Conversation | None = None,
+    ) -> Sequence[Answered]:
         check_input_count(len(request.inputs), self.config.limits)
-        _check_selector(request.runner_selector)
         ids = request.user_app_id
-        with self._repository.use(ids.user_id, ids.app_id, request.model_id, request.version_id) as servable:
+        asked = Ids(ids.user_id, ids.app_id, request.model_id, request.version_id)
+        meant = chosen(request.runner_selector, asked, context.grant, self.config, self._repository)
+        with self._repository.use(*meant) as servable:
             context.model = (servable.key.model_id, servable.version)
             if not context.grant.allows(servable.key):
                 raise NotPermitted(f"Principal {context.grant.name!r} may not use model {servable.key}.")
             if methods.method_name(request.inputs[0].data) == methods.GET_SIGNATURES:
-                return _signatures(context, request, servable)
-            questions, unknown = self._questions(request, servable)
+                return [_signatures(context, request, servable)]
+            questions, unknown = understand(request, servable, self.config.limits, rpc, conversation)
             writer, key = _writer(servable), servable.key
             # Now, as the model may be gone from the catalog afterwards.
             bundle = self._repository.find(key.user_id, key.app_id, key.model_id)
             brief = writer.brief(bundle.versions.get(servable.version))
-            answers = await self._answer(context, servable, questions)
-            return _reply(context, request, writer, brief, questions, answers, unknown)
-
-    # ---- understanding ----
-
-    def _options(
-        self, request: service_pb2.PostModelOutputsRequest, servable: Servable
-    ) -> tuple[PredictOptions, list[str]]:
-        """What the request as a whole asks for, and the selected concepts that the model does not have.
-
-        Raises: InvalidArgument.
-        """
-        limits = self.config.limits
-        if request.HasField("model"):
-            return options_for(_asked_by_request(request), servable.concepts, limits)
-        return _usual_options(limits.concepts_default), []
-
-    def _questions(
-        self, request: service_pb2.PostModelOutputsRequest, servable: Servable
-    ) -> tuple[list[_Question], list[str]]:
-        """Each input as a question, and the selected concepts that the model does not have.
-
-        Raises: InvalidArgument, UnknownMethod: these hold for the request as a whole.
-        """
-        limits = self.config.limits
-        options, unknown = self._options(request, servable)
-        questions = []
-        for given in request.inputs:
-            name = methods.method_name(given.data)
-            pythonic = bool(name)
-            chosen = options
-            try:
-                payload: Payload | messages.UrlInput | ApplianceError
-                if pythonic:
-                    arguments = methods.arguments(servable.task.method, name, given.data)
-                    chosen, missing = options_for(methods.asked_by_arguments(arguments), servable.concepts, limits)
-                    unknown += [text for text in missing if text not in unknown]
-                    main = arguments.get(servable.task.method.arguments[0].name, resources_pb2.Data())
-                    payload = messages.payload_of_arguments(servable.task.kind, main, dict(arguments))
-                else:
-                    payload = messages.payload_of(servable.task.kind, given.data)
-            except RequestError as error:
-                payload = error
-            questions.append(_Question(payload, chosen, pythonic))
-        return questions, unknown
+            answers = await self._answer(context, servable, questions, cached=request.use_predict_cache)
+            if questions[0].method.kind is MethodKind.GENERATE:
+                elements = _elements(answers[0])
+                return [_reply(context, request, writer, brief, questions, [each], unknown) for each in elements]
+            return [_reply(context, request, writer, brief, questions, answers, unknown)]
 
     # ---- answering ----
 
-    async def _answer(self, context: Context, servable: Servable, questions: Sequence[_Question]) -> list[Answer]:
+    async def _answer(
+        self, context: Context, servable: Servable, questions: Sequence[Question], *, cached: bool
+    ) -> list[Answer]:
         """Fetch what lies behind URLs, then predict; inputs with equal options go together."""
         await self._fetch_all(context, questions)
-        groups: dict[PredictOptions, list[int]] = {}
+        groups: dict[tuple[str, PredictOptions], list[int]] = {}
         for index, question in enumerate(questions):
-            groups.setdefault(question.options, []).append(index)
+            groups.setdefault((question.method.name, question.options), []).append(index)
         answers: list[Answer | None] = [None] * len(questions)
 
-        async def answer(options: PredictOptions, members: list[int]) -> None:
-            payloads = [_payload(questions[index]) for index in members]
-            results = await servable.predict(payloads, options, context, self.config.limits)
+        async def answer(asked: tuple[str, PredictOptions], members: list[int]) -> None:
+            method, options = asked
+            payloads = [questions[index].payload for index in members]
+            run = partial(servable.predict, options=options, ticket=context, limits=self.config.limits, method=method)
+            results = await (self._cache.answers(context, servable, asked, payloads, run) if cached else run(payloads))
             for index, result in zip(members, results, strict=True):
                 answers[index] = result
 
@@ -193,7 +197,7 @@ class Predictions:
             await answer(*groups.popitem())
             return answers  # type: ignore[return-value]  # every place has been filled
         # Groups share the queue, so that inputs with options of their own are still one batch.
-        jobs = [asyncio.ensure_future(answer(options, members)) for options, members in groups.items()]
+        jobs = [asyncio.ensure_future(answer(asked, members)) for asked, members in groups.items()]
         try:
             await asyncio.gather(*jobs)
         finally:
@@ -201,33 +205,15 @@ class Predictions:
                 job.cancel()
         return answers  # type: ignore[return-value]  # every place has been filled
 
-    async def _fetch_all(self, context: Context, questions: Sequence[_Question]) -> None:
-        async def replace(question: _Question, link: messages.UrlInput) -> None:
-            try:
-                body = await fetch(link.url, self.config.urls, self.config.limits.image_size)
-                question.payload = link.finish(body)
-            except RequestError as error:
-                question.payload = error
-            else:
-                context.memory.grow(len(body))
-
-        links = [(q, q.payload) for q in questions if isinstance(q.payload, messages.UrlInput)]
-        if not links:
-            return
-        # A few at a time: 128 inputs of 20 MB each must not arrive at once.
-        gate = asyncio.Semaphore(8)
-
-        async def gated(question: _Question, link: messages.UrlInput) -> None:
-            async with gate:
-                await replace(question, link)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for question, link in links:
-                    group.create_task(gated(question, link))
-        except ExceptionGroup as failed:
-            # The budget, say: one of them speaks for the request.
-            raise failed.exceptions[0] from None
+    async def _fetch_all(self, context: Context, questions: Sequence[Question]) -> None:
+        links = [(question, link, put) for question in questions for link, put in question.links]
+        if links:
+            payloads = await self._downloads.payloads(context, [link for _, link, _ in links])
+            for (question, _, put), payload in zip(links, payloads, strict=True):
+                if isinstance(payload, ApplianceError):
+                    question.payload = payload
+                else:
+                    put(payload)
 
 
 def _reply(
@@ -235,7 +221,7 @@ def _reply(
     request: service_pb2.PostModelOutputsRequest,
     writer: ReplyWriter,
     brief: bytes,
-    questions: Sequence[_Question],
+    questions: Sequence[Question],
     answers: Sequence[Answer],
     unknown: Sequence[str],
 ) -> Reply:
@@ -247,47 +233,24 @@ def _reply(
             failures.append(answer)
             context.count(status.row_of(answer).code)
         else:
-            outputs.append(writer.output(head, given, answer, pythonic=question.pythonic))
+            outputs.append(writer.output(head, given, answer, question.method.returns, pythonic=question.pythonic))
             context.count(status.SUCCESS.code)
     note = f"The model has no concept {', '.join(unknown[:20])}." if unknown else ""
     return replies.reply(outputs, failures, note, context.req_id)
+
+
+def _elements(answer: Answer) -> Sequence[Answer]:
+    """What a method that streams returned, one by one; an error is the only one."""
+    if isinstance(answer, ApplianceError):
+        return [answer]
+    assert isinstance(answer, Returned), "what declared methods give"
+    return [each if isinstance(each, ConceptScores) else Returned(each) for each in answer.value]
 
 
 def _writer(servable: Servable) -> ReplyWriter:
     if not isinstance(servable.companion, ReplyWriter):
         servable.companion = ReplyWriter(servable)
     return servable.companion
-
-
-@lru_cache(maxsize=16)
-def _usual_options(concepts_default: int) -> PredictOptions:
-    """What `options_for` makes of a request that asks for nothing."""
-    return PredictOptions(max_concepts=concepts_default)
-
-
-def _payload(question: _Question) -> Payload | ApplianceError:
-    assert not isinstance(question.payload, messages.UrlInput)
-    return question.payload
-
-
-def _asked_by_request(request: service_pb2.PostModelOutputsRequest) -> Asked:
-    """`output_config` from both places; what the model version says wins over the deprecated place (PROTOCOL 0.5)."""
-    new = request.model.model_version.output_info.output_config
-    old = request.model.output_info.output_config
-    select = new.select_concepts or old.select_concepts
-    return Asked(
-        max_concepts=new.max_concepts or old.max_concepts,
-        min_value=new.min_value or old.min_value,
-        select=tuple((concept.id, concept.name) for concept in select),
-    )
-
-
-def _check_selector(selector: resources_pb2.RunnerSelector) -> None:
-    """A request that names a place must have named this one. Raises: PlacementUnknown."""
-    for kind in ("deployment", "nodepool", "runner"):
-        name = getattr(selector, kind).id
-        if name:
-            raise PlacementUnknown(kind, name)
 
 
 def _signatures(
@@ -297,5 +260,5 @@ def _signatures(
         id=messages.new_id(), status=status.success(context.req_id), created_at=messages.now()
     )
     messages.fill_input(output, request.inputs[0])
-    output.data.text.raw = methods.signatures_json(servable.task.method)
+    output.data.text.raw = methods.signatures_json(offer.task.method for offer in servable.offers.values())
     return service_pb2.MultiOutputResponse(status=status.success(context.req_id), outputs=[output])

@@ -20,11 +20,11 @@ from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from clarifai_grpc.grpc.api.status import status_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from appliance.api import messages, status
+from appliance.api import messages, status, values
 from appliance.catalog.bundle import BundleConfig
 from appliance.catalog.repository import Version
 from appliance.core.errors import ApplianceError
-from appliance.core.types import Array, ConceptScores, Embedding, Result, Tensors
+from appliance.core.types import Array, ConceptScores, Embedding, MethodField, Result, Returned, Tensors
 from appliance.tasks.servable import Servable
 
 _FIXED32 = 5
@@ -139,30 +139,48 @@ class ReplyWriter:
         created_at = _now.SerializeToString()
         return _field(_OUTPUT_STATUS, success) + _field(_OUTPUT_CREATED_AT, created_at) + brief
 
-    def output(self, head: bytes, given: resources_pb2.Input, result: Result, *, pythonic: bool = False) -> bytes:
-        """An output with an answer, as a field of the reply."""
+    def output(
+        self,
+        head: bytes,
+        given: resources_pb2.Input,
+        result: Result,
+        returns: MethodField | None = None,
+        *,
+        pythonic: bool = False,
+    ) -> bytes:
+        """An output with an answer, as a field of the reply.
+
+        Args:    returns: the type of what a declared method returned.
+        """
         output_id = _NEW_OUTPUT_ID + messages.new_id().encode()
         echo = _field(_OUTPUT_INPUT, _echo(given))
-        data = _present(_OUTPUT_DATA, self._returned(result) if pythonic else self._data(result))
+        data = _present(_OUTPUT_DATA, self._returned(result, returns) if pythonic else self._data(result, returns))
         size = len(output_id) + len(head) + len(echo) + len(data)
         return b"".join((_RESPONSE_OUTPUT, _varint(size), output_id, head, echo, data))
 
-    def _data(self, result: Result) -> bytes:
-        """The answer where callers of the old form look for it: concepts, embeddings, ndarray."""
+    def _data(self, result: Result, returns: MethodField | None) -> bytes:
+        """The answer where callers of the old form look for it: concepts, embeddings, ndarray, text.raw, …"""
         if isinstance(result, ConceptScores):
             return self._scores(result)
         if isinstance(result, Embedding):
             vector = result.vector.astype("<f4", copy=False).tobytes()
             size = resources_pb2.Embedding(num_dimensions=len(result.vector)).SerializeToString()
             return _field(_DATA_EMBEDDING, _field(_EMBEDDING_VECTOR, vector) + size)
+        if isinstance(result, Returned):
+            data = _value(result, returns)
+            if data.string_value:
+                data.text.raw = data.string_value
+            return bytes(data.SerializeToString())
         return _tensors(result)
 
-    def _returned(self, result: Result) -> bytes:
+    def _returned(self, result: Result, returns: MethodField | None) -> bytes:
         """The answer where pythonic callers look for it: `parts[0]` with id `return`, of the signature's type."""
         if isinstance(result, ConceptScores):
             data = self._scores(result)
         elif isinstance(result, Embedding):
             data = _ndarray(result.vector)
+        elif isinstance(result, Returned):
+            data = _value(result, returns).SerializeToString()
         else:
             data = _tensors(result)
         return _field(_DATA_PART, _RETURN + _present(_PART_DATA, data))
@@ -172,6 +190,11 @@ class ReplyWriter:
         return b"".join(
             [concepts[index] + _FLOAT(value) for index, value in zip(scores.indices, scores.values, strict=True)]
         )
+
+
+def _value(result: Returned, returns: MethodField | None) -> resources_pb2.Data:
+    assert returns is not None, "what a declared method returns has a type"
+    return values.write(returns, result.value)
 
 
 def error_output(given: resources_pb2.Input, error: ApplianceError, req_id: str) -> bytes:

@@ -13,7 +13,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,13 +24,17 @@ from google.protobuf.message import DecodeError, Message
 from appliance.api import direct, messages, methods, status
 from appliance.api.auth import Authenticator
 from appliance.api.catalogue import RPCS, Catalogue
+from appliance.api.compute import Compute
 from appliance.api.context import Context
 from appliance.api.health import Health
 from appliance.api.kserve import Kserve, kserve_endpoints
 from appliance.api.predict import Begun, Predictions
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
+from appliance.api.workflow_results import WorkflowResults
+from appliance.api.workflows import WorkflowCatalogue
 from appliance.catalog.repository import Repository
+from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, InvalidRequest, Overloaded
 from appliance.core.logs import RateLimitedLog
@@ -54,7 +58,8 @@ _LARGE_TEXT = 64 * 1024
 _QUICK_BODY = 64 * 1024
 """Bytes of a request up to which it may go the quick way: parsing and copying it takes some ten microseconds."""
 
-Handler = Callable[[Context, Any], Awaitable[Message | Reply]]
+Handler = Callable[[Context, Any], Awaitable[Message | Reply | Sequence[Message | Reply]]]
+"""Answers a message; a stream's may answer it with several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +106,18 @@ class Api:
         authenticator: Authenticator,
         budget: MemoryBudget,
         metrics: Metrics,
+        workflows: Workflows | None = None,
     ) -> None:
+        """Args: workflows: those that are served; None for none."""
         self.health = Health()
         self._authenticator = authenticator
         self._budget = budget
         self._metrics = metrics
-        self._predictions = Predictions(config, repository)
+        self._predictions = Predictions(config, repository, metrics)
         self._catalogue = Catalogue(config, repository)
+        self._compute = Compute(config, repository)
+        self._workflows = WorkflowCatalogue(repository, workflows or Workflows(config.catalog))
+        self._results = WorkflowResults(config, repository, self._workflows, self._predictions, metrics)
         self.direct = direct.Direct(config, repository)
         self.kserve = Kserve(self.direct, self.health)
         self._errors = RateLimitedLog(_log)
@@ -127,14 +137,21 @@ class Api:
     def configure(self, config: Config) -> None:
         """Take over a new configuration; calls in flight finish under the old one."""
         self._config = config
-        self._predictions.config = config
+        self._predictions.configure(config)
         self._catalogue.config = config
+        self._compute.config = config
+        self._results.config = config
         self.direct.config = config
         self._authenticator.configure(config)
 
+    def catalog_changed(self) -> None:
+        """Let go of what belongs to servables that are not served any more."""
+        self._predictions.forget_gone()
+
     def endpoints(self) -> dict[str, Endpoint]:
         """Endpoint by full gRPC method name; every other method is unimplemented."""
-        catalogue, predictions = self._catalogue, self._predictions
+        catalogue, compute, predictions = self._catalogue, self._compute, self._predictions
+        workflows = self._workflows
         unary: dict[str, Handler] = {
             "PostModelOutputs": predictions.post,
             "GetModel": catalogue.get_model,
@@ -146,6 +163,21 @@ class Api:
             "ListConcepts": catalogue.list_concepts,
             "GetModelType": catalogue.get_model_type,
             "ListModelTypes": catalogue.list_model_types,
+            "PostWorkflowResults": self._results.post,
+            "GetWorkflow": workflows.get_workflow,
+            "ListWorkflows": workflows.list_workflows,
+            "GetWorkflowVersion": workflows.get_workflow_version,
+            "ListWorkflowVersions": workflows.list_workflow_versions,
+            "GetComputeCluster": compute.get_compute_cluster,
+            "ListComputeClusters": compute.list_compute_clusters,
+            "GetNodepool": compute.get_nodepool,
+            "ListNodepools": compute.list_nodepools,
+            "GetDeployment": compute.get_deployment,
+            "ListDeployments": compute.list_deployments,
+            "GetRunner": compute.get_runner,
+            "ListRunners": compute.list_runners,
+            "GetApp": catalogue.get_app,
+            "ListApps": catalogue.list_apps,
             "GetUser": catalogue.get_user,
             "MyScopes": catalogue.my_scopes,
             "ListStatusCodes": catalogue.list_status_codes,
@@ -156,10 +188,14 @@ class Api:
             rpc = _Rpc.named(name)
             quick = self._quick(rpc) if name == "PostModelOutputs" else None
             found[name] = Endpoint(unary=self._unary(rpc, handler), admit=self._admission(rpc), quick=quick)
-        for name in ("GenerateModelOutputs", "StreamModelOutputs"):
-            # Both answer message by message here: a generate request is a stream of one.
+        # Both answer message by message here: a generate request is a stream of one.
+        streams: dict[str, Callable[[], Handler]] = {
+            "GenerateModelOutputs": lambda: predictions.generate,
+            "StreamModelOutputs": predictions.converse,
+        }
+        for name, begin in streams.items():
             rpc = _Rpc.named(name)
-            found[name] = Endpoint(stream=self._stream(rpc, predictions.post), admit=self._admission(rpc))
+            found[name] = Endpoint(stream=self._stream(rpc, begin), admit=self._admission(rpc))
         assert set(found) == set(RPCS)
         served = {f"/{_SERVICE.full_name}/{name}": endpoint for name, endpoint in found.items()}
         served |= kserve_endpoints(self.kserve, self)
@@ -176,7 +212,7 @@ class Api:
     def door_stream(self, name: str, handler: direct.Handler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
         """The same, message by message; `told` makes a message of an error that need not end the stream."""
         form = _Door(name, told)
-        return Endpoint(stream=self._stream(form, handler), admit=self._admission(form))
+        return Endpoint(stream=self._stream(form, lambda: handler), admit=self._admission(form))
 
     # ---- stopping ----
 
@@ -227,20 +263,25 @@ class Api:
     def _unary(self, rpc: _Form, handler: Handler) -> Callable[[Call, bytes], Awaitable[bytes]]:
         async def endpoint(call: Call, body: bytes) -> bytes:
             with self._counted():
-                return await self._answer(rpc, handler, call, body)
+                (reply,) = [reply async for reply in self._answers(rpc, handler, call, body)]
+            return reply
 
         return endpoint
 
-    def _stream(self, rpc: _Form, handler: Handler) -> Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]:
+    def _stream(
+        self, rpc: _Form, begin: Callable[[], Handler]
+    ) -> Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]:
         async def endpoint(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             task = asyncio.current_task()
             assert task is not None
             self._streams.add(task)
+            handler = begin()
             try:
                 async for body in requests:
                     with self._counted():
-                        reply = await self._answer(rpc, handler, call, body)
-                    yield reply
+                        async with contextlib.aclosing(self._answers(rpc, handler, call, body)) as replies:
+                            async for reply in replies:
+                                yield reply
             except asyncio.CancelledError:
                 if self._ended:
                     raise status.Refusal(Draining()) from None
@@ -266,10 +307,10 @@ class Api:
             if self._ended:
                 raise status.Refusal(Draining()) from None
             raise
-        except RpcAbort:
+        except (RpcAbort, GeneratorExit):  # a stream whose caller left between two replies
             raise
         except BaseException:
-            # `_answer` makes a status of everything; what comes through all the same is a call without an end.
+            # `_answers` makes a status of everything; what comes through all the same is a call without an end.
             self._metrics.lost.inc()
             raise
         finally:
@@ -280,39 +321,44 @@ class Api:
         if not self._running and not self._quick_calls:
             self._idle.set()
 
-    async def _answer(self, rpc: _Form, handler: Handler, call: Call, body: bytes) -> bytes:
-        """One message in, one message out, whatever happens."""
+    async def _answers(self, rpc: _Form, handler: Handler, call: Call, body: bytes) -> AsyncGenerator[bytes]:
+        """One message in; one out, or as many as a stream's handler gives, whatever happens."""
         begun = time.monotonic()
         req_id = _request_id(call)
         context: Context | None = None
+        code = status.SUCCESS.code
         try:
             grant = self._authenticator.grant(call)
             with grant.admitted(), call.memory or self._budget.hold(0) as memory:
                 memory.grow(max(0, len(body) - memory.count))
                 context = Context(grant.name, self._deadline(call, begun), memory, call, grant, req_id)
-                reply = await self._handle(rpc, handler, context, body)
+                for reply in await self._handle(rpc, handler, context, body):
+                    code = reply.code
+                    yield reply.body
         except RpcAbort:
             raise
         except Exception as error:
             reply = self._error_reply(rpc, call, req_id, error, context, body)
+            code = reply.code
+            yield reply.body
         finally:
             seconds = time.monotonic() - begun
             self._metrics.request_seconds.labels(rpc.name).observe(seconds)
-        self._record(rpc, context, reply.code, seconds)
-        return reply.body
+        self._record(rpc, context, code, seconds)
 
-    async def _handle(self, rpc: _Form, handler: Handler, context: Context, body: bytes) -> Reply:
+    async def _handle(self, rpc: _Form, handler: Handler, context: Context, body: bytes) -> list[Reply]:
         seconds = context.deadline - time.monotonic()
         if seconds <= 0:
             raise DeadlineExceeded
         try:
             async with asyncio.timeout(seconds) as timer:
                 request = body if isinstance(rpc, _Door) else await _parse(rpc, context.call.reader, body)
-                return _serialised(await handler(context, request))
+                answered = await handler(context, request)
         except TimeoutError as error:
             if timer.expired():
                 raise DeadlineExceeded(round(seconds, 3)) from error
             raise
+        return [_serialised(each) for each in answered] if isinstance(answered, Sequence) else [_serialised(answered)]
 
     def _deadline(self, call: Call, begun: float) -> float:
         """The caller's deadline, or ours if that is sooner: the stock clients set none and would wait for ever."""

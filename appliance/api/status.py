@@ -22,8 +22,10 @@ _GRPC = {
     403: RpcStatus.PERMISSION_DENIED,
     404: RpcStatus.NOT_FOUND,
     405: RpcStatus.UNIMPLEMENTED,
+    409: RpcStatus.FAILED_PRECONDITION,
     413: RpcStatus.INVALID_ARGUMENT,
     415: RpcStatus.INVALID_ARGUMENT,
+    424: RpcStatus.FAILED_PRECONDITION,
     429: RpcStatus.RESOURCE_EXHAUSTED,
     499: RpcStatus.CANCELLED,
     500: RpcStatus.INTERNAL,
@@ -75,12 +77,19 @@ TABLE: dict[type[ApplianceError], Row] = {
     errors.UnknownStatusCode: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.NotServed: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.UnknownUser: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
+    errors.UnknownWorkflow: Row(Code.WORKFLOW_DOES_NOT_EXIST, "Workflow does not exist", 404, reason="unknown_model"),
+    errors.WorkflowArgument: Row(Code.WORKFLOW_INVALID_ARGUMENT, "Invalid workflow argument", 400, reason="argument"),
+    errors.UnknownApp: Row(Code.CONN_DOES_NOT_EXIST, "Resource does not exist", 404),
     errors.PlacementUnknown: Row(Code.DEPLOYMENT_DOES_NOT_EXIST, "Deployment does not exist", 404),
+    errors.PlacementMismatch: Row(Code.DEPLOYMENT_INVALID_ARGUMENT, "Invalid deployment argument", 400),
+    errors.DeploymentDisabled: Row(Code.DEPLOYMENT_DISABLED, "Deployment is disabled", 409),
     errors.InvalidInput: Row(Code.INPUT_INVALID_ARGUMENT, "Invalid input", 400),
     errors.UnsupportedFormat: Row(Code.INPUT_UNSUPPORTED_FORMAT, "Input format not supported", 400),
     errors.InputTooLarge: Row(Code.INPUT_OVER_LIMIT, "Input is too large", 413),
     errors.UrlRefused: Row(Code.INPUT_INVALID_URL, "Invalid input URL", 400),
     errors.DownloadFailed: Row(Code.INPUT_DOWNLOAD_FAILED, "Input download failed", 400),
+    errors.NodeMismatch: Row(Code.WORKFLOW_NO_MATCHING_INPUT, "No matching input for the workflow's node", 400),
+    errors.NodeNotRun: Row(Code.WORKFLOW_INTERNAL_FAILURE, "A node before it failed", 424),
     errors.CredentialsMissing: Row(Code.CONN_INVALID_REQUEST, "Credentials missing", 401, reason="auth"),
     errors.KeyInvalid: Row(Code.CONN_KEY_INVALID, "API key is not valid", 401, reason="auth"),
     errors.NotPermitted: Row(Code.CONN_INSUFFICIENT_SCOPES, "Insufficient scopes", 403, reason="auth"),
@@ -95,6 +104,7 @@ TABLE: dict[type[ApplianceError], Row] = {
     errors.Cancelled: Row(Code.INTERNAL_CONTEXT_CANCELED, "Cancelled", 499, RpcStatus.CANCELLED),
     errors.BundleInvalid: Row(Code.MODEL_DEPLOYMENT_FAILED, "Model deployment failed", 500),
     errors.InferenceFailed: Row(Code.MODEL_PREDICTION_FAILED, "Model prediction failed", 500),
+    errors.WorkflowInvalid: Row(Code.WORKFLOW_INVALID_GRAPH, "Invalid workflow", 500),
 }
 
 SUCCESS = Row(Code.SUCCESS, "Ok", 200)
@@ -107,7 +117,12 @@ READY_VERSION = Row(Code.MODEL_TRAINED, "Model is trained and ready", 200)
 _PLACEMENTS = {
     "deployment": TABLE[errors.PlacementUnknown],
     "nodepool": Row(Code.NODEPOOL_DOES_NOT_EXIST, "Nodepool does not exist", 404),
+    "compute_cluster": Row(Code.COMPUTE_CLUSTER_DOES_NOT_EXIST, "Compute cluster does not exist", 404),
     "runner": Row(Code.RUNNER_DOES_NOT_EXIST, "Runner does not exist", 404),
+}
+_MISMATCHES = {
+    "deployment": TABLE[errors.PlacementMismatch],
+    "runner": Row(Code.RUNNER_INVALID_ARGUMENT, "Invalid runner argument", 400),
 }
 
 
@@ -128,6 +143,8 @@ def row_of(error: Exception) -> Row:
     """The table's row for an error; a subclass without one uses its parent's."""
     if isinstance(error, errors.PlacementUnknown):
         return _PLACEMENTS[error.kind]
+    if isinstance(error, errors.PlacementMismatch):
+        return _MISMATCHES[error.kind]
     return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), INTERNAL)
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from appliance.catalog.methods import MethodSection
+from appliance.catalog.sections import EmbeddingOutput, ImageInput, InsidePath, Part, ScoresOutput, TextInput
 from appliance.core.config import Name
 from appliance.core.errors import BundleInvalid
 from appliance.core.files import printable
@@ -29,9 +31,6 @@ CONFIG_FILE = "config.yaml"
 CHECKSUM_FILE = "SHA256SUMS"
 _CHECKSUM_LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
 LABEL_FILES = ("labels.txt", "classes.txt", "class_names.txt", "synset.txt", "coco.names")
-FORBIDDEN_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".joblib", ".npy", ".npz", ".so"})
-"""Files whose loading may run code; the appliance never opens them, and says so when a config names one."""
-
 CLARIFAI_KEYS = frozenset(
     {
         "model",
@@ -62,97 +61,14 @@ _NO_LABEL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no text may hold, as no reply, page or terminal could show it: lone surrogates, and control characters except
 tabs and ends of lines; a name or a concept is one line."""
 
-Positive = Annotated[int, Field(gt=0)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-
-def _inside(value: str) -> str:
-    path = Path(value)
-    if path.is_absolute() or ".." in path.parts or not value:
-        raise ValueError(f"{value!r} must be a path inside the version's folder")
-    if path.suffix.lower() in FORBIDDEN_SUFFIXES:
-        raise ValueError(f"{value!r} is a kind of file that may run code; only ONNX, JSON and text files are read")
-    return value
-
-
-InsidePath = Annotated[str, AfterValidator(_inside)]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ImageInput(_Part):
-    """How the graph wants its picture; see models/README.md for the words."""
-
-    input: str
-    layout: Literal["nchw", "nhwc"] = "nchw"
-    color: Literal["rgb", "bgr", "grey"] = "rgb"
-    size: tuple[Positive, Positive]
-    resize: Literal["stretch", "crop"] = "stretch"
-    resize_shorter: Positive | None = None
-    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bilinear"
-    scale: Finite = 1 / 255
-    mean: tuple[Finite, ...] = (0.0,)
-    std: tuple[Finite, ...] = (1.0,)
-
-    @property
-    def channels(self) -> int:
-        """1 for grey, else 3."""
-        return 1 if self.color == "grey" else 3
-
-    @model_validator(mode="after")
-    def _check(self) -> "ImageInput":
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.channels):
-                raise ValueError(f"{name} has {len(values)} values; color {self.color} needs 1 or {self.channels}")
-        if any(value == 0 for value in self.std):
-            raise ValueError("std must not be 0")
-        if self.resize_shorter is not None and self.resize_shorter < max(self.size) and self.resize == "crop":
-            raise ValueError(f"resize_shorter {self.resize_shorter} is smaller than size {list(self.size)}")
-        if max(*self.size, self.resize_shorter or 0) > 8192:
-            raise ValueError(f"size {list(self.size)} or resize_shorter is over 8192")
-        return self
-
-
-class TextInputs(_Part):
-    """Graph input names for token ids, mask and type ids."""
-
-    ids: str = "input_ids"
-    mask: str | None = "attention_mask"
-    types: str | None = None
-
-
-class TextInput(_Part):
-    """How the graph wants its text."""
-
-    tokenizer: InsidePath = "tokenizer.json"
-    max_tokens: Annotated[int, Field(gt=0, le=8192)] = 512
-    inputs: TextInputs = TextInputs()
-
-
-class ScoresOutput(_Part):
-    """Which output holds the concepts' scores, and what turns it into probabilities."""
-
-    output: str
-    activation: Literal["softmax", "sigmoid", "none"]
-
-
-class EmbeddingOutput(_Part):
-    """Which output holds the embedding."""
-
-    output: str
-    pooling: Literal["none", "mean", "cls"] = "none"
-    normalize: bool = False
-
-
-class Batching(_Part):
+class Batching(Part):
     """Overrides of what would be measured at load."""
 
     max_rows: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
-class OnnxSection(_Part):
+class OnnxSection(Part):
     """The `onnx:` section of config.yaml."""
 
     file: InsidePath = "model.onnx"
@@ -162,6 +78,7 @@ class OnnxSection(_Part):
     text: TextInput | None = None
     scores: ScoresOutput | None = None
     embedding: EmbeddingOutput | None = None
+    methods: tuple[MethodSection, ...] = ()
     batching: Batching = Batching()
 
     @model_validator(mode="after")
@@ -176,6 +93,10 @@ class OnnxSection(_Part):
             raise ValueError("pooling is for text models")
         if self.embedding and self.embedding.pooling != "none" and self.plan == "raw":
             raise ValueError('pooling is done in the graph: plan must be "wrapped"')
+        names = [method.name for method in self.methods]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"methods: {', '.join(twice)} is declared twice")
         return self
 
 
@@ -275,8 +196,8 @@ def read_config(
     path = bundle / CONFIG_FILE
     if not path.is_file():
         return None, None, ()
-    raw = _read_yaml(path)
-    unreadable = list(_unshowable(raw))
+    raw = read_yaml(path)
+    unreadable = list(unshowable(raw))
     if unreadable:
         raise BundleInvalid(f"{path} has problems: {'; '.join(unreadable[:20])}.")
     unknown = sorted(str(key) for key in raw if key not in CLARIFAI_KEYS and key != "onnx")
@@ -326,10 +247,17 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(
+    path: Path, section: str = "`model:` section; see models/README.md", remedy: str = "put labels into a labels.txt"
+) -> dict[str, Any]:
+    """A small YAML file, plain data only.
+
+    Args:    section: what it must have at least. remedy: what helps when it is too large.
+    Raises:  BundleInvalid: it cannot be read, is too large, no YAML or no mapping.
+    """
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise BundleInvalid(f"{path} is over {MAX_CONFIG_BYTES} bytes; put labels into a labels.txt.")
+            raise BundleInvalid(f"{path} is over {MAX_CONFIG_BYTES} bytes; {remedy}.")
         raw = yaml.load(read_text(path, MAX_CONFIG_BYTES), _Loader)  # noqa: S506  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: a date like 2024-99-99. RecursionError: thousands of brackets.
@@ -337,7 +265,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise BundleInvalid(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(raw, dict):
-        raise BundleInvalid(f"{path} must be a mapping with a `model:` section; see models/README.md.")
+        raise BundleInvalid(f"{path} must be a mapping with a {section}.")
     return raw
 
 
@@ -345,7 +273,7 @@ _WHY_NO_TEXT = "holds a control character or half of a surrogate pair; take it o
 _WHY_NO_LABEL = "holds a line end, a control character or half of a surrogate pair; take it out"
 
 
-def _unshowable(raw: object) -> Iterator[str]:
+def unshowable(raw: object) -> Iterator[str]:
     """A problem for every key or text of a YAML document that nothing could show, with the place of it."""
     seen: set[int] = set()  # an alias may lead to what was seen, even in a circle
     waiting: list[tuple[str, object]] = [("", raw)]
@@ -602,7 +530,7 @@ def as_yaml(config: BundleConfig, before: Path | None = None) -> str:
     Args:    before: the file it takes the place of; keys of it that we do not read are kept.
     Raises:  BundleInvalid: that file cannot be read.
     """
-    kept = _read_yaml(before) if before and before.is_file() else {}
+    kept = read_yaml(before) if before and before.is_file() else {}
     content: dict[str, Any] = {
         "model": {
             "id": config.key.model_id,

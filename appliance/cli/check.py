@@ -10,13 +10,15 @@ import click
 from appliance.api.keys import KeyStore
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.repository import Repository
+from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
-from appliance.core.config import Config
+from appliance.core.config import Catalog, Config
 from appliance.core.errors import ApplianceError
 from appliance.core.metrics import Metrics
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.front import pass_through_warning
 from appliance.engine.worker import LocalEngine
+from appliance.media import fetch
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
 
@@ -46,6 +48,8 @@ def check(ctx: click.Context, skip_models: bool) -> None:
                 report.fail("revocation", sentence)
             else:
                 report.line("warn", "revocation", sentence)
+    if config.urls.ca is not None and report.attempt("urls", lambda: fetch.trust(config.urls.ca)) is not None:
+        report.ok("urls", str(config.urls.ca))
     keys = report.attempt("keys", lambda: KeyStore(config.auth.keys_file))
     if keys is not None:
         needed = config.auth.require in ("key", "either", "both") and not len(keys)
@@ -119,5 +123,17 @@ async def _check_models(config: Config, engine: LocalEngine, report: _Report) ->
                 report.ok("bundle", f"{name}: {version.state.value}")
     if not repository.bundles:
         report.line("warn", "bundle", f"there is none in {config.catalog.root}")
+    await _check_workflows(settings, repository, report)
     await repository.close()
     pool.close()
+
+
+async def _check_workflows(settings: Catalog, repository: Repository[Servable], report: _Report) -> None:
+    """Read every workflow, and look whether there are such models."""
+    workflows = Workflows(settings, repository)
+    await workflows.look()
+    for row in workflows.describe():
+        if row["problem"]:
+            report.fail("workflow", f"{row['file']}: {row['problem']}".removeprefix(": "))
+        else:
+            report.ok("workflow", f"{row['file']}: {row['workflow']}, nodes: {row['nodes']}")

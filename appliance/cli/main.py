@@ -1,5 +1,6 @@
 """The `appliance` command: groups of verbs, each in a module of its own. Arguments in, exit code out."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -10,20 +11,40 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 import click
 
 from appliance import __version__
-from appliance.cli.certs import certs
-from appliance.cli.check import check
-from appliance.cli.config import config
-from appliance.cli.keys import keys
-from appliance.cli.models import models
-from appliance.cli.serve import reload, serve
 from appliance.core.errors import ApplianceError
 
 EXIT_OPERATOR = 2
 """Something that the operator must change: configuration, a file, an argument."""
 
 
+_COMMANDS = {
+    "serve": "serve",
+    "reload": "serve",
+    "check": "check",
+    "config": "config",
+    "connect": "connect",
+    "certs": "certs",
+    "keys": "keys",
+    "models": "models",
+    "workflows": "workflows",
+}
+"""Verb → module of this folder. Each is imported when it is wanted: `connect` runs on clients' hosts, where there is no
+onnxruntime, and where a forwarder need not hold a model server in memory."""
+
+
 class _Group(click.Group):
     """Turns our errors into one line and an exit code; a traceback would only hide the sentence."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All verbs, in the order of the alphabet."""
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The verb's command."""
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"appliance.cli.{_COMMANDS[name]}"), name)
+        return command
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -46,10 +67,6 @@ class _Group(click.Group):
 def cli(ctx: click.Context, config_file: Path | None) -> None:
     """Clarifai's predict API on your own hardware."""
     ctx.obj = config_file
-
-
-for command in (serve, reload, check, config, certs, keys, models):
-    cli.add_command(command)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Configuration: frozen models of the sections, read from layers, every problem reported at once.
 
 Layers, later ones win: built-in defaults → vendor file → main file → `conf.d/*.toml` in name order → `APPLIANCE_*`
-environment (`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value is read as TOML, else as text). The
-`[[principal]]` tables of all files are put one behind the other, so that a drop-in file can add one.
+environment (`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value is read as TOML, else as text).
+`[[principal]]` and `[[deployment]]` tables of all files are put one behind the other: a drop-in file can add one.
 """
 
 import difflib
@@ -40,6 +40,7 @@ MAIN_FILE_VARIABLE = "APPLIANCE_CONFIG"
 ENVIRONMENT_PREFIX = "APPLIANCE_"
 BUILT_IN = "built-in default"
 
+_HOST = re.compile(r"(\*|(?:\*\.)?[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*")
 _UNIT = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNIT |= {"ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -63,6 +64,29 @@ def parse_address(value: str) -> tuple[str, int]:
     if not separator or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
         raise ValueError('is not an address; write "host:port", e.g. "[::]:8443" or "127.0.0.1:8443"')
     return host, int(port)
+
+
+def parse_host(entry: str) -> tuple[str, int | None]:
+    """Split an entry of `urls.hosts` into host, in lower case and without brackets, and port.
+
+    Raises: ValueError: it is neither a name, "*.name", "*" nor an address.
+    """
+    match = _HOST.fullmatch(entry.lower())
+    host, port = (match[1], int(match[2]) if match[2] else None) if match else ("", None)
+    last = host.rpartition(".")[2]
+    try:
+        if host.startswith("["):
+            host = str(ipaddress.IPv6Address(host[1:-1]))
+        elif last.isdigit() or last.startswith("0x"):
+            host = str(ipaddress.IPv4Address(host))
+    except ValueError:
+        host = ""
+    if not host or (port is not None and not 0 < port < 65536):
+        raise ValueError(
+            f'"{entry}" is not a host; write "name", "*.name", "*", "10.0.0.5" or "[fd00::5]", and ":port" behind it '
+            "for another port than 80 and 443 (an international name in its xn-- form)"
+        )
+    return host, port
 
 
 def is_loopback(address: str) -> bool:
@@ -371,6 +395,41 @@ class Catalog(Section):
         description="App of bundles whose config.yaml names no app_id.",
         json_schema_extra={"restart": True},
     )
+    workflows: FilePath | None = Field(
+        None,
+        examples=["/var/lib/inference-appliance/workflows"],
+        description="Folder of workflows, a YAML file each; watched. Unset: the folder `workflows` beside the root, if "
+        "there is one.",
+    )
+
+
+class Placement(Section):
+    """What this appliance is called as a place to run: one nodepool of a compute cluster."""
+
+    user_id: Name | None = Field(
+        None, examples=["acme"], description="Owner of the cluster and its deployments; unset: catalog.user_id."
+    )
+    compute_cluster_id: Name = Field("on-prem", description="The compute cluster that this appliance belongs to.")
+    nodepool_id: Name | None = Field(
+        None, examples=["plant-7"], description="The nodepool that this appliance is; unset: this machine's host name."
+    )
+
+
+class Deployment(Section):
+    """A deployment id that clients name, and the model it means. Written as [[deployment]]. Besides, each model has a
+    deployment of its own, called like the model."""
+
+    id: Name = Field(examples=["prod-digits"], description="The id that clients name, `deployment_id` of the SDKs.")
+    model: Name = Field(examples=["digits"], description="The model's id.")
+    user_id: Name | None = Field(
+        None, examples=["appliance"], description="The model's user; unset: any, when only one has such a model."
+    )
+    app_id: Name | None = Field(
+        None, examples=["main"], description="The model's app; unset: any, when only one has such a model."
+    )
+    version: Name | None = Field(
+        None, examples=["1"], description="The version it stays with; unset: the newest that is ready."
+    )
 
 
 class Engine(Section):
@@ -429,7 +488,10 @@ class Limits(Section):
     )
     concepts_max: int = Field(200, ge=1, le=200, description="Concepts that a caller may ask for.")
     request_size: Size = Field(
-        128 * 2**20, le=128 * 2**20, description="Bytes of one request.", json_schema_extra={"restart": True}
+        128 * 2**20,
+        le=128 * 2**20,
+        description="Bytes of one request; its JSON may have half as many more.",
+        json_schema_extra={"restart": True},
     )
     reply_size: Size = Field(
         512 * 2**20,
@@ -449,6 +511,8 @@ class Limits(Section):
         85_000_000, ge=1, le=85_000_000, description="Pixels of one image, checked before it is decoded."
     )
     text_size: Size = Field(20 * 2**20, le=20 * 2**20, description="Bytes of one text.")
+    audio_size: Size = Field(20 * 2**20, le=20 * 2**20, description="Bytes of one audio file.")
+    video_size: Size = Field(128 * 2**20, le=128 * 2**20, description="Bytes of one video file.")
     memory_in_flight: Size | None = Field(
         None,
         examples=["2GiB"],
@@ -467,15 +531,63 @@ class Limits(Section):
 
 
 class Urls(Section):
-    """Inputs given as URLs. Off until hosts are named here."""
+    """Inputs given as URLs. Off until hosts are named here; docs/url-inputs.md says what is refused and why."""
 
     hosts: tuple[str, ...] = Field(
-        (), description='Hosts that inputs may be fetched from, e.g. ["images.example.com", "*.cdn.example.com"].'
+        (),
+        description='Hosts that inputs may be fetched from, e.g. ["images.example.com", "*.cdn.example.com"]; "*": any '
+        "on the open internet. http is fetched from port 80 and https from 443, unless an entry names a port: "
+        '"images.example.com:8443".',
     )
     private_addresses: bool = Field(
-        False, description="Whether these hosts may resolve to private or loopback addresses."
+        False,
+        description="Whether these hosts may have private or loopback addresses. Link-local ones, where clouds keep "
+        "their machines' secrets, they never may.",
     )
-    timeout_s: float = Field(10.0, gt=0, le=300, description="Seconds one download may take.")
+    ca: FilePath | None = Field(
+        None,
+        examples=["/etc/inference-appliance/tls/urls-ca.crt"],
+        description="PEM file: authorities that may have signed these hosts' certificates, beside those that the "
+        "machine trusts. Unset: only those.",
+    )
+    timeout_s: float = Field(10.0, gt=0, le=300, description="Seconds one download may take, redirects included.")
+    connections: int = Field(32, ge=1, le=1024, description="Downloads at once, over all callers; more wait.")
+    connections_per_principal: int = Field(
+        8, ge=1, le=1024, description="Downloads at once for one principal; more wait."
+    )
+
+    @field_validator("hosts")
+    @classmethod
+    def _check_hosts(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            parse_host(value)
+        return values
+
+    @model_validator(mode="after")
+    def _check_reach(self) -> Self:
+        if self.private_addresses and any(parse_host(host)[0] == "*" for host in self.hosts):
+            raise ValueError(
+                'hosts has "*" and private_addresses is true: callers could reach all of this network; name the hosts'
+            )
+        return self
+
+
+class Cache(Section):
+    """Answers kept for requests that ask for it (`use_predict_cache`). Off until it has a size."""
+
+    size: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] = Field(
+        0,
+        examples=["256MiB"],
+        description="Bytes of answers that are kept, beside limits.memory_in_flight; the least used go first. 0: none "
+        "are kept, and the flag changes nothing.",
+    )
+    ttl_s: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds after which an answer is computed anew; 0: when the model's version is replaced or "
+        "removed.",
+    )
 
 
 class Admin(Section):
@@ -529,12 +641,19 @@ class Config(Section):
     auth: Auth = Auth()
     principal: tuple[Principal, ...] = ()
     catalog: Catalog = Catalog()
+    placement: Placement = Placement()
+    deployment: tuple[Deployment, ...] = ()
     engine: Engine = Engine()
     limits: Limits = Limits()
     urls: Urls = Urls()
+    cache: Cache = Cache()
     admin: Admin = Admin()
     log: Log = Log()
     shutdown: Shutdown = Shutdown()
+
+
+_TABLES: Mapping[str, type[Section]] = {"principal": Principal, "deployment": Deployment}
+"""Sections that there may be several of: arrays of tables."""
 
 
 def cross_problems(config: Config) -> list["Problem"]:
@@ -610,6 +729,15 @@ def cross_problems(config: Config) -> list["Problem"]:
                     )
                 )
             owner[identity] = principal.name
+    deployments: set[str] = set()
+    for index, deployment in enumerate(config.deployment):
+        if deployment.id in deployments:
+            problems.append(
+                Problem(
+                    f"deployment.{index}.id", deployment.id, "is used twice", "Give each [[deployment]] its own id."
+                )
+            )
+        deployments.add(deployment.id)
     return problems
 
 
@@ -725,11 +853,11 @@ def example() -> str:
         "# `appliance check` says what is wrong, `appliance config show` what is in force and where it came from.",
     ]
     for name, info in Config.model_fields.items():
-        section = Principal if name == "principal" else info.annotation
+        section = _TABLES.get(name, info.annotation)
         assert isinstance(section, type)
         assert issubclass(section, Section)
-        header = f"[[{name}]]" if name == "principal" else f"[{name}]"
-        lines += ["", f"# {(section.__doc__ or '').strip()}", f"#{header}" if name == "principal" else header]
+        header = f"#[[{name}]]" if name in _TABLES else f"[{name}]"
+        lines += ["", *_comment(section.__doc__ or ""), header]
         for key, field in section.model_fields.items():
             restart = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("restart")
             lines += _comment((field.description or "") + (" Needs a restart." if restart else ""))
@@ -809,7 +937,7 @@ def _environment_value(text: str) -> object:
 
 def _merge(into: dict[str, Any], origins: dict[str, str], layer: dict[str, Any], origin: str) -> None:
     for section, content in layer.items():
-        if section == "principal" and isinstance(content, list):
+        if section in _TABLES and isinstance(content, list):
             into[section] = [*into.get(section, []), *content]
             origins[section] = origin
         elif isinstance(content, dict) and isinstance(into.get(section, {}), dict):
@@ -843,8 +971,8 @@ def _problem(entry: Any, merged: dict[str, Any], origins: Mapping[str, str]) -> 
 def _section_type(location: list[str]) -> type[Section] | None:
     if not location:
         return Config
-    if location[0] == "principal":
-        return Principal
+    if location[0] in _TABLES:
+        return _TABLES[location[0]]
     info = Config.model_fields.get(location[0])
     annotation = info.annotation if info else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
@@ -864,15 +992,15 @@ def _field(location: list[str]) -> Any:
 def _unindexed(key: str) -> str:
     """Origins are kept by section and key: `principal.0.name` came from where `principal` came from."""
     parts = key.split(".")
-    return parts[0] if parts[0] == "principal" else ".".join(parts[:2])
+    return parts[0] if parts[0] in _TABLES else ".".join(parts[:2])
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif key == "principal" and isinstance(value, list):
+        elif key in _TABLES and isinstance(value, list):
             for index, table in enumerate(value):
-                yield from _flatten(table, f"principal.{index}.")
+                yield from _flatten(table, f"{key}.{index}.")
         else:
             yield prefix + key, value

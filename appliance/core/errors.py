@@ -13,13 +13,20 @@
         UnknownStatusCode       no such status code
         NotServed               something of another protocol that we do not do
         UnknownUser             a user id that is not the caller's
-        PlacementUnknown        a deployment or nodepool that is not this appliance
+        UnknownWorkflow         no such workflow, or no such version of it
+        WorkflowArgument        a parameter of a workflow that does not fit it
+        PlacementUnknown        a deployment, nodepool, compute cluster or runner that is not this appliance's
+        PlacementMismatch       one that is, but not for the model asked for
+        DeploymentDisabled      one whose model is held back, or not here
+        UnknownApp              no such app, or none of its models is the caller's to use
         InputError              one input of many is at fault
           InvalidInput            it carries the wrong thing, or nothing
           UnsupportedFormat       its bytes are not a format we read
           InputTooLarge           over the bytes or pixels one input may have
           UrlRefused              its URL may not be fetched
           DownloadFailed          its URL was allowed, and could not be fetched
+          NodeMismatch            a workflow's node cannot take what the nodes before it give
+          NodeNotRun              a node before it failed
         AccessError             who is calling
           CredentialsMissing      no key (or certificate) where one is required
           KeyInvalid              a key that is unknown or revoked
@@ -35,6 +42,7 @@
       ModelError              the bundle is at fault
         BundleInvalid           it cannot be loaded
         InferenceFailed         it was loaded, and this run of it failed
+        WorkflowInvalid         a workflow's file cannot be served
       ConfigError             the operator: an exit code, never a reply
         CertificateError        a certificate, key or trust bundle is unusable
         DeviceError             the device asked for cannot be used
@@ -113,15 +121,49 @@ class UnknownUser(RequestError):
     """A user id that is not the caller's."""
 
 
-class PlacementUnknown(RequestError):
-    """A deployment or nodepool that is not this appliance.
+class UnknownApp(RequestError):
+    """No such app, or none of its models is the caller's to use."""
 
-    Attributes: kind: "deployment" | "nodepool" | "runner".
+
+class UnknownWorkflow(RequestError):
+    """No such workflow, or no such version of it."""
+
+
+class WorkflowArgument(RequestError):
+    """A parameter of a workflow request that does not fit the workflow, or that is not served here."""
+
+
+class PlacementUnknown(RequestError):
+    """A place that is not this appliance.
+
+    Attributes: kind: "deployment" | "nodepool" | "compute_cluster" | "runner".
     """
 
-    def __init__(self, kind: str, name: str) -> None:
-        super().__init__(f"There is no {kind} {name!r} on this appliance; leave the selector out to use its models.")
+    def __init__(self, kind: str, name: str, user_id: str = "") -> None:
+        """Args: user_id: whose it would be, where that is what makes it unknown."""
+        of = f" of user {user_id!r}" if user_id else ""
+        super().__init__(
+            f"There is no {kind.replace('_', ' ')} {name!r}{of} on this appliance; leave the selector out to use its "
+            "models."
+        )
         self.kind = kind
+
+
+class PlacementMismatch(RequestError):
+    """A place of this appliance that is not where the model asked for runs.
+
+    Attributes: kind: "deployment" | "runner".
+    """
+
+    def __init__(self, kind: str, name: str, serves: str, asked: str) -> None:
+        super().__init__(
+            f"The {kind} {name!r} serves model {serves}, and not {asked}; name that model, or another {kind}."
+        )
+        self.kind = kind
+
+
+class DeploymentDisabled(RequestError):
+    """A deployment of this appliance whose model is held back, or not in its catalog."""
 
 
 class InputError(RequestError):
@@ -146,6 +188,21 @@ class UrlRefused(InputError):
 
 class DownloadFailed(InputError):
     """The input's URL was allowed, and could not be fetched."""
+
+
+class NodeMismatch(InputError):
+    """A node of a workflow cannot take what the nodes before it give."""
+
+
+class NodeNotRun(InputError):
+    """A node of a workflow was not run for an input, as a node before it failed.
+
+    Attributes: failed, why: where that began, which may be several nodes before, and what was said there.
+    """
+
+    def __init__(self, node: str, failed: str, why: str) -> None:
+        super().__init__(f"Node {node!r} was not run: node {failed!r}, whose output it needs, failed. {why}")
+        self.failed, self.why = failed, why
 
 
 class AccessError(RequestError):
@@ -216,6 +273,10 @@ class BundleInvalid(ModelError):
 
 class InferenceFailed(ModelError):
     """The model was loaded, and this run of it failed."""
+
+
+class WorkflowInvalid(ModelError):
+    """A workflow's file cannot be served; says which file, which node and what to do."""
 
 
 class ConfigError(ApplianceError):

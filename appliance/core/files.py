@@ -1,5 +1,5 @@
 """Files that are replaced as a whole, for the service to read and nobody else; folders that one process changes at a
-time; and names of files as they may be shown."""
+time; files in memory alone; and names of files as they may be shown."""
 
 import contextlib
 import errno
@@ -87,3 +87,15 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def in_memory(content: bytes) -> Iterator[str]:
+    """A file in memory alone, as a path: `ssl` loads keys from files only, and a key must not touch a disk."""
+    handle = os.memfd_create("pem", os.MFD_CLOEXEC)
+    try:
+        with open(handle, "wb", closefd=False) as file:
+            file.write(content)
+        yield f"/proc/self/fd/{handle}"
+    finally:
+        os.close(handle)

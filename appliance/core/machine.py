@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_DEVICES = Path("/dev")
+_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def usable_cpus() -> int:
@@ -20,6 +22,21 @@ def usable_memory() -> int:
     limits = [_number(folder / "memory.max") for folder in _own_cgroups()]
     limits.append(_number(_CGROUP / "memory" / "memory.limit_in_bytes"))
     return min([physical, *(limit for limit in limits if limit)])
+
+
+def accelerators() -> tuple[str, ...]:
+    """The product name of every NVIDIA GPU that we may open, in the order of their device files; "" where the driver
+    does not say. A container sees the driver's list of all GPUs, and the files of its own only."""
+    names = {}
+    for file in _GPUS.glob("*/information"):
+        found = dict(line.split(":", 1) for line in _text(file).splitlines() if ":" in line)
+        names[found.get("Device Minor", "").strip()] = found.get("Model", "").strip()
+    minors = sorted(
+        int(path.name.removeprefix("nvidia"))
+        for path in _DEVICES.glob("nvidia[0-9]*")
+        if path.name.removeprefix("nvidia").isdigit()
+    )
+    return tuple(names.get(str(minor), "") for minor in minors)
 
 
 def _cpu_quota() -> float | None:

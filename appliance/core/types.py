@@ -88,6 +88,7 @@ class RpcStatus(enum.IntEnum):
     NOT_FOUND = 5
     PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
@@ -108,6 +109,71 @@ class RpcAbort(Exception):
         self.details = details
 
 
+# ---- values: what methods take and return (PROTOCOL 4.2) -------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Media:
+    """A picture, a sound, a film or a text by its bytes, or by a URL that is to be fetched first.
+
+    Attributes:
+        content: file bytes; of a text, UTF-8.
+    """
+
+    content: bytes = b""
+    url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredConcept:
+    """A concept with its value, by itself."""
+
+    id: str
+    name: str
+    value: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of a picture.
+
+    Attributes:
+        box: left, top, right, bottom as parts of width and height, 0 to 1; None when it has none.
+        point: column, row and depth; None when it has none.
+    """
+
+    box: tuple[float, float, float, float] | None = None
+    concepts: tuple[ScoredConcept, ...] = ()
+    value: float = 0.0
+    id: str = ""
+    text: str = ""
+    track_id: str = ""
+    mask: Media | None = None
+    point: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One picture of a film, and what is seen in it.
+
+    Attributes:
+        number: from 0.
+        time_ms: since the film's beginning, in milliseconds.
+    """
+
+    image: Media = field(default_factory=Media)
+    number: int = 0
+    time_ms: int = 0
+    concepts: tuple[ScoredConcept, ...] = ()
+    regions: tuple[Region, ...] = ()
+
+
+Value: TypeAlias = Any
+"""A value by its field's type: STR str · BYTES bytes · INT int · FLOAT float · BOOL bool · NDARRAY Array · JSON dict or
+list · TEXT, IMAGE, AUDIO, VIDEO Media · CONCEPT ScoredConcept · REGION Region · FRAME Frame · LIST list · TUPLE tuple ·
+NAMED_FIELDS dict."""
+
+
 # ---- what goes in ----------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +185,7 @@ class Payload:
         image: encoded file bytes (JPEG, PNG, …).
         text: decoded text.
         arrays: tensors by graph input name; "" for a tensor that came without a name.
+        arguments: what a declared method is called with, by name; defaults are filled in.
         opened: what looking at the header left for the decoder; the task's own.
         tokens: how many the text was for the model, once it is decoded; 0 for all else.
     """
@@ -126,6 +193,7 @@ class Payload:
     image: bytes | None = None
     text: str | None = None
     arrays: dict[str, Array] = field(default_factory=dict)
+    arguments: Mapping[str, Value] = field(default_factory=dict)
     opened: object = None
     tokens: int = 0
 
@@ -178,7 +246,14 @@ class Tensors:
     arrays: Mapping[str, Array]
 
 
-Result: TypeAlias = ConceptScores | Embedding | Tensors
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What a declared method returns: a value of the type that its signature says."""
+
+    value: Value
+
+
+Result: TypeAlias = ConceptScores | Embedding | Tensors | Returned
 
 
 # ---- method signatures -----------------------------------------------------------------------------------------------
@@ -188,13 +263,30 @@ class FieldType(enum.Enum):
     """Types of method arguments; names are those of Clarifai's ModelTypeField.DataType (PROTOCOL 4.1)."""
 
     STR = "STR"
+    BYTES = "BYTES"
     INT = "INT"
     FLOAT = "FLOAT"
+    BOOL = "BOOL"
     NDARRAY = "NDARRAY"
+    JSON = "JSON_DATA"
+    TEXT = "TEXT"
     IMAGE = "IMAGE"
     CONCEPT = "CONCEPT"
+    REGION = "REGION"
+    FRAME = "FRAME"
+    AUDIO = "AUDIO"
+    VIDEO = "VIDEO"
     NAMED_FIELDS = "NAMED_FIELDS"
+    TUPLE = "TUPLE"
     LIST = "LIST"
+
+
+class MethodKind(enum.Enum):
+    """How a method is called; names are those of Clarifai's RunnerMethodType."""
+
+    UNARY = "UNARY_UNARY"
+    GENERATE = "UNARY_STREAMING"
+    STREAM = "STREAMING_STREAMING"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +294,11 @@ class MethodField:
     """One argument of a method, or its return value.
 
     Attributes:
-        default: the value as text when the argument may be left out, else None.
-        items: the types inside a LIST or NAMED_FIELDS.
+        default: the value as text when the argument may be left out, else None: a text as it is, others as JSON.
+        items: the types inside a LIST (one), TUPLE or NAMED_FIELDS.
+        iterator: one element a message, not all at once.
+        range: least and largest number allowed, both included.
+        choices: the only texts allowed; empty: any.
     """
 
     name: str
@@ -211,16 +306,30 @@ class MethodField:
     description: str = ""
     default: str | None = None
     items: tuple["MethodField", ...] = ()
+    iterator: bool = False
+    range: tuple[float, float] | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A unary method that a model offers to `model.<name>(…)`."""
+    """A method that a model offers to `model.<name>(…)`; `returns.name` is "return".
+
+    Attributes:
+        least: the argument that says how good what is returned must be (`PredictOptions.min_value`), "" for none.
+    """
 
     name: str
     description: str
     arguments: tuple[MethodField, ...]
     returns: MethodField
+    kind: MethodKind = MethodKind.UNARY
+    least: str = ""
+
+    @property
+    def streamed(self) -> MethodField | None:
+        """The argument that comes one element a message, if there is one."""
+        return next((argument for argument in self.arguments if argument.iterator), None)
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

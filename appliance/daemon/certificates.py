@@ -4,13 +4,12 @@ Two groups of files, each taken over as a whole or not at all: what we show and 
 and what was revoked. A broken list must not keep a renewed certificate away, nor the other way round.
 """
 
-import contextlib
 import logging
 import os
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from cryptography.hazmat.primitives import serialization
 
 from appliance.core.config import Config
 from appliance.core.errors import CertificateError
+from appliance.core.files import in_memory
 from appliance.pki import inspect
 from appliance.pki.files import MAX_FILE_BYTES
 from appliance.pki.revocation import MAX_LIST_BYTES, RevocationList, read_lists
@@ -399,7 +399,7 @@ def _context(
     try:
         # What was checked is what is loaded: never the files again, which may have changed in between. The password
         # is always given, because OpenSSL would ask the terminal for one.
-        with _in_memory(certificate_pem(*pair.certificates)) as chain, _in_memory(pair.key) as key:
+        with in_memory(certificate_pem(*pair.certificates)) as chain, in_memory(pair.key) as key:
             context.load_cert_chain(chain, key, password=lambda: passphrase or b"")
         if authorities:
             context.load_verify_locations(cadata=certificate_pem(*authorities).decode("ascii"))
@@ -419,18 +419,6 @@ def _context(
     context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
     context.num_tickets = 0
     return context
-
-
-@contextlib.contextmanager
-def _in_memory(content: bytes) -> Iterator[str]:
-    """A file in memory alone, as a path: `ssl` loads keys from files only, and a key must not touch a disk."""
-    handle = os.memfd_create("pem", os.MFD_CLOEXEC)
-    try:
-        with open(handle, "wb", closefd=False) as file:
-            file.write(content)
-        yield f"/proc/self/fd/{handle}"
-    finally:
-        os.close(handle)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

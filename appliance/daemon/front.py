@@ -13,10 +13,10 @@ from appliance.core.config import Config
 from appliance.core.errors import ConfigError
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
+from appliance.core.systemd import Notifier
 from appliance.core.types import Endpoint
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.sockets import ListeningSockets, close_inherited, open_listening
-from appliance.daemon.systemd import Notifier
 from appliance.wire.asgi import ASGIApp
 from appliance.wire.grpcio import GrpcioServer
 from appliance.wire.settings import WireSettings

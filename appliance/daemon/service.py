@@ -27,6 +27,7 @@ from appliance.api.rest import rest_routes
 from appliance.api.service import Api
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.repository import Repository, State, describe
+from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
 from appliance.core import logs
 from appliance.core.config import Config, LoadedConfig
@@ -34,13 +35,14 @@ from appliance.core.errors import ApplianceError, ConfigError, Draining
 from appliance.core.machine import usable_memory
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
+from appliance.core.systemd import Notifier
 from appliance.core.types import Endpoint
 from appliance.daemon.admin import AdminServer
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.front import open_front, pass_through_warning
-from appliance.daemon.systemd import Notifier
 from appliance.engine import session
 from appliance.engine.worker import LocalEngine
+from appliance.media import fetch
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
 
@@ -98,6 +100,7 @@ class Daemon:
         self._notifier = Notifier()
         stack.enter_context(_lock(config.catalog.state_dir))
         self._certificates = CertificateFiles(config)
+        _check_urls(config)
         self._keys = KeyStore(config.auth.keys_file)
         self._metrics = Metrics()
         self._metrics.build.info({"version": __version__, "onnxruntime": session.version()})
@@ -114,7 +117,8 @@ class Daemon:
         stack.push_async_callback(self._repository.close)
         self._budget = MemoryBudget(_memory_for_requests(config))
         authenticator = Authenticator(config, self._keys, trust=self._certificates.trust)
-        self._api = Api(config, self._repository, authenticator, self._budget, self._metrics)
+        self._workflows = Workflows(config.catalog, self._repository)
+        self._api = Api(config, self._repository, authenticator, self._budget, self._metrics, self._workflows)
         self._metrics.watch(self._metrics.keys, lambda: len(self._keys))
         self._warn()
 
@@ -149,11 +153,12 @@ class Daemon:
     async def _load_models(self, stack: contextlib.AsyncExitStack) -> None:
         """Wait until every wanted bundle is ready or failed, but not for ever; a stop does not wait for it."""
         self._spawn(self._repository.run(), stack)
+        self._spawn(self._workflows.run(), stack)
         self._spawn(self._tick(), stack)
         wait_s = self._config.catalog.start_wait_s
         self._notifier.extend_timeout(wait_s + 10)
-        settled = asyncio.ensure_future(self._repository.wait_settled())
-        stopped = asyncio.ensure_future(self._stop.wait())
+        settled: asyncio.Future[Any] = asyncio.gather(self._repository.wait_settled(), self._workflows.wait_settled())
+        stopped: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({settled, stopped}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
         settled.cancel()
         stopped.cancel()
@@ -163,7 +168,7 @@ class Daemon:
             return
         self._phase = Phase.READY
         self._publish()
-        waiting = self._repository.not_ready()
+        waiting = self._not_ready()
         for name, problem in waiting.items():
             _log.warning("not ready: %s", problem, extra={"bundle": name})
         ports = " ".join(f"{name}={port}" for name, port in self.ports.items())
@@ -267,8 +272,9 @@ class Daemon:
                 raise ConfigError("The reload failed unexpectedly; the daemon's log tells more.") from error
             self._api.configure(self._config)
             self._budget.limit = _memory_for_requests(self._config)
-            self._repository.settings = self._config.catalog
+            self._repository.settings = self._workflows.settings = self._config.catalog
             self._repository.wake()
+            self._workflows.wake()
             self._warn()
             self._metrics.reloads.labels("ok").inc()
             _log.info("reloaded: %s", message)
@@ -288,6 +294,7 @@ class Daemon:
         if problems:  # the new file is sound, but not together with what only a restart can change
             raise configuration.ConfigInvalid(problems)
         keys = KeyStore(config.auth.keys_file)
+        _check_urls(config)
         self._certificates.reload(config)
         self._keys.adopt(keys)
         self._config = config
@@ -300,7 +307,7 @@ class Daemon:
 
     def readiness(self) -> tuple[bool, dict[str, object]]:
         """Whether we serve, and who is not ready and why."""
-        problems = self._repository.not_ready()
+        problems = self._not_ready()
         some = any(v.ready for b in self._repository.bundles for v in b.versions.values())
         ready = self._phase is Phase.READY and (some or not self._repository.bundles)
         return ready, {"ready": ready, "phase": self._phase.name.lower(), "not_ready": problems}
@@ -318,11 +325,17 @@ class Daemon:
             "onnxruntime": session.version(),
             "in_flight": self._api.in_flight,
             "catalog": self._described_catalog(),
+            "workflows": self._workflows.describe(),
         }
 
     async def look(self) -> None:
-        """Look at the catalog's root now."""
+        """Look at the catalog's root and the workflows now."""
+        await self._workflows.look()
         await self._repository.look()
+
+    def _not_ready(self) -> dict[str, str]:
+        """Bundles, versions and workflows that do not answer, and why."""
+        return self._repository.not_ready() | self._workflows.problems()
 
     def _described_catalog(self) -> list[dict[str, object]]:
         return describe(self._repository, _described_servable)
@@ -340,6 +353,7 @@ class Daemon:
             if bundle.key is not None
         }
         self._api.health.publish(self.readiness()[0], models)
+        self._api.catalog_changed()
         for gauge in (self._metrics.model_state, self._metrics.model_load_seconds, self._metrics.queue_rows):
             gauge.clear()  # a version that is gone leaves no sample, and no reference to its session
         for bundle in self._repository.bundles:
@@ -390,6 +404,11 @@ class Daemon:
         ):
             if warning:
                 _log.warning("%s", warning)
+        kept = self._config.cache.size + _memory_for_requests(self._config)
+        if self._config.cache.size and kept > usable_memory():
+            _log.warning(
+                "cache.size and limits.memory_in_flight together are more than the memory this service may use"
+            )
         if self._config.auth.require in ("key", "both") and not len(self._keys):
             _log.warning("there is no key yet, so nobody can call; make one with `appliance keys create`")
 
@@ -411,6 +430,12 @@ class Daemon:
 def _memory_for_requests(config: Config) -> int:
     """Bytes that requests may hold at once."""
     return config.limits.memory_in_flight or usable_memory() // 4
+
+
+def _check_urls(config: Config) -> None:
+    """Raises: CertificateError: the authorities of hosts that inputs are fetched from cannot be read."""
+    if config.urls.ca is not None:
+        fetch.trust(config.urls.ca)
 
 
 def _described_servable(servable: Servable) -> dict[str, object]:

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 from appliance.core.config import parse_address
 from appliance.core.errors import ConfigError
+from appliance.core.systemd import Notifier
 from appliance.daemon.admin import bind_unix
-from appliance.daemon.systemd import Notifier
 
 _log = logging.getLogger(__name__)
 

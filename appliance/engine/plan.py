@@ -13,8 +13,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from appliance.catalog.bundle import BundleConfig, EmbeddingOutput, ImageInput, OnnxSection, VersionFolder, check_inside
+from appliance.catalog.bundle import BundleConfig, OnnxSection, VersionFolder, check_inside
 from appliance.catalog.graph import axes, every_node, graph_inputs, read_graph
+from appliance.catalog.sections import EmbeddingOutput, ImageInput
 from appliance.core.errors import BundleInvalid
 from appliance.engine.session import TensorSpec
 

@@ -1,131 +1,308 @@
 """The only code that opens a caller's URL.
 
 Off until the operator names hosts. A caller must not reach into the operator's network through us: the host must be
-on the list, its address is resolved once, checked, and that very address is connected to (so that a second DNS answer
-cannot change it); redirects are followed only to listed hosts; no credentials are forwarded; size and time are capped.
+on the list, its name is looked up once a hop, all its addresses are checked, and one of these very addresses is
+connected to, so that a second DNS answer changes nothing; redirects are followed only to listed hosts and never from
+https to http. Nothing goes out but the request line and five fixed headers: no credentials, no cookie, no proxy of the
+environment. Size, time, and what an answer may cost us to read are capped.
 """
 
 import asyncio
-import ipaddress
+import contextlib
 import socket
 import ssl
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
-from urllib.parse import SplitResult, urljoin, urlsplit
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+from urllib.parse import urljoin
 
-import httpx
+import h11
 
 from appliance.core.config import Urls
-from appliance.core.errors import DownloadFailed, InputTooLarge, UrlRefused
+from appliance.core.errors import CertificateError, DownloadFailed, InputTooLarge, UrlRefused
+from appliance.media import urls
+from appliance.media.urls import Target
 
 _REDIRECTS = 3
-_HOLDS_IPV4 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
-"""NAT64 (RFC 6052) and the old compatible form (RFC 4291): an IPv4 address in the last four bytes."""
-_TRUST: ssl.SSLContext | None = None
+_REDIRECTING = (301, 302, 303, 307, 308)
+_ADDRESSES = 3
+"""Addresses of one host that are tried."""
+
+_HEAD = 16 * 1024
+"""Bytes of an answer's head, give or take one read."""
+
+_READ = 64 * 1024
+_INTERIM = 8
+"""Answers with 1xx that may come before the real one."""
+
+_PIECES, _PIECE = 4096, 256
+"""From so many pieces of a body on, they must have so many bytes on average: each costs us as much as a large one."""
+
+_BREATH = 64
+"""Pieces after which other callers have their turn."""
+
+_LOOK_UPS = threading.BoundedSemaphore(32)
+"""So many names may be looked up at once; the system's resolver cannot be interrupted: who left is still with it."""
+
+_TOLD = 200
+"""Characters of an error that the log is told: some repeat what the host sent."""
+
+_UNREACHABLE = "The URL's host could not be reached, or did not answer as an HTTP server does."
+
+Resolve: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
+"""Host name and port → addresses. Raises: OSError."""
+
+Reserve: TypeAlias = Callable[[int], object]
+"""Told of so many bytes before they are kept. What it raises ends the download."""
 
 
-async def fetch(url: str, policy: Urls, max_bytes: int) -> bytes:
-    """The bytes behind a URL.
+async def fetch(
+    url: str,
+    policy: Urls,
+    max_bytes: int,
+    *,
+    limit: str = "limits.image_size",
+    trust: Callable[[], ssl.SSLContext],
+    reserve: Reserve = lambda count: None,
+    resolve: "Resolve | None" = None,
+) -> bytes:
+    """The bytes behind a URL; one byte at least.
 
-    Raises: UrlRefused: the policy forbids it. DownloadFailed: allowed, and the host did not deliver. InputTooLarge.
+    Args:    limit: what `max_bytes` is called in the configuration. trust: the TLS context, when one is needed.
+             resolve: instead of the system's resolver.
+    Raises:  UrlRefused: the policy forbids it. DownloadFailed: allowed, and the host did not deliver. InputTooLarge.
+             Their sentences name no address, and of a redirect not where it led; their details do.
     """
     if not policy.hosts:
         raise UrlRefused("Inputs by URL are off on this appliance (urls.hosts is empty); send the bytes instead.")
+    target = urls.read(url)
+    urls.check_listed(target, policy)
     try:
         async with asyncio.timeout(policy.timeout_s):
             for _ in range(_REDIRECTS + 1):
-                parts = _allowed(url, policy)
-                address = await _resolve(parts, policy)
-                body, redirect = await _get(parts, address, policy, max_bytes)
-                if redirect is None:
-                    return body
-                url = urljoin(url, redirect)
+                addresses = await _addresses(target, policy, resolve or look_up)
+                reader, writer = await _connect(target, addresses, policy, trust)
+                try:
+                    answer = await _get(reader, writer, target, max_bytes, limit, reserve)
+                finally:
+                    # Not closed politely: a peer that dawdles over a goodbye would hold a connection nobody counts.
+                    writer.transport.abort()
+                if isinstance(answer, bytes):
+                    return answer
+                target = _redirected(target, answer.location, policy)
     except TimeoutError as error:
         raise DownloadFailed(f"The URL did not deliver within {policy.timeout_s:g} s (urls.timeout_s).") from error
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-        # ValueError: names that IDNA cannot say, redirects that are no URL.
-        raise DownloadFailed(
-            f"The URL could not be fetched: {type(error).__name__}.", detail=f"{url}: {error}"
-        ) from error
+    except (h11.ProtocolError, OSError, ValueError) as error:  # ValueError: a host name that ssl will not take
+        raise DownloadFailed(_UNREACHABLE, detail=_said(error)) from error
     raise DownloadFailed(f"The URL redirects more than {_REDIRECTS} times.")
 
 
-def _allowed(url: str, policy: Urls) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise UrlRefused("The URL cannot be read; send an http or https URL.") from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise UrlRefused("Only http and https URLs are fetched; send the bytes instead.")
-    if parts.username is not None or parts.password is not None:
-        raise UrlRefused("The URL carries a user name or password; these are never sent on. Send the bytes instead.")
-    if not any(fnmatchcase(host.lower(), pattern.lower()) for pattern in policy.hosts):
-        raise UrlRefused(f"The host {host!r} is not among those this appliance may fetch from (urls.hosts).")
-    return parts
+def trust(ca: Path | None) -> ssl.SSLContext:
+    """Whose certificates are believed: the system's authorities, and those of the file beside them.
 
-
-async def _resolve(parts: SplitResult, policy: Urls) -> str:
-    """One address of the host, checked; all its addresses must be fit to be used."""
-    assert parts.hostname is not None
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        answers = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise DownloadFailed(f"The host {parts.hostname!r} cannot be resolved.") from error
-    addresses: Sequence[str] = [str(answer[4][0]) for answer in answers]
-    for address in addresses:
-        if not policy.private_addresses and not _public(address):
-            raise UrlRefused(
-                f"The host {parts.hostname!r} has a private address; urls.private_addresses = true allows that."
-            )
-    return addresses[0]
-
-
-def _public(text: str) -> bool:
-    address = ipaddress.ip_address(text.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour
-        if inner is None and any(address in network for network in _HOLDS_IPV4):
-            inner = ipaddress.IPv4Address(address.packed[-4:])
-        if inner is not None:
-            return inner.is_global and not inner.is_multicast
-    return address.is_global and not address.is_multicast
-
-
-async def _get(parts: SplitResult, address: str, policy: Urls, max_bytes: int) -> tuple[bytes, str | None]:
-    """One GET to that address. Returns the body, or where a redirect leads."""
-    assert parts.hostname is not None
-    literal = f"[{address}]" if ":" in address else address
-    port = f":{parts.port}" if parts.port else ""
-    target = parts._replace(netloc=f"{literal}{port}", fragment="").geturl()
-    request = httpx.Request(
-        "GET",
-        target,
-        headers={"Host": f"{parts.hostname}{port}", "User-Agent": "inference-appliance", "Accept-Encoding": "identity"},
-        extensions={"sni_hostname": parts.hostname},
-    )
-    # trust_env off: no proxy and no .netrc credentials from the service's environment.
-    async with httpx.AsyncClient(verify=_trust(), trust_env=False, timeout=policy.timeout_s) as client:
-        response = await client.send(request, stream=True, follow_redirects=False)
+    Raises: CertificateError: the file cannot be read, or holds no certificate.
+    """
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    if ca is not None:
         try:
-            if response.has_redirect_location:
-                return b"", response.headers["location"]
-            if response.status_code != 200:
-                raise DownloadFailed(f"The URL answered HTTP {response.status_code}.")
-            body = bytearray()
-            async for chunk in response.aiter_raw():
-                body += chunk
-                if len(body) > max_bytes:
-                    raise InputTooLarge(f"The URL delivers more than {max_bytes} bytes, the limit for one input.")
-            return bytes(body), None
+            context.load_verify_locations(cafile=ca)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            why = error.strerror if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else None
+            raise CertificateError(
+                f"urls.ca {ca} cannot be used: {why or 'it is not a PEM file of certificates'}. Name a file that the "
+                "service may read, or remove the key."
+            ) from error
+    return context
+
+
+# ---- where to --------------------------------------------------------------------------------------------------------
+
+
+async def _addresses(target: Target, policy: Urls, resolve: Resolve) -> Sequence[str]:
+    """The host's addresses; all of them are fit to be connected to, or none is used. Raises: UrlRefused."""
+    if target.address is not None:
+        if not urls.may_connect(target.address, policy):
+            raise UrlRefused(
+                "The URL's host is an address that inputs may not be fetched from; send the bytes instead."
+            )
+        return [target.address]
+    try:
+        found = list(dict.fromkeys(await resolve(target.host, target.port)))
+    except socket.gaierror as error:
+        if error.errno == socket.EAI_AGAIN:
+            raise DownloadFailed(
+                "The URL's host could not be looked up now; try again.", detail=_said(error)
+            ) from error
+        found, why = [], _said(error)
+    else:
+        why = f"it leads to {', '.join(found[:8])}"
+    if not found or not all(urls.may_connect(address, policy) for address in found):
+        # One sentence for both, or callers would learn which names there are inside.
+        raise UrlRefused(
+            f"The host {target.host!r} has no address that inputs may be fetched from: it is unknown, or one of its "
+            "addresses is private (urls.private_addresses).",
+            detail=why,
+        )
+    return found
+
+
+async def look_up(host: str, port: int) -> Sequence[str]:
+    """The system's resolver, on a thread of its own: it may hang longer than anybody waits. Raises: OSError."""
+    if not _LOOK_UPS.acquire(blocking=False):
+        raise socket.gaierror(socket.EAI_AGAIN, "too many names are being looked up")
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Sequence[str]] = loop.create_future()
+
+    def tell(found: Sequence[str] | OSError) -> None:
+        if answer.done():
+            return  # nobody waits any more
+        if isinstance(found, OSError):
+            answer.set_exception(found)
+        else:
+            answer.set_result(found)
+
+    def work() -> None:
+        found: Sequence[str] | OSError
+        try:
+            found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        except OSError as error:
+            found = error
+        except ValueError as error:  # a name that its codec cannot say
+            found = socket.gaierror(socket.EAI_NONAME, str(error))
         finally:
-            await response.aclose()
+            _LOOK_UPS.release()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, found)
+
+    # A daemon thread, so that the process need not wait for it when it stops.
+    threading.Thread(target=work, name="look-up", daemon=True).start()
+    return await answer
 
 
-def _trust() -> ssl.SSLContext:
-    """The system's authorities, read once: a context costs 20 ms to make."""
-    global _TRUST
-    if _TRUST is None:
-        _TRUST = ssl.create_default_context()
-    return _TRUST
+async def _connect(
+    target: Target, addresses: Sequence[str], policy: Urls, trust: Callable[[], ssl.SSLContext]
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to the first of these addresses that takes one; TLS is for the host's name."""
+    secure = {"ssl": trust(), "server_hostname": target.host} if target.scheme == "https" else {}
+    tried = addresses[:_ADDRESSES]
+    failures = []
+    for address in tried:
+        try:
+            async with asyncio.timeout(policy.timeout_s / len(tried)):
+                return await asyncio.open_connection(address, target.port, limit=_READ, **secure)  # type: ignore[arg-type]
+        except OSError as error:  # TimeoutError, ssl.SSLError and failed verification are such
+            failures.append(f"{address}: {_said(error)}")
+    raise DownloadFailed(_UNREACHABLE, detail="; ".join(failures))
+
+
+def _redirected(target: Target, location: bytes, policy: Urls) -> Target:
+    """Where a redirect leads. Raises: UrlRefused, without a word on what lies there."""
+    try:
+        after = urls.read(urljoin(target.url, location.decode("ascii")))
+        urls.check_listed(after, policy)
+    except (UrlRefused, ValueError) as error:
+        raise UrlRefused(
+            "The URL redirects to where this appliance may not fetch from (urls.hosts).", detail=_said(error)
+        ) from error
+    if (target.scheme, after.scheme) == ("https", "http"):
+        raise UrlRefused("The URL redirects from https to http; that is not followed.")
+    return after
+
+
+# ---- one request -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Redirect:
+    location: bytes
+
+
+async def _get(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    target: Target,
+    max_bytes: int,
+    limit: str,
+    reserve: Reserve,
+) -> bytes | _Redirect:
+    """One GET. Returns: the body, or where a redirect leads."""
+    talk = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD)
+    headers = {
+        "Host": target.authority,
+        "User-Agent": "inference-appliance",
+        "Accept": "*/*",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+    }
+    writer.write(talk.send(h11.Request(method="GET", target=target.path, headers=list(headers.items()))) or b"")
+    talk.send(h11.EndOfMessage())
+    response = await _head(talk, reader)
+    if response.status_code in _REDIRECTING:
+        places = _values(response, b"location")
+        if len(places) != 1:
+            raise DownloadFailed(f"The URL answered HTTP {response.status_code} without saying where to go.")
+        return _Redirect(places[0])
+    if response.status_code != 200:
+        raise DownloadFailed(f"The URL answered HTTP {response.status_code}.")
+    if any(value.strip().lower() not in (b"", b"identity") for value in _values(response, b"content-encoding")):
+        raise DownloadFailed("The URL delivers compressed bytes, which were not asked for.")
+    return await _body(talk, reader, response, max_bytes, limit, reserve)
+
+
+async def _head(talk: h11.Connection, reader: asyncio.StreamReader) -> h11.Response:
+    for _ in range(_INTERIM + 1):
+        event = await _next(talk, reader, _HEAD)
+        if isinstance(event, h11.Response):
+            if not event.http_version.startswith(b"1."):  # h11 takes any digit
+                raise DownloadFailed(_UNREACHABLE, detail=f"an answer in HTTP {event.http_version.decode()}")
+            return event
+    raise DownloadFailed(_UNREACHABLE, detail=f"more than {_INTERIM} answers with 1xx")
+
+
+async def _body(
+    talk: h11.Connection,
+    reader: asyncio.StreamReader,
+    response: h11.Response,
+    max_bytes: int,
+    limit: str,
+    reserve: Reserve,
+) -> bytes:
+    too_large = InputTooLarge(f"The URL delivers more than {max_bytes} bytes, the limit for one input ({limit}).")
+    announced = _values(response, b"content-length")
+    if announced and int(announced[0]) > max_bytes:  # h11 has seen that it is a number
+        raise too_large
+    body = bytearray()
+    pieces = 0
+    while isinstance(event := await _next(talk, reader, _READ), h11.Data):
+        if len(body) + len(event.data) > max_bytes:
+            raise too_large
+        reserve(len(event.data))
+        body += event.data
+        pieces += 1
+        if pieces > _PIECES and len(body) < pieces * _PIECE:
+            raise DownloadFailed("The URL delivers in pieces that are too small.")
+        if pieces % _BREATH == 0:
+            await asyncio.sleep(0)
+    if not isinstance(event, h11.EndOfMessage):
+        raise DownloadFailed(_UNREACHABLE, detail=f"{event} in the body")
+    if not body:
+        raise DownloadFailed("The URL delivers nothing: its body is empty.")
+    return bytes(body)
+
+
+async def _next(talk: h11.Connection, reader: asyncio.StreamReader, count: int) -> object:
+    """What comes next. Raises: h11.RemoteProtocolError: it is not HTTP, or ends too soon."""
+    while (event := talk.next_event()) is h11.NEED_DATA:
+        talk.receive_data(await reader.read(count))
+    return event
+
+
+def _values(response: h11.Response, name: bytes) -> list[bytes]:
+    return [value for key, value in response.headers if key == name]
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:_TOLD]

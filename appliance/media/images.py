@@ -129,6 +129,13 @@ def decode_image(source: bytes | ImageHeader, recipe: ImageRecipe) -> NDArray[np
     return np.ascontiguousarray(pixels[:, :, ::-1]) if recipe.color == "bgr" else pixels
 
 
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Pixels, uint8 (h, w, 3), (h, w, 4) or (h, w, 1), as a PNG file."""
+    with io.BytesIO() as target:
+        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(target, format="PNG")
+        return target.getvalue()
+
+
 def ignore_warnings() -> None:
     """Let Pillow's warnings about odd files be: a caller's file is no news for the log, and what is broken raises.
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from appliance.catalog.bundle import ImageInput, TextInput
+from appliance.catalog.sections import ImageInput, TextInput
 from appliance.core.config import Limits
 from appliance.core.errors import ApplianceError, InputTooLarge, InvalidInput
 from appliance.core.types import Array, FieldType, Method, MethodField, Payload, PredictOptions, Result
@@ -38,7 +38,9 @@ class Task(Protocol):
 
     method: Method
     kind: str
-    """What an input must carry: "image", "text" or "ndarray"."""
+    """What an input must carry: "image", "text", "ndarray", or "values" by the method's signature."""
+    merges: bool
+    """Whether each input is one row, so that those of equal shape may be stacked."""
 
     def cost(self, payload: Payload, limits: Limits) -> int:
         """Bytes that decoding this input will take, from its header alone. Raises: InputError."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from appliance.catalog.bundle import ScoresOutput
+from appliance.catalog.sections import ScoresOutput
 from appliance.core.config import Limits
 from appliance.core.errors import ApplianceError, InferenceFailed
 from appliance.core.types import (
@@ -23,10 +23,14 @@ from appliance.tasks.base import Decoded, InputSide
 MAX_CONCEPTS = "max_concepts"
 MIN_VALUE = "min_value"
 SELECT_CONCEPTS = "select_concepts"
+LIMITS = frozenset({MAX_CONCEPTS, MIN_VALUE, SELECT_CONCEPTS})
+"""Arguments of every method that returns concepts: what `output_config` says to callers of the old form."""
 
 
 class Classifier:
     """Input side + scores; implements `Task`."""
+
+    merges = True
 
     def __init__(self, side: InputSide, scores: ScoresOutput, wrapped: bool, default_concepts: int) -> None:
         self._side = side
@@ -36,20 +40,7 @@ class Classifier:
         self.method = Method(
             name="predict",
             description=f"Concepts seen in the {side.kind}, best first.",
-            arguments=(
-                side.argument,
-                MethodField(
-                    MAX_CONCEPTS, FieldType.INT, "How many concepts to return, 1 to 200.", str(default_concepts)
-                ),
-                MethodField(MIN_VALUE, FieldType.FLOAT, "Least value of a concept to return, 0 to 1.", "0.0"),
-                MethodField(
-                    SELECT_CONCEPTS,
-                    FieldType.LIST,
-                    "Ids or names of the only concepts to return; empty: all.",
-                    "[]",
-                    (MethodField(f"{SELECT_CONCEPTS}_item", FieldType.STR),),
-                ),
-            ),
+            arguments=(side.argument, *limit_arguments(default_concepts)),
             returns=MethodField(
                 "return", FieldType.LIST, "The concepts.", items=(MethodField("return_item", FieldType.CONCEPT),)
             ),
@@ -82,30 +73,54 @@ class Classifier:
     ) -> Sequence[Result | ApplianceError]:
         """Cut the scores: select → min_value → sort by value, descending → max_concepts.
 
-        A row with a score that is no number is an error of its own, wherever that score stands: what it was sorted by
-        means nothing.
+        A row with a score that is no number is an error of its own, wherever that score stands.
         """
         if plan.TOP_VALUES in arrays:
             values, indices = arrays[plan.TOP_VALUES], arrays[plan.TOP_INDICES]
         else:
-            scores = arrays[plan.SCORES] if self._wrapped else self._probabilities(arrays[self._scores.output])
-            values, indices = _best(scores, options.selected)
-        sound: list[bool] = np.logical_and.reduce(np.isfinite(values), axis=1).tolist()
-        values, indices = values[:, : options.max_concepts], indices[:, : options.max_concepts]
-        kept: Sequence[int] = (values.shape[1],) * count
-        if options.min_value:  # 0 means no filter, and scores without an activation may be negative
-            kept = (values >= options.min_value).sum(axis=1).tolist()
-        return [
-            ConceptScores(row_indices[:keep], row_values[:keep]) if good else _not_numbers()
-            for row_indices, row_values, keep, good in zip(indices.tolist(), values.tolist(), kept, sound, strict=True)
-        ]
+            scores = (
+                arrays[plan.SCORES]
+                if self._wrapped
+                else probabilities(arrays[self._scores.output], self._scores.activation)
+            )
+            values, indices = best(scores, options.selected)
+        return cut(values, indices, options)
 
-    def _probabilities(self, raw: Array) -> Array:
-        with np.errstate(over="ignore"):  # infinite, and found to be so
-            logits: Array = raw.reshape(len(raw), -1).astype(np.float32)
-            if self._scores.activation == "sigmoid":
-                return (1.0 / (1.0 + np.exp(-logits))).astype(np.float32)
-        return softmax(logits) if self._scores.activation == "softmax" else logits
+
+def limit_arguments(default_concepts: int) -> tuple[MethodField, ...]:
+    """The arguments with which a caller limits the concepts of an answer."""
+    item = MethodField(f"{SELECT_CONCEPTS}_item", FieldType.STR)
+    wanted = "Ids or names of the only concepts to return; empty: all."
+    return (
+        MethodField(MAX_CONCEPTS, FieldType.INT, "How many concepts to return, 1 to 200.", str(default_concepts)),
+        MethodField(MIN_VALUE, FieldType.FLOAT, "Least value of a concept to return, 0 to 1.", "0.0"),
+        MethodField(SELECT_CONCEPTS, FieldType.LIST, wanted, "[]", (item,)),
+    )
+
+
+def probabilities(raw: Array, activation: str) -> Array:
+    """Scores as float32 (batch, concepts), after softmax, sigmoid or none."""
+    with np.errstate(over="ignore"):  # infinite, and found to be so
+        logits: Array = raw.reshape(len(raw), -1).astype(np.float32)
+        if activation == "sigmoid":
+            return (1.0 / (1.0 + np.exp(-logits))).astype(np.float32)
+    return softmax(logits) if activation == "softmax" else logits
+
+
+def cut(values: Array, indices: Array, options: PredictOptions) -> list[Result | ApplianceError]:
+    """An answer a row of scores that are sorted: min_value, then max_concepts.
+
+    A row with a score that is no number is an error of its own: what it was sorted by means nothing.
+    """
+    sound: list[bool] = np.logical_and.reduce(np.isfinite(values), axis=1).tolist()
+    values, indices = values[:, : options.max_concepts], indices[:, : options.max_concepts]
+    kept: Sequence[int] = (values.shape[1],) * len(values)
+    if options.min_value:  # 0 means no filter, and scores without an activation may be negative
+        kept = (values >= options.min_value).sum(axis=1).tolist()
+    return [
+        ConceptScores(row_indices[:keep], row_values[:keep]) if good else _not_numbers()
+        for row_indices, row_values, keep, good in zip(indices.tolist(), values.tolist(), kept, sound, strict=True)
+    ]
 
 
 def softmax(logits: Array) -> Array:
@@ -116,11 +131,11 @@ def softmax(logits: Array) -> Array:
     """
     with np.errstate(invalid="ignore"):
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities: Array = powers / powers.sum(axis=1, keepdims=True)
-    return probabilities.astype(np.float32)
+    shares: Array = powers / powers.sum(axis=1, keepdims=True)
+    return shares.astype(np.float32)
 
 
-def _best(scores: Array, selected: tuple[int, ...] | None) -> tuple[Array, Array]:
+def best(scores: Array, selected: tuple[int, ...] | None) -> tuple[Array, Array]:
     """Values and concept indices of each row, best first; of equals the earlier concept first."""
     wanted = np.arange(scores.shape[1]) if selected is None else np.array(sorted(selected), np.int64)
     values = scores[:, wanted]

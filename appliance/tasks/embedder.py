@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from appliance.catalog.bundle import EmbeddingOutput
+from appliance.catalog.sections import EmbeddingOutput
 from appliance.core.config import Limits
 from appliance.core.errors import ApplianceError, InferenceFailed
 from appliance.core.types import Array, Embedding, FieldType, Method, MethodField, Payload, PredictOptions, Result
@@ -14,6 +14,8 @@ from appliance.tasks.base import Decoded, InputSide
 
 class Embedder:
     """Input side + embedding; implements `Task`."""
+
+    merges = True
 
     def __init__(self, side: InputSide, embedding: EmbeddingOutput, wrapped: bool) -> None:
         self._side = side

@@ -1,6 +1,8 @@
 """A servable: one version of a model, loaded, that answers inputs."""
 
 import asyncio
+import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -11,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from appliance.catalog.bundle import BundleConfig, VersionFolder, check_inside, concepts_of
+from appliance.catalog.bundle import BundleConfig, OnnxSection, VersionFolder, check_inside, concepts_of
 from appliance.core.config import Limits
 from appliance.core.errors import ApplianceError, BundleInvalid, InputError
 from appliance.core.machine import usable_cpus
@@ -26,8 +28,12 @@ from appliance.engine.transport import Engine, LoadedModel, LoadRequest
 from appliance.media.text import TextTokenizer
 from appliance.tasks.base import Decoded, ImageSide, InputSide, Task, TextSide
 from appliance.tasks.classifier import Classifier
+from appliance.tasks.declared import Declared
 from appliance.tasks.embedder import Embedder
 from appliance.tasks.tensors import RawTensors
+
+PREDICT = "predict"
+"""The method of callers that name none (PROTOCOL 4.3)."""
 
 _SMALL_WORK = 256 * 1024
 """Bytes of decoded inputs below which a request is decoded on the loop: a hop to a thread costs more than the work."""
@@ -35,6 +41,7 @@ _FEW = 8
 """Headers that are looked at on the loop; more would make its other callers wait."""
 
 Answer = Result | ApplianceError
+_serials = itertools.count(1)
 _T = TypeVar("_T")
 
 
@@ -81,8 +88,21 @@ def _each(function: Callable[[Payload], _T], payloads: Sequence[Payload]) -> lis
     return [function(payload) for payload in payloads]
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One method of a model: what it takes and gives, and the graph that it runs."""
+
+    task: Task
+    model: LoadedModel
+
+
 class Servable:
-    """One version of a model: its task, its loaded graph and what clients are told about it."""
+    """One version of a model: its methods, its loaded graphs and what clients are told about it.
+
+    Attributes:
+        offers: method name → its task and graph; `predict` is always among them, and is `task` and `model`.
+        models: the graphs, each once.
+    """
 
     def __init__(
         self,
@@ -94,16 +114,22 @@ class Servable:
         pool: DecodePool,
         metrics: Metrics,
         notes: tuple[str, ...],
+        declared: Sequence[Offer] = (),
     ) -> None:
+        """Args: declared: the methods that the bundle declares; one named `predict` takes the place of `task`."""
         self.config = config
         self.key = config.key
         self.version = version.id
         self.concepts = concepts
-        self.task = task
-        self.model = model
+        self.offers = {offer.task.method.name: offer for offer in (Offer(task, model), *declared)}
+        self.task, self.model = self.offers[PREDICT].task, self.offers[PREDICT].model
+        self.models = tuple({id(offer.model): offer.model for offer in self.offers.values()}.values())
         self.notes = notes
         self._pool = pool
         self._decode_seconds = metrics.decode_seconds.labels(self.key.model_id, self.version)
+
+        self.serial = next(_serials)
+        """No other load has it, not even one of the same version: what was computed by this one bears it."""
 
         self.companion: object = None
         """What whoever serves it has made for it and keeps here, so that both go together."""
@@ -111,22 +137,33 @@ class Servable:
     @property
     def problem(self) -> str | None:
         """Why this servable cannot answer any more, or None."""
-        return self.model.death
+        for model in self.models:
+            if model.death:
+                return model.death
+        return None
 
     async def predict(
-        self, payloads: Sequence[Payload | ApplianceError], options: PredictOptions, ticket: Ticket, limits: Limits
+        self,
+        payloads: Sequence[Payload | ApplianceError],
+        options: PredictOptions,
+        ticket: Ticket,
+        limits: Limits,
+        method: str = PREDICT,
     ) -> list[Answer]:
         """Answer each payload, in order; a bad one gets its own error and its neighbours are answered.
 
-        Args:    payloads: an error in place of a payload is passed through.
+        Args:
+            payloads: an error in place of a payload is passed through.
+            method: one of `offers`.
         Raises:  CapacityError: the whole request must be tried later. Cancelling takes its rows out of the queue.
         """
         begun = time.perf_counter()
+        offer = self.offers[method]
         answers: list[Answer | None] = [p if isinstance(p, ApplianceError) else None for p in payloads]
         present = [(i, p) for i, p in enumerate(payloads) if not isinstance(p, ApplianceError)]
-        decoded = await self._decode(present, answers, ticket, limits)
+        decoded = await self._decode(offer.task, present, answers, ticket, limits)
         self._decode_seconds.observe(time.perf_counter() - begun)
-        await self._compute(decoded, answers, options, ticket)
+        await self._compute(offer, decoded, answers, options, ticket)
         return answers  # type: ignore[return-value]  # every place has been filled
 
     def ask(
@@ -164,14 +201,16 @@ class Servable:
 
     async def drain(self) -> None:
         """Return when everything accepted has ended."""
-        await self.model.drain()
+        await asyncio.gather(*(model.drain() for model in self.models))
 
     def close(self) -> None:
         """Let the model go; what waits is told to try again."""
-        self.model.close()
+        for model in self.models:
+            model.close()
 
     async def _decode(
         self,
+        task: Task,
         present: list[tuple[int, Payload]],
         answers: list[Answer | None],
         ticket: Ticket,
@@ -180,7 +219,7 @@ class Servable:
         """Look at all headers, reserve the memory that the largest need at once, then decode."""
         body = sum(_size(payload) for _, payload in present)
         costs = await self._pool.map(
-            partial(_tried, lambda payload: self.task.cost(payload, limits)),
+            partial(_tried, lambda payload: task.cost(payload, limits)),
             [payload for _, payload in present],
             body < _SMALL_WORK and len(present) <= _FEW,
         )
@@ -193,7 +232,7 @@ class Servable:
         largest = sorted((cost for _, _, cost in sound), reverse=True)[: self._pool.threads]
         ticket.memory.grow(sum(largest))
         small = sum(cost for _, _, cost in sound) < _SMALL_WORK
-        rows = await self._pool.map(partial(_tried, self.task.decode), [payload for _, payload, _ in sound], small)
+        rows = await self._pool.map(partial(_tried, task.decode), [payload for _, payload, _ in sound], small)
         decoded = {}
         for (index, _, _), row in zip(sound, rows, strict=True):
             if isinstance(row, ApplianceError):
@@ -204,16 +243,24 @@ class Servable:
         return decoded
 
     async def _compute(
-        self, decoded: dict[int, Decoded], answers: list[Answer | None], options: PredictOptions, ticket: Ticket
+        self,
+        offer: Offer,
+        decoded: dict[int, Decoded],
+        answers: list[Answer | None],
+        options: PredictOptions,
+        ticket: Ticket,
     ) -> None:
         """Submit the rows, those of one shape together, and put the answers in their places."""
-        outputs = self.task.outputs(options)
-        groups = list(_groups(decoded, merge=self.task.kind != "ndarray"))
+        task, model = offer.task, offer.model
+        outputs = task.outputs(options)
+        # Where a submission is one run as it is, inputs must not meet in it.
+        merge = task.merges and model.batching.mode != "whole"
+        groups = _groups(decoded, merge)
         futures = []
         try:
             for members in groups:
                 feeds = _stack([decoded[index] for index in members])
-                futures.append(self.model.submit(feeds, outputs, ticket.deadline, ticket.principal))
+                futures.append(model.submit(feeds, outputs, ticket.deadline, ticket.principal))
             if len(futures) == 1:
                 outcomes = [await futures[0]]
             else:
@@ -228,10 +275,10 @@ class Servable:
             if not outcome.arrays:
                 results: Sequence[Answer] = [next(iter(outcome.errors.values()))] * len(members)
             else:
-                results = self.task.encode(outcome.arrays, len(members), options)
+                results = task.encode(outcome.arrays, len(members), options)
             for position, index in enumerate(members):
                 error = outcome.errors.get(position)
-                if self.task.kind == "ndarray" and outcome.errors:
+                if not merge and outcome.errors:
                     error = next(iter(outcome.errors.values()))
                 answers[index] = error or _squeezed(results[position], decoded[index])
 
@@ -253,7 +300,19 @@ async def load(
     plan = await asyncio.to_thread(plans.make_plan, bundle, config, version, len(concepts))
     concepts = _numbered(concepts, config, plan)
     task = await asyncio.to_thread(_make_task, bundle, config, version, plan, limits)
-    request = LoadRequest(
+    model = await engine.load(_load_request(config, version, plan, task))
+    loaded = [model]
+    try:
+        declared = await _load_declared(bundle, config, version, concepts, engine, limits, plan, loaded)
+        return Servable(config, version, concepts, task, model, pool, metrics, plan.notes, declared)
+    except BaseException:
+        for each in loaded:
+            each.close()
+        raise
+
+
+def _load_request(config: BundleConfig, version: VersionFolder, plan: Plan, task: Task) -> LoadRequest:
+    return LoadRequest(
         name=(config.key.model_id, version.id),
         plan=plan,
         device=config.onnx.device,
@@ -262,8 +321,42 @@ async def load(
         max_rows=config.onnx.batching.max_rows,
         examples=task.examples(),
     )
-    model = await engine.load(request)
-    return Servable(config, version, concepts, task, model, pool, metrics, plan.notes)
+
+
+async def _load_declared(
+    bundle: Path,
+    config: BundleConfig,
+    version: VersionFolder,
+    concepts: tuple[Concept, ...],
+    engine: Engine,
+    limits: Limits,
+    main: Plan,
+    loaded: list[LoadedModel],
+) -> list[Offer]:
+    """The declared methods, each over its file as it is; methods of one file share its session.
+
+    Args:    loaded: the main graph, which is shared when it is not wrapped; what is loaded here is added.
+    Raises:  BundleInvalid, DeviceError: `loaded` then holds what must be closed.
+    """
+    by_file = {} if main.wrapped_input or main.wrapped_output else {main.file: (main, loaded[0])}
+    offers = []
+    for section in config.onnx.methods:
+        file = version.path / section.file if section.file else version.model_file
+        plan, model = by_file.get(check_inside(bundle, file), (None, None))
+        if plan is None:
+            raw = dataclasses.replace(config, onnx=OnnxSection(file=file.name, device=config.onnx.device))
+            plan = await asyncio.to_thread(
+                plans.make_plan, bundle, raw, dataclasses.replace(version, model_file=file), 0
+            )
+        task = await asyncio.to_thread(
+            Declared, section, plan.inputs, plan.outputs, concepts, version.path, limits.concepts_default
+        )
+        if model is None:
+            model = await engine.load(_load_request(config, version, plan, task))
+            loaded.append(model)
+            by_file[plan.file] = (plan, model)
+        offers.append(Offer(task, model))
+    return offers
 
 
 def _make_task(bundle: Path, config: BundleConfig, version: VersionFolder, plan: Plan, limits: Limits) -> Task:
@@ -316,7 +409,9 @@ def _bytes(arrays: Mapping[str, np.ndarray]) -> int:
 
 
 def _size(payload: Payload) -> int:
-    return len(payload.image or b"") + len(payload.text or "") + sum(a.nbytes for a in payload.arrays.values())
+    size = len(payload.image or b"") + len(payload.text or "") + sum(a.nbytes for a in payload.arrays.values())
+    # What the values of a declared method weigh is not looked at: they are never small work.
+    return size + _SMALL_WORK if payload.arguments else size
 
 
 def _groups(decoded: Mapping[int, Decoded], merge: bool) -> list[list[int]]:

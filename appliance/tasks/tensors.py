@@ -15,6 +15,7 @@ class RawTensors:
     """The graph's own inputs and outputs as a method; implements `Task`."""
 
     kind = "ndarray"
+    merges = False
 
     def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         """Raises: BundleInvalid: an input is not a numeric tensor, or no output is."""
@@ -28,11 +29,11 @@ class RawTensors:
         if not self._outputs:
             raise BundleInvalid("No output is a numeric tensor; export the model with zipmap=False or the like.")
         self.batched = all(spec.dynamic_batch for spec in (*inputs, *self._outputs))
-        items = tuple(MethodField(spec.name, FieldType.NDARRAY, _describe(spec)) for spec in self._outputs)
+        items = tuple(MethodField(spec.name, FieldType.NDARRAY, describe(spec)) for spec in self._outputs)
         self.method = Method(
             name="predict",
             description="Runs the graph on its own inputs and returns its own outputs.",
-            arguments=tuple(MethodField(spec.name, FieldType.NDARRAY, _describe(spec)) for spec in inputs),
+            arguments=tuple(MethodField(spec.name, FieldType.NDARRAY, describe(spec)) for spec in inputs),
             returns=MethodField("return", FieldType.NDARRAY, items[0].description)
             if len(items) == 1
             else MethodField("return", FieldType.NAMED_FIELDS, "One array for each output.", items=items),
@@ -64,7 +65,7 @@ class RawTensors:
             if self.batched and array.ndim == len(spec.shape) - 1:
                 array = array[None]
                 squeeze = True
-            feeds[spec.name] = array = self._fitted(array, spec)
+            feeds[spec.name] = array = fitted(array, spec)
             rows.add(len(array) if self.batched else 1)
         if len(rows) > 1 or 0 in rows:
             raise InvalidInput(f"The arrays have {sorted(rows)} rows; give all inputs equally many, at least one.")
@@ -82,15 +83,7 @@ class RawTensors:
         """Small noise of each dtype, and large values as the outlier; none when an axis beside the batch is dynamic."""
         if not self.batched or any(None in spec.shape[1:] for spec in self._inputs):
             return []
-        random = np.random.default_rng(0)
-
-        def row(scale: float) -> dict[str, Array]:
-            return {
-                spec.name: (random.random((1, *spec.shape[1:])) * scale).astype(spec.dtype)  # type: ignore[arg-type]
-                for spec in self._inputs
-            }
-
-        return [[row(1.0), row(1.0), row(1.0), row(100.0)]]
+        return noise(self._inputs)
 
     def encode(
         self, arrays: Mapping[str, Array], count: int, options: PredictOptions
@@ -111,20 +104,34 @@ class RawTensors:
             )
         return arrays
 
-    @staticmethod
-    def _fitted(array: Array, spec: TensorSpec) -> Array:
-        assert spec.dtype is not None
-        if not _fits(array.shape, spec.shape):
-            raise InvalidInput(f"The array {spec.name!r} has shape {list(array.shape)}; {_describe(spec)} is needed.")
-        if array.dtype == spec.dtype:
-            return array
-        if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and spec.dtype.kind != "f"):
-            raise InvalidInput(f"The array {spec.name!r} is {array.dtype}; {_describe(spec)} is needed.")
-        with np.errstate(over="ignore"):  # a float too large for a narrower one is infinite, as everywhere
-            fitted: Array = array.astype(spec.dtype)
-        if spec.dtype.kind in "biu" and not np.array_equal(fitted, array):
-            raise InvalidInput(f"The array {spec.name!r} has values that {spec.dtype} cannot hold.")
-        return fitted
+
+def noise(inputs: Sequence[TensorSpec]) -> Sequence[Sequence[dict[str, Array]]]:
+    """Rows to probe with, for inputs whose shapes are known: small noise of each dtype, large values as the outlier."""
+    random = np.random.default_rng(0)
+
+    def row(scale: float) -> dict[str, Array]:
+        return {
+            spec.name: (random.random((1, *spec.shape[1:])) * scale).astype(spec.dtype)  # type: ignore[arg-type]
+            for spec in inputs
+        }
+
+    return [[row(1.0), row(1.0), row(1.0), row(100.0)]]
+
+
+def fitted(array: Array, spec: TensorSpec) -> Array:
+    """The array in the graph's dtype. Raises: InvalidInput: its shape is another one, or a value would change."""
+    assert spec.dtype is not None
+    if not _fits(array.shape, spec.shape):
+        raise InvalidInput(f"The array {spec.name!r} has shape {list(array.shape)}; {describe(spec)} is needed.")
+    if array.dtype == spec.dtype:
+        return array
+    if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and spec.dtype.kind != "f"):
+        raise InvalidInput(f"The array {spec.name!r} is {array.dtype}; {describe(spec)} is needed.")
+    with np.errstate(over="ignore"):  # a float too large for a narrower one is infinite, as everywhere
+        changed: Array = array.astype(spec.dtype)
+    if spec.dtype.kind in "biu" and not np.array_equal(changed, array):
+        raise InvalidInput(f"The array {spec.name!r} has values that {spec.dtype} cannot hold.")
+    return changed
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
@@ -136,6 +143,7 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     return True
 
 
-def _describe(spec: TensorSpec) -> str:
+def describe(spec: TensorSpec) -> str:
+    """`float32 (?, 3)`."""
     shape = ", ".join("?" if axis is None else str(axis) for axis in spec.shape)
     return f"{spec.dtype} ({shape})"

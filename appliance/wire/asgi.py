@@ -280,6 +280,19 @@ def date_header() -> tuple[bytes, bytes]:
     return b"date", formatdate(usegmt=True).encode("ascii")
 
 
+def cors_headers(request: Headers, settings: WireSettings) -> list[tuple[bytes, bytes]]:
+    """What lets a page of an allowed origin read an answer that the application was not asked for.
+
+    The application's own answers have it from its middleware. Source: Fetch standard, CORS.
+    """
+    origin = dict(request).get(b"origin", b"").decode("latin-1")
+    if "*" in settings.cors_origins and origin:
+        return [(b"access-control-allow-origin", b"*")]
+    if origin in settings.cors_origins:
+        return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
+    return []
+
+
 def json_headers(body: bytes) -> list[tuple[bytes, bytes]]:
     """The headers of a reply that is `body`, JSON."""
     return [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), date_header()]

@@ -19,7 +19,7 @@ from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import STRANGER
 from appliance.core.types import Call, RpcAbort, RpcStatus
 from appliance.wire import _h2, grpc, sentences
-from appliance.wire.asgi import HEADERS_TOO_LARGE, Problem, json_headers
+from appliance.wire.asgi import HEADERS_TOO_LARGE, Headers, Problem, json_headers
 from appliance.wire.calls import MARK, Stream, Unary, release
 from appliance.wire.context import Context, Head
 from appliance.wire.h2http import INTERNAL_ERROR, NO_ERROR, HttpRequest
@@ -423,10 +423,10 @@ class Http2(asyncio.Protocol):
         """End a call with a status."""
         self._finish(stream, abort.status, abort.message, abort.details)
 
-    def refuse_http(self, stream: int, problem: Problem, details: str) -> None:
-        """Answer an HTTP request that the app is not asked about."""
+    def refuse_http(self, stream: int, problem: Problem, details: str, more: Headers = ()) -> None:
+        """Answer an HTTP request that the app is not asked about; `more` are headers of the answer."""
         body = problem.body(details)
-        if self._session.respond(stream, problem.status, json_headers(body), False):
+        if self._session.respond(stream, problem.status, [*json_headers(body), *more], False):
             self._session.data(stream, body, True)
         else:  # the app has begun to answer, and that cannot be unsaid
             self._session.reset(stream, INTERNAL_ERROR)

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 from appliance.core.errors import Overloaded
 from appliance.core.memory import STRANGER, Reservation
 from appliance.wire import sentences
-from appliance.wire.asgi import OVERLOADED, TIMED_OUT, TOO_LARGE, Exchange, Headers, Problem, body_limit, scope
+from appliance.wire.asgi import (
+    OVERLOADED,
+    TIMED_OUT,
+    TOO_LARGE,
+    Exchange,
+    Headers,
+    Problem,
+    body_limit,
+    cors_headers,
+    scope,
+)
 from appliance.wire.calls import MARK, wake
 from appliance.wire.context import header_pairs
 
@@ -31,6 +41,7 @@ class HttpRequest:
         if b":authority" in pseudo:
             plain.insert(0, (b"host", pseudo[b":authority"]))
         self._limit = body_limit(connection.context.settings)
+        self._cors = cors_headers(plain, connection.context.settings)
         self._received = 0
         self._until = time.monotonic() + connection.context.settings.request_timeout_s  # when the body must be here
         # For what was given to the exchange, and not taken by the app.
@@ -72,7 +83,7 @@ class HttpRequest:
         """End without the app, whatever it is doing."""
         self.connection.done(self.stream)
         self.lost()
-        self.connection.refuse_http(self.stream, problem, details)
+        self.connection.refuse_http(self.stream, problem, details, self._cors)
 
     def ended(self) -> None:
         """The body is complete."""

@@ -244,6 +244,7 @@ class Http1(asyncio.Protocol):
         self._forgiven = False
         self._disarm_read()
         request = self._request = _Request(head, self._settings)
+        request.check_length()
         self._taken = self._budget.expect(0, STRANGER)  # the one before may have had an owner
         exchange = self._exchange = Exchange(self._app, self._scope(request), self)
         if request.ended:
@@ -327,7 +328,10 @@ class Http1(asyncio.Protocol):
         status = refusal.problem.status
         body = refusal.problem.body(refusal.details)
         lines = [b"HTTP/1.1 %d %s" % (status, _REASON[status])]
-        lines += [name + b": " + value for name, value in asgi.json_headers(body)]
+        headers = asgi.json_headers(body)
+        if self._request is not None:
+            headers += asgi.cors_headers(self._request.headers, self._settings)
+        lines += [name + b": " + value for name, value in headers]
         head_only = self._request is not None and self._request.method == "HEAD"
         answer = b"\r\n".join([*lines, b"connection: close", b"", b"" if head_only else body])
         self._output.append(memoryview(answer))
@@ -473,8 +477,6 @@ class _Request:
         self._chunked = b"transfer-encoding" in names
         self._check()
         self._limit = asgi.body_limit(settings)
-        if int(dict(self.headers).get(b"content-length", b"0")) > self._limit:
-            raise Refusal(asgi.TOO_LARGE, sentences.body_too_large(settings.max_message))
         self._answer: h11.Response | None = None
         self._size = 0
         self._chunks = 0
@@ -499,6 +501,11 @@ class _Request:
         size = sum(len(name) + len(value) + 32 for name, value in self.headers) + len(self.target)
         if size > self._settings.metadata:
             raise Refusal(asgi.HEADERS_TOO_LARGE, sentences.headers_too_large(self._settings.metadata))
+
+    def check_length(self) -> None:
+        """Raises: Refusal: the body is announced to be too long."""
+        if int(dict(self.headers).get(b"content-length", b"0")) > self._limit:
+            raise Refusal(asgi.TOO_LARGE, sentences.body_too_large(self._settings.max_message))
 
     def _next_event(self) -> object:
         try:

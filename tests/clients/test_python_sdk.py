@@ -1,48 +1,31 @@
-"""The stock Python SDKs, each in its own environment, over TLS from a custom root: only base_url changes."""
+"""The basics of the stock Python SDK over each wire: only base_url changes. Form by form: test_python_sdk_forms.py."""
 
-import json
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
-from support.appliance import MODELS, PATIENCE_S, ROOT, Appliance, Pki
+from support.appliance import Appliance, Pki
+from support.stock import SAMPLES, run_script
 
 pytestmark = pytest.mark.clients
 
-HERE = Path(__file__).parent
 
-
-def run_script(name: str, environment: str, shared: Appliance, pki: Pki) -> dict[str, Any]:
-    """Run one of the scripts beside this file with a stock SDK, and return what it printed."""
-    python = ROOT / ".clients" / environment / "bin" / "python"
-    if not python.exists():
-        pytest.fail(f"{python} is missing; `make test` makes it")
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("CLARIFAI_")} | {"CLARIFAI_PAT": shared.key}
-    done = subprocess.run(
-        [python, HERE / name, f"https://localhost:{shared.port()}", pki.ca, MODELS / "digits" / "samples"],
-        capture_output=True,
-        text=True,
-        env=variables,
-        timeout=5 * PATIENCE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def run(name: str, shared: Appliance, pki: Pki) -> dict[str, Any]:
+    """What one of the scripts beside this file printed."""
+    target = f"https://localhost:{shared.port()}"
+    found: dict[str, Any] = run_script("sdk-12", name, target, pki.ca, SAMPLES, CLARIFAI_PAT=shared.key)
     return found
 
 
-@pytest.fixture(scope="module", params=["sdk-12", "sdk-10"])
-def classic(request: pytest.FixtureRequest, shared: Appliance, pki: Pki) -> dict[str, Any]:
-    """What the classic calls of each SDK gave."""
-    return run_script("script_sdk_classic.py", request.param, shared, pki)
+@pytest.fixture(scope="module")
+def classic(shared: Appliance, pki: Pki) -> dict[str, Any]:
+    """What the classic calls gave."""
+    return run("script_sdk_classic.py", shared, pki)
 
 
 @pytest.fixture(scope="module")
 def pythonic(shared: Appliance, pki: Pki) -> dict[str, Any]:
     """What the pythonic calls gave."""
-    return run_script("script_sdk_pythonic.py", "sdk-12", shared, pki)
+    return run("script_sdk_pythonic.py", shared, pki)
 
 
 class TestClassic:

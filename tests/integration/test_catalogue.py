@@ -261,7 +261,8 @@ class TestLimitsOfTheAppliance:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            appliance = make_appliance("digits", urls={"hosts": ["127.0.0.1"], "private_addresses": True})
+            hosts = [f"127.0.0.1:{server.server_port}"]
+            appliance = make_appliance("digits", urls={"hosts": hosts, "private_addresses": True})
             with appliance, Client(appliance.port(), pki.ca, appliance.new_key()) as client:
                 url = f"http://127.0.0.1:{server.server_port}/digit.png"
                 linked = resources_pb2.Input(data=resources_pb2.Data(image=resources_pb2.Image(url=url)))

@@ -13,6 +13,7 @@ from appliance.api.auth import Authenticator
 from appliance.api.keys import KeyStore, create_key
 from appliance.api.service import Api
 from appliance.catalog.repository import Repository
+from appliance.catalog.workflows import Workflows
 from appliance.core.config import Auth, Catalog, Config, Limits, Principal
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
@@ -74,7 +75,13 @@ class World:
         await self.repository.close()
         self._pool.close()
 
-    def api(self, *principals: Principal, memory: int = 200 * 2**20, **sections: Any) -> "Client":
+    def api(
+        self,
+        *principals: Principal,
+        memory: int = 200 * 2**20,
+        workflows: Workflows | None = None,
+        **sections: Any,
+    ) -> "Client":
         """A fresh API with a key for each principal, the first one's is the client's."""
         self._number += 1
         path = self.folder / f"keys-{self._number}.json"
@@ -82,7 +89,7 @@ class World:
         config = Config(auth=Auth(keys_file=path), principal=principals, **sections)
         budget = MemoryBudget(memory)
         metrics = Metrics()
-        api = Api(config, self.repository, Authenticator(config, KeyStore(path)), budget, metrics)
+        api = Api(config, self.repository, Authenticator(config, KeyStore(path)), budget, metrics, workflows)
         return Client(api, keys, budget, metrics)
 
 

@@ -38,7 +38,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 """Passes descriptors on from number 3, and becomes the command."""
 
-_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("APPLIANCE_", "CLARIFAI_"))}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("APPLIANCE_", "CLARIFAI_"))}
 
 
 def run(*arguments: str | Path, config: Path | None = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
@@ -49,7 +49,7 @@ def run(*arguments: str | Path, config: Path | None = None, check: bool = True) 
         check=check,
         capture_output=True,
         text=True,
-        env=_ENVIRONMENT,
+        env=ENVIRONMENT,
         timeout=PATIENCE_S,
     )
 
@@ -179,7 +179,7 @@ class Appliance:
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**_ENVIRONMENT, **passed},
+            env={**ENVIRONMENT, **passed},
             pass_fds=[sock.fileno() for sock in (listening or {}).values()],
         )
         log.close()
@@ -395,11 +395,11 @@ def to_toml(tables: Mapping[str, Any]) -> str:
     for name, content in tables.items():
         for table in content if isinstance(content, list) else [content]:
             lines.append(f"[[{name}]]" if isinstance(content, list) else f"[{name}]")
-            lines += [f"{key} = {_value(value)}" for key, value in table.items() if value is not None]
+            lines += [f"{key} = {toml_value(value)}" for key, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
     return json.dumps(str(value) if isinstance(value, Path) else value)
 
 

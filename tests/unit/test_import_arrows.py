@@ -1,6 +1,7 @@
 """The import arrows of DESIGN.md: rooms look downwards only, and some libraries belong to one room.
 
-`cli → daemon → orchestrator → api → tasks → media, engine → catalog → core`; `wire` and `pki` see only `core`.
+`cli → daemon → orchestrator → api → tasks → media, engine → catalog → core`; `wire` and `pki` see only `core`;
+`connect`, the other program, stands beside the daemon and sees `wire`, `pki` and `core`.
 """
 
 import ast
@@ -16,6 +17,7 @@ MAY_SEE = {
     "core": set(),
     "pki": {"core"},
     "wire": {"core"},
+    "connect": {"wire", "pki", "core"},
     "catalog": {"core"},
     "media": {"catalog", "core"},
     "engine": {"catalog", "core"},
@@ -23,7 +25,7 @@ MAY_SEE = {
     "api": {"tasks", "media", "engine", "catalog", "wire", "pki", "core"},
     "orchestrator": {"api", "tasks", "media", "engine", "catalog", "wire", "pki", "core"},
     "daemon": {"orchestrator", "api", "tasks", "media", "engine", "catalog", "wire", "pki", "core"},
-    "cli": {"daemon", "orchestrator", "api", "tasks", "media", "engine", "catalog", "wire", "pki", "core"},
+    "cli": {"connect", "daemon", "orchestrator", "api", "tasks", "media", "engine", "catalog", "wire", "pki", "core"},
 }
 """Room → rooms below it that it may import."""
 
@@ -31,7 +33,8 @@ ONLY_IN = {
     "onnxruntime": ("engine/session.py",),
     "clarifai_grpc": ("api/", "orchestrator/"),
     "google.protobuf": ("api/", "orchestrator/"),
-    "httpx": ("media/fetch.py", "cli/admin.py", "orchestrator/"),
+    "httpx": ("cli/admin.py", "orchestrator/"),
+    "h11": ("media/fetch.py", "wire/http1.py"),
     "requests": (),
     "urllib.request": (),
     "urllib3": (),
@@ -95,7 +98,7 @@ def test_every_room_has_its_arrows_written_down() -> None:
 
 def test_the_rule_knows_that_the_owning_modules_do_import_their_library() -> None:
     """A rule about a library that nobody imports any more would prove nothing."""
-    for library in ("onnxruntime", "clarifai_grpc", "google.protobuf", "httpx"):
+    for library in ("onnxruntime", "clarifai_grpc", "google.protobuf", "httpx", "h11"):
         for place in ONLY_IN[library]:
             files = [PACKAGE / place] if place.endswith(".py") else list((PACKAGE / place).glob("*.py"))
             names = [name for file in files for name in _imports(file, PACKAGE)]
@@ -128,8 +131,13 @@ def test_the_rule_knows_that_the_owning_modules_do_import_their_library() -> Non
         ("wire/grpcio.py", "from appliance.pki import inspect"),
         ("pki/root.py", "from appliance.wire import grpcio"),
         ("api/predict.py", "from appliance.daemon.service import Daemon"),
+        ("connect/forwarder.py", "from appliance.daemon.sockets import Sockets"),
+        ("connect/answers.py", "from appliance.api import status"),
+        ("daemon/service.py", "from appliance.connect import settings"),
         ("api/predict.py", "from appliance.cli import admin"),
         ("api/predict.py", "import httpx"),
+        ("media/urls.py", "import h11"),
+        ("media/fetch.py", "import httpx"),
         ("daemon/admin.py", "from appliance.cli.main import cli"),
         ("daemon/admin.py", "from urllib.request import urlopen"),
         ("catalog/importer.py", "import pickle"),
@@ -152,10 +160,13 @@ def test_an_import_against_the_arrows_is_found(tmp_path: Path, place: str, line:
     [
         ("cli/serve.py", "from appliance.daemon.service import Daemon"),
         ("cli/main.py", "from appliance import __version__"),
+        ("cli/connect.py", "from appliance.connect.forwarder import Forwarder"),
+        ("connect/answers.py", "from appliance.wire.h2 import Http2"),
         ("cli/check.py", "from appliance.wire.grpcio import Server\nfrom appliance.pki import root"),
         ("api/auth.py", "from appliance.pki.inspect import client_identity"),
         ("engine/session.py", "import onnxruntime as ort"),
-        ("media/fetch.py", "import httpx\nfrom urllib.parse import urlsplit"),
+        ("media/fetch.py", "import h11\nfrom urllib.parse import urlsplit"),
+        ("cli/admin.py", "import httpx"),
         ("catalog/state.py", "from appliance.core.files import write_atomically\nfrom . import bundle"),
         ("orchestrator/agent.py", "from clarifai_grpc.grpc.api import service_pb2"),
         ("__main__.py", "from appliance.cli.main import main"),

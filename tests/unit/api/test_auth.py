@@ -94,6 +94,20 @@ def test_a_key_is_taken_as_key_or_bearer(world: World, form: str) -> None:
     assert grant.allows(MODEL)
 
 
+def test_a_key_is_taken_as_session_token(world: World) -> None:
+    """What the SDKs send for `token=`; an authorization header, when there is one, is what counts."""
+    key = world.key()
+    session = {"x-clarifai-session-token": f" {key} "}
+    assert world.authenticator().grant(Call("/m", session, "peer", None)).name == "default"
+    assert world.authenticator().grant(Call("/m", session | {"authorization": ""}, "peer", None)).name == "default"
+    with pytest.raises(CredentialsMissing):
+        world.authenticator().grant(Call("/m", session | {"authorization": "Basic dXNlcjpwYXNz"}, "peer", None))
+    with pytest.raises(CredentialsMissing):
+        world.authenticator().grant(Call("/m", {"x-clarifai-session-token": " "}, "peer", None))
+    with pytest.raises(KeyInvalid):
+        world.authenticator().grant(Call("/m", {"x-clarifai-session-token": "0" * 64}, "peer", None))
+
+
 @pytest.mark.parametrize("header", [None, "", "Key", "Key ", "Basic dXNlcjpwYXNz", "Token {}", "{}", "Key\t{}"])
 def test_without_a_key_the_call_is_refused(world: World, header: str | None) -> None:
     """With the header to send."""

@@ -49,7 +49,7 @@ async def test_a_page_may_not_be_larger_than_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    "rpc", ["ListModels", "ListModelVersions", "ListModelConcepts", "ListConcepts", "ListModelTypes"]
+    "rpc", ["ListModels", "ListModelVersions", "ListModelConcepts", "ListConcepts", "ListModelTypes", "ListApps"]
 )
 async def test_past_the_end_a_reply_has_only_its_status(world: World, rpc: str) -> None:
     """Else the Python lister loops for ever (PROTOCOL 0.7); and the pages together are everything, once."""
@@ -239,6 +239,36 @@ async def test_the_caller_is_the_only_user(world: World, asked: str, code: int) 
     reply = await client.ask("GetUser", request)
     assert reply.status.code == code
     assert reply.user.id == ("ada-id" if code == 10000 else "")
+
+
+@pytest.mark.parametrize(
+    ("user_id", "app_id", "code"),
+    [(IDS.user_id, IDS.app_id, 10000), ("", IDS.app_id, 10000), (IDS.user_id, "no", 11101), ("no", IDS.app_id, 11101)],
+)
+async def test_an_app_is_where_models_are(world: World, user_id: str, app_id: str, code: int) -> None:
+    """As the SDK's `User(…).app(…)` asks for it."""
+    ids = resources_pb2.UserAppIDSet(user_id=user_id, app_id=app_id)
+    reply = await world.api().ask("GetApp", service_pb2.GetAppRequest(user_app_id=ids))
+    assert reply.status.code == code
+    assert (reply.app.id, reply.app.user_id) == ((IDS.app_id, IDS.user_id) if code == 10000 else ("", ""))
+
+
+async def test_an_app_without_a_model_for_the_caller_is_not_there(world: World) -> None:
+    """Whoever may use nothing sees nothing."""
+    client = world.api(Principal(name="ada", models=["else/where/*"]))
+    assert (await client.ask("GetApp", service_pb2.GetAppRequest(user_app_id=IDS))).status.code == 11101
+    assert not (await client.ask("ListApps")).apps
+
+
+@pytest.mark.parametrize(("field", "text"), [("id", "nothing"), ("name", "nothing")])
+async def test_apps_are_found_by_name(world: World, field: str, text: str) -> None:
+    """A part of it is enough."""
+    client = world.api()
+    everything = (await client.ask("ListApps")).apps
+    assert [(app.user_id, app.id) for app in everything] == [(IDS.user_id, IDS.app_id)]
+    part = service_pb2.ListAppsRequest(**{field: IDS.app_id[1:]})
+    assert list((await client.ask("ListApps", part)).apps) == list(everything)
+    assert not (await client.ask("ListApps", service_pb2.ListAppsRequest(**{field: text}))).apps
 
 
 async def test_my_scopes_say_what_a_key_may_do(world: World) -> None:

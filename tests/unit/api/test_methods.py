@@ -9,8 +9,8 @@ from google.protobuf import json_format
 
 from appliance.api import methods
 from appliance.api.limits import Asked
-from appliance.catalog.bundle import EmbeddingOutput, ImageInput, ScoresOutput
-from appliance.core.errors import InvalidArgument, InvalidInput, UnknownMethod
+from appliance.catalog.sections import EmbeddingOutput, ImageInput, ScoresOutput
+from appliance.core.errors import InvalidArgument, InvalidInput
 from appliance.core.types import FieldType, Method, MethodField
 from appliance.engine.session import TensorSpec
 from appliance.tasks.base import ImageSide
@@ -104,7 +104,7 @@ def test_every_type_has_its_number(kind: FieldType) -> None:
 
 def test_get_signatures_answers_proto_json() -> None:
     """Method name → the same signature, in camelCase (PROTOCOL 2.2)."""
-    content = json.loads(methods.signatures_json(CLASSIFIER))
+    content = json.loads(methods.signatures_json([CLASSIFIER]))
     assert list(content) == ["predict"]
     assert "inputFields" in content["predict"]
     parsed = json_format.ParseDict(content["predict"], resources_pb2.MethodSignature())
@@ -138,7 +138,7 @@ IMAGE = Data(image=resources_pb2.Image(base64=b"png"))
 
 def test_arguments_come_by_name() -> None:
     """In any order."""
-    given = methods.arguments(CLASSIFIER, "predict", data(max_concepts={"int_value": 3}, image=IMAGE))
+    given = methods.arguments(CLASSIFIER, data(max_concepts={"int_value": 3}, image=IMAGE))
     assert set(given) == {"image", "max_concepts"}
     assert given["image"] == IMAGE
 
@@ -147,17 +147,22 @@ def test_the_first_argument_may_stand_in_data_itself() -> None:
     """Inlined, without parts (PROTOCOL 4.2)."""
     message = Data(image=resources_pb2.Image(base64=b"png"))
     message.metadata[methods.METHOD_KEY] = "predict"
-    assert methods.arguments(CLASSIFIER, "predict", message)["image"].image.base64 == b"png"
+    assert methods.arguments(CLASSIFIER, message)["image"].image.base64 == b"png"
+
+
+def check(method: Method, message: Any) -> None:
+    """See whether a call is complete."""
+    methods.check_complete(method, methods.arguments(method, message))
 
 
 def test_a_missing_argument_is_named() -> None:
     """In Clarifai's own words."""
     with pytest.raises(InvalidInput, match="Missing required field: image"):
-        methods.arguments(CLASSIFIER, "predict", data(max_concepts={"int_value": 3}))
+        check(CLASSIFIER, data(max_concepts={"int_value": 3}))
     with pytest.raises(InvalidInput, match="Missing required field: b"):
-        methods.arguments(raw("sum"), "predict", data(a={}))
+        check(raw("sum"), data(a={}))
     with pytest.raises(InvalidInput, match="Missing required field: a"):
-        methods.arguments(raw("sum"), "predict", data())
+        check(raw("sum"), data())
 
 
 def test_an_unknown_argument_is_named_with_the_known_ones() -> None:
@@ -165,14 +170,7 @@ def test_an_unknown_argument_is_named_with_the_known_ones() -> None:
     with pytest.raises(
         InvalidInput, match="no argument 'max_concept'; it takes image, max_concepts, min_value, select"
     ):
-        methods.arguments(CLASSIFIER, "predict", data(image=IMAGE, max_concept={"int_value": 3}))
-
-
-@pytest.mark.parametrize("name", ["classify", "Predict", "predict ", "__init__", "_GET_SIGNATURES"])
-def test_an_unknown_method_is_named_with_the_known_ones(name: str) -> None:
-    """There is one."""
-    with pytest.raises(UnknownMethod, match="it has predict"):
-        methods.arguments(CLASSIFIER, name, data(image=IMAGE))
+        methods.arguments(CLASSIFIER, data(image=IMAGE, max_concept={"int_value": 3}))
 
 
 # ---- limits as arguments ---------------------------------------------------------------------------------------------
@@ -180,7 +178,7 @@ def test_an_unknown_method_is_named_with_the_known_ones(name: str) -> None:
 
 def asked(**parts: Any) -> Asked:
     """What these arguments ask for."""
-    return methods.asked_by_arguments(methods.arguments(CLASSIFIER, "predict", data(image=IMAGE, **parts)))
+    return methods.asked_by_arguments(methods.arguments(CLASSIFIER, data(image=IMAGE, **parts)))
 
 
 def texts(*values: str) -> Any:

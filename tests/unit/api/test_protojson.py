@@ -1,6 +1,7 @@
 """Messages as JSON: what is written is read again as the same message, by us and by protobuf's own code."""
 
 import base64
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.api import protojson
-from appliance.core.errors import InputTooLarge, InvalidInput, InvalidRequest
+from appliance.core.errors import InputTooLarge, InvalidInput, InvalidRequest, RequestError
 
 F = FieldDescriptor
 LIMIT = 2**24
@@ -103,6 +104,41 @@ def test_what_is_written_is_read_as_the_same_message(message: Any) -> None:
                 message, preserving_proto_field_name=snake, use_integers_for_enums=numbers
             )
             assert read(theirs.encode(), kind) == message
+
+
+WORDS = """inputs data image base64 url text raw id model model_version output_info outputConfig min_value max_concepts
+parts metadata user_app_id modelId concepts value ndarray shape buffer regions x created_at select_concepts"""
+NAMES = st.sampled_from(WORDS.split())
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=4),
+    st.sampled_from(["QQ==", "1", "NaN", "2020-01-01T00:00:00Z", "\ud800"]),
+)
+ANY_JSON = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=12
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(NAMES, ANY_JSON, max_size=4))
+def test_any_json_is_a_message_or_the_callers_fault(content: Any) -> None:
+    """No other error comes through, whatever stands where."""
+    try:
+        message = Request()
+        protojson.fill(message, content, LIMIT)
+    except RequestError:
+        return
+    Request.FromString(message.SerializeToString())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=40) | st.text(alphabet='{}[]",:0eE+-.\\unltrfas ', max_size=40).map(str.encode))
+def test_any_bytes_are_json_or_the_callers_fault(body: bytes) -> None:
+    with contextlib.suppress(RequestError):
+        protojson.parse(body)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -83,6 +83,39 @@ PREDICTIONS: dict[str, Callable[[], Any]] = {
 }
 
 CASES: dict[str, list[Any]] = {
+    "PostWorkflowResults": [
+        P.PostWorkflowResultsRequest(
+            user_app_id=IDS, workflow_id="nobody", inputs=predict_request("colours", PICTURE).inputs
+        ),
+        P.PostWorkflowResultsRequest(user_app_id=IDS, workflow_id="nobody"),
+    ],
+    "GetApp": [P.GetAppRequest(user_app_id=IDS), P.GetAppRequest(user_app_id={"user_id": "x", "app_id": "y"})],
+    "ListApps": [P.ListAppsRequest(user_app_id=IDS), P.ListAppsRequest(user_app_id=IDS, page=2)],
+    "GetWorkflow": [P.GetWorkflowRequest(user_app_id=IDS, workflow_id="nobody")],
+    "ListWorkflows": [P.ListWorkflowsRequest(user_app_id=IDS), P.ListWorkflowsRequest(user_app_id=IDS, page=2)],
+    "GetWorkflowVersion": [P.GetWorkflowVersionRequest(user_app_id=IDS, workflow_id="nobody", workflow_version_id="1")],
+    "ListWorkflowVersions": [P.ListWorkflowVersionsRequest(user_app_id=IDS, workflow_id="nobody")],
+    "GetComputeCluster": [
+        P.GetComputeClusterRequest(user_app_id=IDS, compute_cluster_id=name) for name in ("on-prem", "elsewhere")
+    ],
+    "ListComputeClusters": [P.ListComputeClustersRequest(user_app_id=IDS)],
+    "GetNodepool": [
+        P.GetNodepoolRequest(user_app_id=IDS, compute_cluster_id="on-prem", nodepool_id="elsewhere"),
+        P.GetNodepoolRequest(user_app_id=IDS, compute_cluster_id="elsewhere", nodepool_id="x"),
+    ],
+    "ListNodepools": [
+        P.ListNodepoolsRequest(user_app_id=IDS),
+        P.ListNodepoolsRequest(user_app_id=IDS, compute_cluster_id="on-prem", per_page=1),
+    ],
+    "GetDeployment": [P.GetDeploymentRequest(user_app_id=IDS, deployment_id=name) for name in ("colours", "elsewhere")],
+    "ListDeployments": [P.ListDeploymentsRequest(user_app_id=IDS, per_page=2)],
+    "GetRunner": [
+        P.GetRunnerRequest(user_app_id=IDS, compute_cluster_id="on-prem", nodepool_id="elsewhere", runner_id="x")
+    ],
+    "ListRunners": [
+        P.ListRunnersRequest(user_app_id=IDS, compute_cluster_id="on-prem", nodepool_id="elsewhere"),
+        P.ListRunnersRequest(user_app_id=IDS),
+    ],
     "GetModel": [
         model(P.GetModelRequest),
         model(P.GetModelRequest, version_id="1"),
@@ -180,7 +213,8 @@ def _lines(answer: httpx.Response) -> Any:
 class TestTheSameAsGrpc:
     async def test_every_rpc_is_asked(self, web: Web) -> None:
         """A new one must come with its cases; what siblings add is asked too, with nothing in it."""
-        assert {"PostModelOutputs", *STREAMS, *CASES} <= {name.removeprefix(V2) for name in web.client.endpoints}
+        served = {name.removeprefix(V2) for name in web.client.endpoints if name.startswith(V2)}
+        assert {"PostModelOutputs", *STREAMS, *CASES} == served
 
     @pytest.mark.parametrize("camel", [False, True])
     @pytest.mark.parametrize("name", PREDICTIONS)
@@ -203,7 +237,7 @@ class TestTheSameAsGrpc:
             rpc = name.removeprefix(V2)
             if not name.startswith(V2) or endpoint.unary is None:
                 continue
-            request = CASES.get(rpc, [predict_request("colours", PICTURE)])[0]
+            request = CASES[rpc][0] if rpc in CASES else predict_request("colours", PICTURE)
             await check_equal(web, rpc, request, key=key)
 
     async def test_an_empty_request_to_whatever_is_served(self, web: Web) -> None:

@@ -21,7 +21,6 @@ from support.api_world import IDS, PICTURE, SERVICE, V2, Client, World, predict_
 from appliance.api.catalogue import RPCS
 from appliance.api.service import _request_id
 from appliance.core.config import Limits, Log, Principal
-from appliance.core.errors import DownloadFailed
 from appliance.core.types import Call, RpcAbort, RpcStatus
 from appliance.engine.worker import LocalModel
 
@@ -305,50 +304,6 @@ async def test_a_place_that_is_not_this_one_is_refused(world: World) -> None:
         getattr(request.runner_selector, field).id = "elsewhere"
         reply = await client.ask("PostModelOutputs", request)
         assert reply.status.code == code
-
-
-# ---- inputs behind URLs ----------------------------------------------------------------------------------------------
-
-
-def linked(*urls: str) -> Any:
-    """Inputs that name URLs."""
-    return [Input(data=Data(image=Image(url=url))) for url in urls]
-
-
-async def test_urls_are_off_unless_hosts_are_listed(world: World) -> None:
-    """Each such input is refused by itself; the URL is echoed, as in Clarifai's replies."""
-    reply = await world.api().predict("colours", *linked("https://example.com/cat.png"), PICTURE)
-    assert [output.status.code for output in reply.outputs] == [30106, 10000]
-    assert reply.outputs[0].input.data.image.url == "https://example.com/cat.png"
-
-
-async def test_what_a_url_delivers_is_answered_in_its_place(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Downloads that fail are their own input's fault; the bytes are counted and given back."""
-    client = world.api()
-
-    async def fetch(url: str, *arguments: Any) -> bytes:
-        await asyncio.sleep(0)
-        if "bad" in url:
-            raise DownloadFailed("The URL answered HTTP 404.")
-        return PICTURE if "cat" in url else b"no picture"
-
-    monkeypatch.setattr("appliance.api.predict.fetch", fetch)
-    reply = await client.predict("colours", *linked("http://h/cat", "http://h/bad", "http://h/text", "http://h/cat2"))
-    assert [output.status.code for output in reply.outputs] == [10000, 30002, 30101, 10000]
-    assert client.budget.used == 0
-
-
-async def test_downloads_over_the_memory_budget_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """21354 for the request, not an internal error."""
-
-    async def fetch(*arguments: Any) -> bytes:
-        return b"\0" * 600_000
-
-    monkeypatch.setattr("appliance.api.predict.fetch", fetch)
-    client = world.api(memory=1_000_000)
-    reply = await client.predict("colours", *linked("http://h/1", "http://h/2", "http://h/3"))
-    assert (reply.status.code, len(reply.outputs)) == (21354, 0)
-    assert client.budget.used == 0
 
 
 # ---- signatures ------------------------------------------------------------------------------------------------------

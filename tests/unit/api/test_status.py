@@ -43,6 +43,8 @@ def test_every_error_has_a_row_of_its_own_or_its_parents(kind: type[ApplianceErr
     error = kind.__new__(kind)
     if isinstance(error, errors.PlacementUnknown):
         error.kind = "nodepool"
+    if isinstance(error, errors.PlacementMismatch):
+        error.kind = "runner"
     row = status.row_of(error)
     assert row is not status.INTERNAL
     assert row.description
@@ -85,6 +87,7 @@ def test_every_row_belongs_to_an_error_of_the_tree() -> None:
         (errors.UnknownType, 11101),
         (errors.UnknownStatusCode, 11101),
         (errors.UnknownUser, 11101),
+        (errors.UnknownApp, 11101),
         (errors.InvalidInput, 30104),
         (errors.UnsupportedFormat, 30101),
         (errors.InputTooLarge, 30105),
@@ -100,6 +103,8 @@ def test_every_row_belongs_to_an_error_of_the_tree() -> None:
         (errors.DeadlineExceeded, 98009),
         (errors.BundleInvalid, 21350),
         (errors.InferenceFailed, 21313),
+        (errors.UnknownWorkflow, 22102),
+        (errors.DeploymentDisabled, 25903),
     ],
 )
 def test_the_numbers_are_those_of_the_design(kind: type[ApplianceError], code: int) -> None:
@@ -107,10 +112,19 @@ def test_the_numbers_are_those_of_the_design(kind: type[ApplianceError], code: i
     assert status.TABLE[kind].code == code
 
 
-@pytest.mark.parametrize(("kind", "code"), [("deployment", 25900), ("nodepool", 25700), ("runner", 25600)])
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("deployment", 25900), ("nodepool", 25700), ("compute_cluster", 25800), ("runner", 25600)],
+)
 def test_an_unknown_place_is_named_by_its_kind(kind: str, code: int) -> None:
     """Clarifai has a number for each."""
     assert status.of_error(errors.PlacementUnknown(kind, "x")).code == code
+
+
+@pytest.mark.parametrize(("kind", "code"), [("deployment", 25901), ("runner", 25602)])
+def test_a_place_for_another_model_is_named_by_its_kind(kind: str, code: int) -> None:
+    """Likewise."""
+    assert status.of_error(errors.PlacementMismatch(kind, "x", "a/b/c", "a/b/d")).code == code
 
 
 MEANING = {

@@ -28,6 +28,7 @@ from appliance.catalog.bundle import (
     verify_checksums,
     write_checksums,
 )
+from appliance.catalog.sections import FORBIDDEN_SUFFIXES
 from appliance.core.errors import BundleInvalid
 from appliance.core.types import Concept, ModelKey
 
@@ -399,7 +400,7 @@ def test_paths_that_leave_the_bundle_are_refused(tmp_path: Path, path: str, key:
     assert "inside the version's folder" in refusal(written(tmp_path, {"model": {"id": "m"}, "onnx": section}))
 
 
-@pytest.mark.parametrize("suffix", sorted(bundles.FORBIDDEN_SUFFIXES))
+@pytest.mark.parametrize("suffix", sorted(FORBIDDEN_SUFFIXES))
 def test_files_that_may_run_code_are_refused(tmp_path: Path, suffix: str) -> None:
     folder = written(tmp_path, {"model": {"id": "m"}, "onnx": {"file": f"model{suffix}"}})
     assert "may run code" in refusal(folder)

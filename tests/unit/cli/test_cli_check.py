@@ -47,6 +47,21 @@ def test_a_sound_appliance_passes(ready: Command) -> None:
     assert "tensor-to-tensor on cpu" in report["net:1"][1]
 
 
+def test_workflows_are_read_and_their_models_looked_for(ready: Command) -> None:
+    (ready.folder / "workflows").mkdir()
+    file = ready.folder / "workflows" / "flow.yaml"
+    model = f"model_id: net, user_id: {graphs.USER}, app_id: {graphs.APP}"
+    file.write_text(f"workflow: {{id: flow, nodes: [{{id: a, model: {{{model}}}}}]}}\n")
+    state, text = lines(ready.good("check"))["workflow"]
+    assert (state, text) == ("ok", "flow.yaml: appliance/main/flow, nodes: 1")
+    file.write_text("workflow: {id: flow, nodes: [{id: a, model: {model_id: none}}]}\n")
+    result = ready("check")
+    assert result.exit_code == 1
+    state, text = lines(result.stdout)["workflow"]
+    assert state == "fail"
+    assert text.startswith("flow.yaml: node 'a': There is no model appliance/main/none")
+
+
 def test_nothing_is_written(ready: Command) -> None:
     before = {path: path.stat().st_mtime_ns for path in ready.folder.rglob("*")}
     ready.good("check")

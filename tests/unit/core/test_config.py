@@ -80,6 +80,13 @@ def test_principals_of_all_files_are_put_one_behind_the_other(write: Callable[..
     assert ("principal.1.models", ["digits"]) in [(key, value) for key, value, _ in loaded.rows()]
 
 
+def test_deployments_of_all_files_are_put_one_behind_the_other(write: Callable[..., Path]) -> None:
+    tables = [f'[[deployment]]\nid = "{name}"\nmodel = "digits"\n' for name in ("one", "two")]
+    loaded = load(write(tables[0], a=tables[1]), {})
+    assert [deployment.id for deployment in loaded.config.deployment] == ["one", "two"]
+    assert ("deployment.1.model", "digits") in [(key, value) for key, value, _ in loaded.rows()]
+
+
 def test_drop_ins_lie_beside_the_file_that_the_environment_names(write: Callable[..., Path]) -> None:
     main = write(a='[log]\nlevel = "error"\n')
     assert load(None, {"APPLIANCE_CONFIG": str(main)}).config.log.level == "error"
@@ -172,7 +179,11 @@ def test_the_message_has_one_line_for_each_problem(write: Callable[..., Path]) -
         ("[log]\nlevle = 1\n", "log.levle", "Did you mean 'level'?"),
         ("[catlog]\nroot = 1\n", "catlog", "Did you mean 'catalog'?"),
         ('[[principal]]\nname = "a"\nmodel = ["x"]\n', "principal.0.model", "Did you mean 'models'?"),
-        ("[urls]\nzzz = 1\n", "urls.zzz", "Known here: hosts, private_addresses, timeout_s."),
+        (
+            "[urls]\nzzz = 1\n",
+            "urls.zzz",
+            "Known here: ca, connections, connections_per_principal, hosts, private_addresses, timeout_s.",
+        ),
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest_known_one(
@@ -215,6 +226,12 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(
         "[[principal]]\nname = 'a'\nidentities = ['ada']\n",
         "[[principal]]\nname = 'a'\nidentities = ['cn:']\n",
         "[[principal]]\nname = 'a'\n[[principal]]\nname = 'a'\n",
+        "deployment = 1\n",
+        "[[deployment]]\nid = 'a'\n",
+        "[[deployment]]\nmodel = 'a'\n",
+        "[[deployment]]\nid = 'a b'\nmodel = 'a'\n",
+        "[[deployment]]\nid = 'a'\nmodel = 'b'\n[[deployment]]\nid = 'a'\nmodel = 'c'\n",
+        "[placement]\ncompute_cluster_id = 'a b'\n",
         "[[principal]]\nname = 'a'\nidentities = ['cn:x']\n[[principal]]\nname = 'b'\nidentities = ['cn:x']\n",
         "[limits]\nconcepts_default = 30\nconcepts_max = 20\n",
         "[admin]\nlisten = '0.0.0.0:9464'\n",
@@ -369,6 +386,12 @@ def test_a_passphrase_from_the_environment_is_its_text(write: Callable[..., Path
     assert passphrase.get_secret_value() == text.strip('"')
 
 
+SEVERAL: dict[str, type[configuration.Section]] = {
+    "principal": configuration.Principal,
+    "deployment": configuration.Deployment,
+}
+
+
 # ---- the example file ------------------------------------------------------------------------------------------------
 
 
@@ -386,8 +409,8 @@ def test_the_example_as_it_is_changes_nothing(write: Callable[..., Path]) -> Non
 
 def test_the_example_uncommented_is_the_defaults() -> None:
     tables = uncommented(configuration.example())
-    principal = tables.pop("principal")[0]
-    assert set(tables) | {"principal"} == set(Config.model_fields)
+    principal, deployment = tables.pop("principal")[0], tables.pop("deployment")[0]
+    assert set(tables) | {"principal", "deployment"} == set(Config.model_fields)
     for section, keys in tables.items():
         defaults = getattr(Config(), section)
         assert set(keys) == set(type(defaults).model_fields)
@@ -396,6 +419,7 @@ def test_the_example_uncommented_is_the_defaults() -> None:
         type(defaults).model_validate(keys)  # what is unset by default is shown as something that is valid
     shown = configuration.Principal.model_validate(principal)
     assert shown.model_copy(update={"user_id": None}) == configuration.Principal(name=shown.name)
+    assert configuration.Deployment.model_validate(deployment).model == "digits"
 
 
 def test_the_shipped_example_file_is_the_one_that_the_command_prints() -> None:
@@ -405,7 +429,7 @@ def test_the_shipped_example_file_is_the_one_that_the_command_prints() -> None:
 
 def test_every_key_is_documented() -> None:
     for name in Config.model_fields:
-        section = configuration.Principal if name == "principal" else type(getattr(Config(), name))
+        section = SEVERAL.get(name) or type(getattr(Config(), name))
         for key, field in section.model_fields.items():
             assert field.description, f"{name}.{key}"
             assert field.description.endswith("."), f"{name}.{key}"
@@ -439,16 +463,27 @@ TAKEN_OVER_LIVE = {
     "catalog.scan_interval_s": "read at every look",
     "catalog.settle_s": "read at every look",
     "catalog.start_wait_s": "only matters at the next start",
+    "catalog.workflows": "read at every look",
+    "placement.user_id": "read for every request",
+    "placement.compute_cluster_id": "read for every request",
+    "placement.nodepool_id": "read for every request",
     "limits.inputs_per_request": "integration: SIGHUP under load takes over",
     "limits.concepts_max": "read for every request",
     "limits.image_size": "read for every request",
     "limits.image_pixels": "read for every request",
     "limits.text_size": "read for every request",
+    "limits.audio_size": "read for every request",
+    "limits.video_size": "read for every request",
     "limits.memory_in_flight": "integration: the memory budget follows a reload",
     "limits.request_timeout_s": "read for every request",
     "urls.hosts": "read for every request",
     "urls.private_addresses": "read for every request",
+    "urls.ca": "Downloads.configure",
     "urls.timeout_s": "read for every request",
+    "urls.connections": "Downloads.configure",
+    "urls.connections_per_principal": "Downloads.configure",
+    "cache.size": "PredictCache.configure",
+    "cache.ttl_s": "PredictCache.configure",
     "log.level": "logs.set_level",
     "log.sample": "read for every request",
     "shutdown.lame_duck_s": "read when draining",
@@ -460,7 +495,7 @@ def test_every_other_key_is_known_to_act_without_a_restart() -> None:
     """Whoever adds a key says which of the two it is."""
     live = set()
     for section, info in Config.model_fields.items():
-        if section == "principal":
+        if section in SEVERAL:
             continue
         assert isinstance(info.annotation, type)
         assert issubclass(info.annotation, configuration.Section)

@@ -65,3 +65,20 @@ def test_a_quota_that_cannot_be_read_bounds_nothing(tree: Path, text: str) -> No
 def test_this_machine_leaves_us_something() -> None:
     assert machine.usable_cpus() >= 1
     assert machine.usable_memory() > 2**20
+
+
+def test_accelerators_are_named_in_the_order_of_their_device_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver lists all of the machine; only those whose files are here count."""
+    monkeypatch.setattr(machine, "_DEVICES", tmp_path / "dev")
+    monkeypatch.setattr(machine, "_GPUS", tmp_path / "gpus")
+    assert machine.accelerators() == ()
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia2", "nvidia10", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / "dev" / name).touch()
+    for bus, minor, name in (("a", 10, "NVIDIA H200"), ("b", 2, "NVIDIA L4"), ("c", 0, "NVIDIA T4")):
+        (tmp_path / "gpus" / bus).mkdir(parents=True)
+        text = f"Model: \t\t {name}\nIRQ:   \t\t 7\nDevice Minor: \t {minor}\nno colon\n"
+        (tmp_path / "gpus" / bus / "information").write_text(text)
+    assert machine.accelerators() == ("NVIDIA L4", "", "NVIDIA H200")

@@ -506,7 +506,7 @@ def test_a_units_socket_that_grpcio_cannot_serve_is_told(
 _SERVER = """
 import asyncio, signal, sys, uvloop
 from appliance.daemon.sockets import open_listening
-from appliance.daemon.systemd import Notifier
+from appliance.core.systemd import Notifier
 from appliance.wire.listener import Gate, Listener
 from appliance.wire.settings import WireSettings
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import graphs, pictures
 
-from appliance.catalog.bundle import ImageInput, TextInput, TextInputs
+from appliance.catalog.sections import ImageInput, TextInput, TextInputs
 from appliance.core.config import Limits
 from appliance.core.errors import InputTooLarge, InvalidInput, UnsupportedFormat
 from appliance.core.types import Payload

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.catalog.bundle import ImageInput, ScoresOutput
+from appliance.catalog.sections import ImageInput, ScoresOutput
 from appliance.core.errors import InferenceFailed
 from appliance.core.types import ConceptScores, PredictOptions
 from appliance.engine import plan

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from appliance.catalog.bundle import EmbeddingOutput, ImageInput
+from appliance.catalog.sections import EmbeddingOutput, ImageInput
 from appliance.core.errors import InferenceFailed
 from appliance.core.types import Embedding, PredictOptions
 from appliance.engine import plan

@@ -26,7 +26,7 @@ from appliance.core.errors import (
 from appliance.core.memory import MemoryBudget
 from appliance.core.types import ConceptScores, Embedding, Payload, PredictOptions, Tensors
 from appliance.engine.batcher import Outcome
-from appliance.tasks.servable import DecodePool, Servable, Ticket
+from appliance.tasks.servable import PREDICT, DecodePool, Offer, Servable, Ticket
 
 LIMITS = Limits()
 OPTIONS = PredictOptions()
@@ -65,6 +65,8 @@ def hold(servable: Servable, refuse_after: int | None = None) -> HeldModel:
     held = HeldModel(servable.model, refuse_after)
     servable.model.close()
     servable.model = held  # type: ignore[assignment]
+    servable.offers[PREDICT] = Offer(servable.task, servable.model)
+    servable.models = (servable.model,)
     return held
 
 

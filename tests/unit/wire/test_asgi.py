@@ -117,6 +117,18 @@ def test_a_body_may_be_longer_than_its_messages_by_what_their_text_form_adds() -
     assert "limits.request_size, 900" in sentences.body_too_large(settings.max_message)
 
 
+def test_answers_of_the_wire_itself_are_for_pages_of_allowed_origins() -> None:
+    asked = [(b"origin", b"https://lab.example.com")]
+    some, every = (WireSettings(cors_origins=o) for o in (("https://lab.example.com",), ("*",)))
+    assert dict(asgi.cors_headers(asked, some)) == {
+        b"access-control-allow-origin": b"https://lab.example.com",
+        b"vary": b"Origin",
+    }
+    assert asgi.cors_headers(asked, every) == [(b"access-control-allow-origin", b"*")]
+    assert asgi.cors_headers([(b"origin", b"https://evil.example.com")], some) == []
+    assert asgi.cors_headers([], every) == asgi.cors_headers([], some) == asgi.cors_headers(asked, WireSettings()) == []
+
+
 # ---- the body ----
 
 

@@ -23,7 +23,13 @@ from appliance.wire.h2 import Http2
 from appliance.wire.peer import Peer
 from appliance.wire.settings import WireSettings
 
-SETTINGS = WireSettings(max_message=2**20, max_reply=2**20, streams=64, request_timeout_s=5)
+SETTINGS = WireSettings(
+    max_message=2**20,
+    max_reply=2**20,
+    streams=64,
+    request_timeout_s=5,
+    cors_origins=("https://lab.example.com",),
+)
 
 
 class Connection:
@@ -317,11 +323,12 @@ async def test_a_reply_that_was_begun_is_not_taken_for_whole() -> None:
 async def test_an_http_body_must_arrive_in_time() -> None:
     """408, as over HTTP/1.1."""
     connection = Connection()
-    connection.open(1, "/rest", ("content-type", "text/plain"))
+    connection.open(1, "/rest", ("content-type", "text/plain"), ("origin", "https://lab.example.com"))
     connection.feed(frame(peer.DATA, 0, 1, b"half a "))
     await connection.wait(8)
     ((stream, headers), *_) = connection.heard()
     assert (stream, headers[":status"]) == (1, "408")
+    assert headers["access-control-allow-origin"] == "https://lab.example.com"
     assert connection.budget.used == 0
     connection.gone()
 

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -442,6 +443,20 @@ async def test_a_body_over_the_limit_is_refused_by_its_length_before_it_comes() 
     status, code, sentence = details(await meeting.say(request("POST / HTTP/1.1", f"Content-Length: {over}")))
     assert (status, code) == (413, 30105)
     assert f"limits.request_size, {MIB} bytes" in sentence
+    await meeting.leave()
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [("https://lab.example.com", b"access-control-allow-origin: https://lab.example.com\r\n"), ("https://evil", b"")],
+)
+async def test_a_page_of_an_allowed_origin_can_read_what_the_wire_refuses(origin: str, allowed: bytes) -> None:
+    """Else a browser tells it of a network error, and nothing of the limit."""
+    meeting = Meeting(echo, replace(SETTINGS, cors_origins=("https://lab.example.com",)))
+    length = f"Content-Length: {asgi.body_limit(SETTINGS) + 1}"
+    sent = await meeting.say(request("POST / HTTP/1.1", length, f"Origin: {origin}"))
+    assert sent.startswith(b"HTTP/1.1 413")
+    assert (allowed in sent) if allowed else (b"access-control" not in sent)
     await meeting.leave()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.appliance import notify_socket
 
-from appliance.daemon.systemd import Notifier
+from appliance.core.systemd import Notifier
 
 pytest.importorskip("systemd.daemon", reason="the `systemd` extra is not installed")
 

@@ -35,6 +35,10 @@ class Notifier:
         """We serve."""
         self._notify(f"READY=1\nSTATUS={text}")
 
+    def status(self, text: str) -> None:
+        """What we are at, for `systemctl status`."""
+        self._notify(f"STATUS={text}")
+
     def reloading(self) -> None:
         """A reload has begun; `ready` ends it."""
         self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\nSTATUS=reloading")

@@ -1,0 +1,247 @@
+"""What a predict request asks: which method each input calls, with what, and how the answer is cut (PROTOCOL 4).
+
+An input that names a method, or brings arguments as parts, is pythonic: its answer goes into a part named `return`. Any
+other is of the old form: its content stands at the top of `data`, its limits in `output_config` and `inference_params`.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+
+import numpy as np
+from clarifai_grpc.grpc.api import resources_pb2, service_pb2
+from google.protobuf import struct_pb2
+
+from appliance.api import messages, methods, values
+from appliance.api.limits import Asked, options_for
+from appliance.api.messages import UrlInput
+from appliance.core.config import Limits
+from appliance.core.errors import ApplianceError, InvalidArgument, RequestError, UnknownMethod
+from appliance.core.types import FieldType, Media, Method, MethodKind, Payload, PredictOptions, Value
+from appliance.tasks.servable import PREDICT, Servable
+
+
+class Rpc(enum.Enum):
+    """The three RPCs that call methods, and the method that each calls when none is named."""
+
+    POST = PREDICT
+    GENERATE = "generate"
+    STREAM = "stream"
+
+
+_SERVED_BY = {
+    MethodKind.UNARY: (Rpc.POST, Rpc.GENERATE, Rpc.STREAM),
+    MethodKind.GENERATE: (Rpc.GENERATE, Rpc.STREAM),
+    MethodKind.STREAM: (Rpc.STREAM,),
+}
+_NAMES = {Rpc.GENERATE: "GenerateModelOutputs", Rpc.STREAM: "StreamModelOutputs"}
+_NO_PARAMS = struct_pb2.Struct()
+
+
+@dataclass(slots=True)
+class Question:
+    """One input, understood.
+
+    Attributes:
+        payload: what the method takes, once all `links` are fetched; or why there is none.
+        options: how the answer is cut.
+        links: what lies behind URLs, each with who takes it once it is here.
+    """
+
+    method: Method
+    payload: Payload | ApplianceError
+    options: PredictOptions
+    pythonic: bool
+    links: Sequence[tuple[UrlInput, Callable[[Payload], None]]] = ()
+
+    def take(self, payload: Payload | UrlInput) -> None:
+        """Set what the method takes, or the link that leads to it."""
+        if isinstance(payload, UrlInput):
+            self.links = ((payload, self.take),)
+        else:
+            self.payload = payload
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What is kept between the messages of one stream: the first one carries the arguments that do not change."""
+
+    _given: dict[tuple[str, str], Mapping[str, resources_pb2.Data]] = field(default_factory=dict)
+
+    def complete(
+        self, model: str, method: Method, given: Mapping[str, resources_pb2.Data]
+    ) -> Mapping[str, resources_pb2.Data]:
+        """The arguments of a message, with those of the first message that it leaves out."""
+        streamed = method.streamed
+        if streamed is None:
+            return given
+        key = (model, method.name)
+        first = self._given.setdefault(key, {k: v for k, v in given.items() if k != streamed.name})
+        return {**first, **given}
+
+
+def understand(
+    request: service_pb2.PostModelOutputsRequest,
+    servable: Servable,
+    limits: Limits,
+    rpc: Rpc,
+    conversation: Conversation | None = None,
+) -> tuple[list[Question], list[str]]:
+    """Each input as a question, and the selected concepts that the model does not have.
+
+    Raises: InvalidArgument: this holds for the request as a whole.
+    """
+    questions = []
+    unknown: list[str] = []
+    for given in request.inputs:
+        pythonic = methods.is_pythonic(given.data, servable.task.kind)
+        try:
+            method = _method_of(servable, given.data, rpc)
+        except UnknownMethod as error:
+            questions.append(Question(servable.task.method, error, PredictOptions(), pythonic))
+            continue
+        _check_call(method, rpc, len(request.inputs))
+        question = Question(method, Payload(), PredictOptions(), pythonic)
+        missing: list[str] = []
+        if not pythonic:
+            question.options, missing = options_of(request, servable, method, limits)
+        try:
+            if pythonic:
+                missing = _ask_pythonic(question, given.data, servable, limits, conversation)
+            else:
+                _ask_in_old_form(question, given.data, servable, request)
+        except RequestError as error:
+            question.payload = error
+        unknown += [text for text in missing if text not in unknown]
+        questions.append(question)
+    return questions, unknown
+
+
+def options_of(
+    request: service_pb2.PostModelOutputsRequest, servable: Servable, method: Method, limits: Limits
+) -> tuple[PredictOptions, list[str]]:
+    """How an old form's answers are cut, and the selected concepts that the model does not have.
+
+    Raises: InvalidArgument.
+    """
+    if not request.HasField("model"):
+        return _usual_options(limits.concepts_default), []
+    return options_for(_asked_by_request(request, method), servable.concepts, limits)
+
+
+def _method_of(servable: Servable, data: resources_pb2.Data, rpc: Rpc) -> Method:
+    """Raises: UnknownMethod."""
+    name = methods.method_name(data)
+    if not name:
+        name = rpc.value if rpc.value in servable.offers else PREDICT
+    if name not in servable.offers:
+        raise UnknownMethod(name[:80], tuple(servable.offers))
+    return servable.offers[name].task.method
+
+
+def _check_call(method: Method, rpc: Rpc, inputs: int) -> None:
+    """Raises: InvalidArgument: the method is not called so."""
+    served_by = _SERVED_BY[method.kind]
+    if rpc not in served_by:
+        raise InvalidArgument(f"Method {method.name!r} streams; call it with {_NAMES[served_by[0]]}.")
+    if method.kind is not MethodKind.UNARY and inputs != 1:
+        raise InvalidArgument(f"Method {method.name!r} streams, and {inputs} inputs came; send one in a message.")
+
+
+def _ask_pythonic(
+    question: Question,
+    data: resources_pb2.Data,
+    servable: Servable,
+    limits: Limits,
+    conversation: Conversation | None,
+) -> list[str]:
+    method = question.method
+    given = methods.arguments(method, data)
+    if conversation is not None:
+        given = conversation.complete(str(servable.key), method, given)
+    methods.check_complete(method, given)
+    asked = methods.asked_by_arguments(given) if _returns_concepts(method) else Asked()
+    question.options, unknown = options_for(asked, servable.concepts, limits)
+    kind = servable.offers[method.name].task.kind
+    if kind == "values":
+        _fill(question, methods.read_arguments(method, given))
+    else:
+        main = given.get(method.arguments[0].name, resources_pb2.Data())
+        question.take(messages.payload_of_arguments(kind, main, dict(given)))
+    return unknown
+
+
+def _ask_in_old_form(
+    question: Question,
+    data: resources_pb2.Data,
+    servable: Servable,
+    request: service_pb2.PostModelOutputsRequest,
+) -> None:
+    method = question.method
+    kind = servable.offers[method.name].task.kind
+    if kind == "values":
+        params = request.model.model_version.output_info.params if request.HasField("model") else _NO_PARAMS
+        _fill(question, methods.read_old_form(method, data, params))
+    else:
+        question.take(messages.payload_of(kind, data))
+
+
+def _fill(question: Question, arguments: dict[str, Value]) -> None:
+    method = question.method
+    question.payload = Payload(arguments=arguments)
+    question.links = [
+        (UrlInput(media.url, _content, kind), partial(_put, media))
+        for field in method.arguments
+        for kind, media in values.links(field, arguments[field.name])
+    ]
+    if method.least:
+        question.options = dataclasses.replace(question.options, min_value=np.float32(arguments[method.least]))
+
+
+def _content(body: bytes) -> Payload:
+    """Any kind of file, as it came."""
+    return Payload(image=body)
+
+
+def _put(media: Media, fetched: Payload) -> None:
+    media.content = fetched.image or b""
+
+
+def _returns_concepts(method: Method) -> bool:
+    returned = method.returns
+    return any(each.type is FieldType.CONCEPT for each in (returned, *returned.items))
+
+
+@lru_cache(maxsize=16)
+def _usual_options(concepts_default: int) -> PredictOptions:
+    """What `options_for` makes of a request that asks for nothing."""
+    return PredictOptions(max_concepts=concepts_default)
+
+
+def _asked_by_request(request: service_pb2.PostModelOutputsRequest, method: Method) -> Asked:
+    """`output_config` from both places; what the model version says wins over the deprecated place (PROTOCOL 0.5).
+
+    What neither says, `inference_params` may: they name the method's arguments.
+    """
+    info = request.model.model_version.output_info
+    new, old = info.output_config, request.model.output_info.output_config
+    select = new.select_concepts or old.select_concepts
+    language = new.language or old.language
+    if language not in ("", "en"):
+        raise InvalidArgument(
+            f"language is {language[:20]!r}; models here name concepts in one language: leave it out."
+        )
+    asked = Asked(
+        max_concepts=new.max_concepts or old.max_concepts,
+        min_value=new.min_value or old.min_value,
+        select=tuple((concept.id, concept.name) for concept in select),
+    )
+    if not info.params.fields:
+        return asked
+    methods.check_params(method, info.params)
+    named = methods.asked_by_params(info.params) if _returns_concepts(method) else Asked()
+    return Asked(
+        asked.max_concepts or named.max_concepts, asked.min_value or named.min_value, asked.select or named.select
+    )
