@@ -12,7 +12,7 @@ import pytest
 from support.appliance import MODELS, ROOT, Appliance, Pki, make_pki
 from support.browser import Pages, chromium, chromium_version
 from support.client_matrix import Matrix
-from support.forms import DIGIT, TOPIC, Of, Says, check, says, why
+from support.forms import DIGIT, TOPIC, Instead, Of, Says, check, says, why
 from support.programs import bundle, node_project, node_versions
 from support.stock import CLIENT_TESTS, SAMPLES
 from support.wire_server import Server
@@ -63,6 +63,7 @@ WEB_FORMS: dict[str, Any] = {
     "`getModel`": "1",
     "`listModels`": ["digits", "ml-topics"],
     "`GenerateModelOutputs`, by grpc-web's `serverStreaming`": [DIGIT],
+    "`StreamModelOutputs`": Instead("undefined", "gRPC-Web has no streams of requests, and the package no such method"),
     "a wrong PAT": says("11008", "not known to this appliance"),
     "an RPC that is not served": says("gRPC 12: .*ListInputs"),
 }

@@ -344,3 +344,9 @@ def test_a_client_certificate(
     check(found(ask(command, bodies, certified, **pair), ids), DIGIT, truth)
     check(found(ask(post(), bodies, certified), ids), says("HTTP 401, 11102", "client certificate"), truth)
     matrix.row(CURL, "a client certificate: `--cert`, `--key`")
+    by_url = FORMS["an image by URL"].command.replace(AUTH, '--cert "$PAIR.crt" --key "$PAIR.key"')
+    refusal = found(ask(by_url, bodies, certified, WEB="http://localhost/x.png", **pair), ids)
+    check(refusal, says("HTTP 400, 10020, 30106", "urls.hosts is empty"), truth)
+    matrix.row(
+        CURL, "an image by URL, where no host is allowed", why="off until the operator names hosts in `urls.hosts`"
+    )

@@ -180,6 +180,7 @@ const byGrpcWeb = {
     return response.getModelsList().map((model) => model.getId()).sort();
   },
   "`GenerateModelOutputs`, by grpc-web's `serverStreaming`": () => streamed("text"),
+  "`StreamModelOutputs`": async () => typeof client.streamModelOutputs,
   "a wrong PAT": async () =>
     conceptIds(await called("postModelOutputs", request([input()]), { authorization: `Key ${"0".repeat(64)}` })),
   "an RPC that is not served": () => called("listInputs", new ListModelsRequest()),
