@@ -230,7 +230,7 @@ _SOURCES = {
     FieldType.BOOL: ("bool_value",),
     FieldType.NDARRAY: ("ndarray",),
     FieldType.JSON: ("struct_value", "string_value"),
-    FieldType.TEXT: ("text", "string_value"),
+    FieldType.TEXT: ("text",),
     FieldType.IMAGE: ("image",),
     FieldType.AUDIO: ("audio",),
     FieldType.VIDEO: ("video",),
@@ -240,8 +240,8 @@ _SOURCES = {
 }
 """Type → fields of `Data` that hold it."""
 
-_ALSO = {FieldType.INT: ("float_value",), FieldType.FLOAT: ("int_value",)}
-"""What is read as well when it stands alone: JSON's numbers have one type."""
+_ALSO = {FieldType.INT: ("float_value",), FieldType.FLOAT: ("int_value",), FieldType.TEXT: ("string_value",)}
+"""What is read as well when it stands alone: JSON's numbers have one type, and a text is a text."""
 
 _WORDS = {
     FieldType.STR: "a text",

@@ -54,7 +54,7 @@ _OWN_ROWS = frozenset({"NonMaxSuppression", "NonZero", "Unique", "Compress"})
 """Operators whose results have as many rows as they find, not one for each row of a batch."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """A graph ready to be loaded.
 

@@ -298,19 +298,27 @@ async def load(
     concepts = await asyncio.to_thread(concepts_of, config, version)
     plan = await asyncio.to_thread(plans.make_plan, bundle, config, version, len(concepts))
     concepts = _numbered(concepts, config, plan)
-    loaded: list[LoadedModel] = []
+    tasks: list[tuple[Plan, Task]] = []
+    if all(section.name != PREDICT for section in config.onnx.methods):
+        tasks.append((plan, await asyncio.to_thread(_make_task, bundle, config, version, plan, limits)))
+    tasks += await asyncio.to_thread(_declared, bundle, config, version, concepts, limits, plan)
+    models: dict[tuple[Plan, bool], LoadedModel] = {}
     try:
-        offers = []
-        if all(section.name != PREDICT for section in config.onnx.methods):
-            task = await asyncio.to_thread(_make_task, bundle, config, version, plan, limits)
-            loaded.append(await engine.load(_load_request(config, version, plan, [task])))
-            offers.append(Offer(task, loaded[0]))
-        offers += await _load_declared(bundle, config, version, concepts, engine, limits, plan, offers, loaded)
+        # Tasks on one graph share its session, but for inputs that are no rows: theirs is not cut into rows.
+        for key in [(place, _takes_rows(task)) for place, task in tasks]:
+            if key not in models:
+                others = [other for place, other in tasks if (place, _takes_rows(other)) == key]
+                models[key] = await engine.load(_load_request(config, version, key[0], others))
+        offers = [Offer(task, models[place, _takes_rows(task)]) for place, task in tasks]
         return Servable(config, version, concepts, offers, pool, metrics, plan.notes)
     except BaseException:
-        for each in loaded:
-            each.close()
+        for model in models.values():
+            model.close()
         raise
+
+
+def _takes_rows(task: Task) -> bool:
+    return task.batched if isinstance(task, RawTensors) else task.merges
 
 
 def _load_request(config: BundleConfig, version: VersionFolder, plan: Plan, tasks: Sequence[Task]) -> LoadRequest:
@@ -330,55 +338,31 @@ def _union(names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for each in names for name in each))
 
 
-async def _load_declared(
+def _declared(
     bundle: Path,
     config: BundleConfig,
     version: VersionFolder,
     concepts: tuple[Concept, ...],
-    engine: Engine,
     limits: Limits,
     main: Plan,
-    offers: Sequence[Offer],
-    loaded: list[LoadedModel],
-) -> list[Offer]:
-    """The declared methods, each over its file as it is; those of one file share its session where rows allow it.
+) -> list[tuple[Plan, Task]]:
+    """The declared methods, each with its file as it is; those of one file have the same plan.
 
-    Args:
-        offers: the method of the main graph, whose session is shared as well if it is not wrapped.
-        loaded: what is loaded here is added.
-    Raises:  BundleInvalid, DeviceError: `loaded` then holds what must be closed.
+    Raises:  BundleInvalid.
     """
-    whole = not main.wrapped_input and not main.wrapped_output
-    plans_by_file = {main.file: main} if whole else {}
-    tasks: list[tuple[Plan, Declared]] = []
+    found: dict[Path, Plan] = {} if main.wrapped_input or main.wrapped_output else {main.file: main}
+    tasks: list[tuple[Plan, Task]] = []
     for section in config.onnx.methods:
         file = check_inside(bundle, version.path / section.file if section.file else version.model_file)
-        plan = plans_by_file.get(file)
-        if plan is None:
+        if file not in found:
             raw = dataclasses.replace(config, onnx=OnnxSection(file=file.name, device=config.onnx.device))
-            place = dataclasses.replace(version, model_file=file)
-            plan = plans_by_file[file] = await asyncio.to_thread(plans.make_plan, bundle, raw, place, 0)
-        fit = partial(Declared, section, plan.inputs, plan.outputs, concepts, version.path, limits.concepts_default)
-        tasks.append((plan, await asyncio.to_thread(fit, plan.finds_rows)))
-    models: dict[tuple[Path, bool], LoadedModel] = {}
-    found = []
-    for plan, task in tasks:
-        if whole and offers and plan is main and _may_share(offers[0], task):
-            found.append(Offer(task, offers[0].model))
-            continue
-        key = (plan.file, task.merges)
-        if key not in models:
-            others = [other for their, other in tasks if (their.file, other.merges) == key]
-            models[key] = await engine.load(_load_request(config, version, plan, others))
-            loaded.append(models[key])
-        found.append(Offer(task, models[key]))
-    return found
-
-
-def _may_share(offer: Offer, task: Declared) -> bool:
-    """Whether a method may run in another one's session: inputs that are no rows need one that is not cut into rows."""
-    proven = set(task.compared()) <= set(offer.task.compared())
-    return offer.model.batching.mode == "whole" or (task.merges and proven)
+            found[file] = plans.make_plan(bundle, raw, dataclasses.replace(version, model_file=file), 0)
+        plan = found[file]
+        task = Declared(
+            section, plan.inputs, plan.outputs, concepts, version.path, limits.concepts_default, plan.finds_rows
+        )
+        tasks.append((plan, task))
+    return tasks
 
 
 def _make_task(bundle: Path, config: BundleConfig, version: VersionFolder, plan: Plan, limits: Limits) -> Task:

@@ -186,7 +186,6 @@ def test_large_logits_do_not_overflow(tmp_path: Path, scores: list[float], activ
     """Wrapped or on the host."""
     array = np.array(scores)
     wrapped = opened(write_pixels(tmp_path / "w", constant_model(array), concepts=3, activation=activation))
-    raw = opened(write_pixels(tmp_path / "r", constant_model(array), concepts=3, activation=activation, plan="raw"))
     graph = wrapped.session.run([plans.SCORES], {plans.IMAGE: pictures()})[0]
     host = probabilities(np.tile(array.astype(np.float32), (4, 1)), activation)
     assert np.isfinite(graph).all()
