@@ -1,6 +1,7 @@
 """Declared methods over real graphs: every type of argument ↔ graph input, every return type ↔ graph output."""
 
 import io
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,7 @@ async def test_a_value_that_does_not_fit_is_that_inputs_error(
 ) -> None:
     (answer,) = await ask(model, method([{"name": "x", **argument}], {"type": "ndarray"}), {"x": value})
     assert isinstance(answer, error)
-    assert __import__("re").search(words, str(answer)), answer
+    assert re.search(words, str(answer)), answer
 
 
 def test_a_video_has_a_limit() -> None:
