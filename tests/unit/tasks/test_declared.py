@@ -846,3 +846,27 @@ async def test_analyze_is_configuration_not_code(ask: Ask, batch: Any) -> None:
     assert [(region.concepts[0].name, region.value) for region in first] == [("cat", 1.0), ("dog", 0.5)]
     assert first[0].box == (0.0, 0.0, 0.5, 1.0)
     assert [region.concepts[0].name for region in second] == ["cat"]
+
+
+async def test_the_readmes_example_loads_and_answers(tmp_path: Path, load: Any, ticket: Ticket) -> None:
+    """models/README.md, "Methods of your own", as it is written there."""
+    readme = (Path(__file__).parents[3] / "models" / "README.md").read_text(encoding="utf-8")
+    example = readme.partition("## Methods of your own")[2].partition("```yaml\n")[2].partition("```")[0]
+    model = detector()
+    model.graph.input[0].name = "images"
+    model.graph.node[0].input[0] = "images"
+    for axis in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        axis.dim_value = 64
+    servable: Servable = await load(graphs.write_bundle(tmp_path / "detector", model, example))
+    method = servable.offers["analyze"].task.method
+    assert [(argument.name, argument.default) for argument in method.arguments] == [
+        ("image", None),
+        ("threshold", "0.25"),
+    ]
+    picture = Media(pictures.png(np.full((64, 64, 3), 255, np.uint8)))
+    options = PredictOptions(min_value=np.float32(0.25))
+    payload = Payload(arguments={"image": picture, "threshold": 0.25})
+    (answer,) = await servable.predict([payload], options, ticket, LIMITS, "analyze")
+    assert isinstance(answer, Returned)
+    assert [(region.concepts[0].name, region.value) for region in answer.value] == [("cat", 1.0), ("dog", 0.5)]
+    assert answer.value[0].box == (0.0, 0.0, 4 / 64, 8 / 64)
