@@ -38,7 +38,7 @@ from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, InvalidRequest, Overloaded
 from appliance.core.logs import RateLimitedLog
-from appliance.core.memory import MemoryBudget
+from appliance.core.memory import MemoryBudget, Reservation
 from appliance.core.metrics import Metrics
 from appliance.core.types import Call, Done, Endpoint, QuickHandler, RpcAbort, RpcStatus
 from appliance.engine.batcher import Outcome
@@ -189,8 +189,8 @@ class Api:
             quick = self._quick(rpc) if name == "PostModelOutputs" else None
             found[name] = Endpoint(unary=self._unary(rpc, handler), admit=self._admission(rpc), quick=quick)
         # Both answer message by message here: a generate request is a stream of one.
-        streams: dict[str, Callable[[], Handler]] = {
-            "GenerateModelOutputs": lambda: predictions.generate,
+        streams: dict[str, Callable[[Callable[[str], Reservation]], Handler]] = {
+            "GenerateModelOutputs": lambda keep: predictions.generate,
             "StreamModelOutputs": predictions.converse,
         }
         for name, begin in streams.items():
@@ -212,7 +212,7 @@ class Api:
     def door_stream(self, name: str, handler: direct.Handler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
         """The same, message by message; `told` makes a message of an error that need not end the stream."""
         form = _Door(name, told)
-        return Endpoint(stream=self._stream(form, lambda: handler), admit=self._admission(form))
+        return Endpoint(stream=self._stream(form, lambda _: handler), admit=self._admission(form))
 
     # ---- stopping ----
 
@@ -269,19 +269,20 @@ class Api:
         return endpoint
 
     def _stream(
-        self, rpc: _Form, begin: Callable[[], Handler]
+        self, rpc: _Form, begin: Callable[[Callable[[str], Reservation]], Handler]
     ) -> Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]:
         async def endpoint(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             task = asyncio.current_task()
             assert task is not None
             self._streams.add(task)
-            handler = begin()
             try:
-                async for body in requests:
-                    with self._counted():
-                        async with contextlib.aclosing(self._answers(rpc, handler, call, body)) as replies:
-                            async for reply in replies:
-                                yield reply
+                with contextlib.ExitStack() as kept:
+                    handler = begin(lambda owner: kept.enter_context(self._budget.expect(0, owner)))
+                    async for body in requests:
+                        with self._counted():
+                            async with contextlib.aclosing(self._answers(rpc, handler, call, body)) as replies:
+                                async for reply in replies:
+                                    yield reply
             except asyncio.CancelledError:
                 if self._ended:
                     raise status.Refusal(Draining()) from None
