@@ -11,6 +11,9 @@ from appliance.core.memory import Reservation
 _LARGE = 256 * 1024
 """Bytes from which JSON is read on a thread."""
 
+_DIGITS = 400
+"""Digits that a whole number may have: a double has no more, and reading them takes their square."""
+
 T = TypeVar("T")
 
 
@@ -23,14 +26,21 @@ def weight(text: bytes) -> int:
 def loaded(text: bytes) -> dict[str, Any]:
     """A JSON object. Raises: InvalidRequest: it is no JSON, nested too deeply, or no object."""
     try:
-        content = json.loads(text, parse_constant=_no_number)
+        content = json.loads(text, parse_int=whole, parse_constant=_no_number)
     except RecursionError:
         raise InvalidRequest("The request's JSON is nested too deeply.") from None
-    except ValueError as error:  # also digits without end, and what is not UTF-8
+    except ValueError as error:  # also what is not UTF-8
         raise InvalidRequest(f"The request is not JSON: {str(error)[:200]}") from None
     if not isinstance(content, dict):
         raise InvalidRequest("The request is not a JSON object.")
     return content
+
+
+def whole(digits: str) -> int:
+    """A whole number of JSON; other threads have their turns between two. Raises: InvalidRequest: it is too long."""
+    if len(digits) > _DIGITS:
+        raise InvalidRequest(f"The request's JSON has a whole number of more than {_DIGITS} digits.")
+    return int(digits)
 
 
 async def load(text: bytes, memory: Reservation) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
+from appliance.api.jsonbody import whole
 from appliance.core.errors import InputTooLarge, InvalidInput, InvalidRequest, RequestError
 from appliance.wire import sentences
 
@@ -40,11 +41,14 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _OBJECT_COST, _LIST_COST, _VALUE_COST = 300, 120, 80
 """Bytes that a JSON object, a list, and a value in one of them cost us in memory, about."""
 
+_NAME = 40
+"""Characters of a name that are looked at, or shown."""
+
 _WELL_KNOWN = "google.protobuf."
 """Messages whose JSON form is their own (Timestamp, Struct, …): protobuf's code reads and writes them."""
 
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
-_SPACE = re.compile(rb"[ \t\r\n]+")
+_SPACE = b" \t\r\n"
 _WORDS_FOR_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _F = FieldDescriptor
@@ -169,12 +173,10 @@ def parse(body: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not UTF-8: byte {error.start} cannot be read.") from None
     try:
-        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_constant)
+        return json.loads(decoded, object_pairs_hook=_object, parse_int=whole, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InvalidRequest(f"The body is not JSON: {error.msg} ({where}).") from None
-    except ValueError:
-        raise InvalidRequest("The body is not JSON that can be read: a number in it is too long.") from None
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None
 
@@ -338,7 +340,8 @@ def _check_understood(descriptor: Any, content: Mapping[str, Any], path: str) ->
             return
         error = InvalidRequest
     name = next(iter(content))
-    likely = difflib.get_close_matches(name, [field.name for field in descriptor.fields], 1, 0.5)
+    # What is compared is short: finding what is close to a name takes its length times theirs, and more memory.
+    likely = difflib.get_close_matches(name[:_NAME], [field.name for field in descriptor.fields], 1, 0.5)
     hint = f"; did you mean {likely[0]!r}?" if likely else "."
     raise error(f"{path or 'The request'} has nothing that is known here: there is no field {_shown(name)} in it{hint}")
 
@@ -388,7 +391,7 @@ def _read_bytes(filling: _Filling, value: Any, path: str) -> bytes:
             return binascii.a2b_base64(_padded(raw), strict_mode=True)
         except binascii.Error:
             # Tools break long lines.
-            return binascii.a2b_base64(_padded(_SPACE.sub(b"", raw)), strict_mode=True)
+            return binascii.a2b_base64(_padded(raw.translate(None, _SPACE)), strict_mode=True)
     except ValueError:
         _refuse(path, "is not base64")
 
@@ -490,7 +493,7 @@ def _join(path: str, name: str) -> str:
 
 def _shown(name: str) -> str:
     """A name that the caller chose, short."""
-    return repr(name if len(name) <= 40 else name[:40] + "…")
+    return repr(name if len(name) <= _NAME else name[:_NAME] + "…")
 
 
 def _kind(value: object) -> str:

@@ -4,12 +4,18 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from appliance.core.errors import BundleInvalid, InvalidInput
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Token lengths that rows are padded to, so that rows of near length run as one batch."""
+
+_USUAL, _MOST = 16, 256 * 1024
+"""Characters a token of a model's length has, generously, and how many of a text are looked at in the end."""
+
+_SMALL = 4096
+"""Characters up to which the library may keep the interpreter's lock."""
 
 
 class TextTokenizer:
@@ -39,10 +45,13 @@ class TextTokenizer:
     def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Token ids, mask (1 where a token is) and type ids, int64 (bucket,) each.
 
+        Of a text over 256 Ki characters only so many are read (more for a model of more than 4096 tokens): only one of
+        blanks, or of words longer than that, has fewer tokens in them than the model takes.
+
         Raises: InvalidInput: the text has no tokens: a row that is all padding has no meaning.
         """
         try:
-            encoding = self._tokenizer.encode(text)
+            encoding = self._read(text)
         except BaseException as error:
             if not _of_the_library(error):
                 raise
@@ -58,6 +67,21 @@ class TextTokenizer:
         mask[:length] = 1
         types[:length] = encoding.type_ids
         return ids, mask, types
+
+    def _read(self, text: str) -> Encoding:
+        """The text's tokens. The library makes hundreds of bytes of each byte it is given, and cuts only then; so it is
+        not given what the model would not see."""
+        head = text[: _USUAL * self.max_tokens]
+        if len(head) < len(text):
+            encoding = self._encoded(head)
+            # The last tokens depend on what was cut off; with a whole length of them more, the first do not.
+            if len(encoding.overflowing) > 1:
+                return encoding
+        return self._encoded(text[: max(_MOST, 4 * _USUAL * self.max_tokens)])
+
+    def _encoded(self, text: str) -> Encoding:
+        # Only the call for several texts lets other threads run meanwhile.
+        return self._tokenizer.encode(text) if len(text) <= _SMALL else self._tokenizer.encode_batch([text])[0]
 
 
 def _of_the_library(error: BaseException) -> bool:

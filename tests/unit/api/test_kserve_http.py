@@ -336,7 +336,7 @@ DEEP = b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         (json.dumps(asked(given("x", "FP32", [1, 3], [1, 2, float("nan")]))).encode(), "NaN is no number"),
         (json.dumps(asked(given("x", "FP32", [1, 3], [1, 2, float("inf")]))).encode(), "Infinity is no number"),
         (b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":[1e999,1,1]}]}', "cannot hold"),
-        (b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":[' + b"9" * 5000 + b",1,1]}]}", "not JSON"),
+        (b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":[' + b"9" * 5000 + b",1,1]}]}", "more than 400 digits"),
         (b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":[' + b"9" * 400 + b",1,1]}]}", "cannot hold"),
         (asked(given("x", "FP32", [1, 3], [1, 2])), "3 elements; 2 came"),
         (asked(given("x", "FP32", [1, 3], [[1, 2], [3]])), "nested otherwise"),
@@ -350,7 +350,7 @@ DEEP = b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         (asked(given("x", "FP32", [1, 3], {})), "no list"),
         (asked(given("x", "FP32", [1, -3], [])), "negative"),
         (asked(given("x", "FP32", [2**62, 2**62], [1])), "elements; 1 came"),
-        (asked(given("x", "FP32", [10**4000, 10**4000], [1])), "longer than any array"),
+        (asked(given("x", "FP32", [10**300, 10**300], [1])), "longer than any array"),
         (asked(given("x", "FP32", [0, 2**62], [])), "larger than any array"),
         (asked(given("x", "FP32", [1, True], [1])), "no shape"),
         (asked(given("x", "FP32", [1, 3.0], [1, 2, 3])), "no shape"),
@@ -381,7 +381,7 @@ async def test_a_bad_request_is_told_what_is_wrong(world: World, body: Any, sent
     assert client.budget.used == 0
 
 
-@pytest.mark.parametrize("value", [0, 201, 10**4000, True, "5", 2.0])
+@pytest.mark.parametrize("value", [0, 201, 10**300, True, "5", 2.0])
 async def test_max_concepts_out_of_its_range(world: World, value: Any) -> None:
     """400, in a sentence of a sane length."""
     content = asked(given("image", "BYTES", [1], [""]), parameters={"max_concepts": value})

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,25 @@ def test_longer_texts_are_cut_and_keep_their_last_special_token(path: Path) -> N
     ids, mask, _ = TextTokenizer(path, 10).encode("dog " * 1000)
     assert ids.tolist() == [2, *[11] * 8, 3]
     assert mask.all()
+
+
+@pytest.mark.parametrize("text", ["dog fox " * 1_000_000, "dog " + " " * 8_000_000, "x" * 8_000_000])
+def test_what_the_model_would_not_see_costs_nothing(path: Path, text: str) -> None:
+    """The library makes hundreds of bytes of each byte that it is given, at half a megabyte a second."""
+    tokenizer = TextTokenizer(path, 64)
+    before = time.process_time()
+    with contextlib.suppress(InvalidInput):
+        tokenizer.encode(text)
+    assert time.process_time() - before < 1  # the first one's whole takes 7
+
+
+@pytest.mark.parametrize("words", ["dog fox ", "dog  \n the", "x ", "the-quick-brown fox. "])
+def test_a_long_text_has_the_tokens_of_the_whole(path: Path, words: str) -> None:
+    text = words * 3000
+    whole = Tokenizer.from_file(str(path))
+    whole.no_padding()
+    whole.enable_truncation(64)
+    assert TextTokenizer(path, 64).encode(text)[0].tolist() == whole.encode(text).ids
 
 
 def test_the_largest_bucket_is_the_models_own_length(path: Path) -> None:
