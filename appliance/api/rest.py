@@ -37,14 +37,14 @@ from appliance.wire.asgi import ClientGone
 
 _log = logging.getLogger(__name__)
 
-_LARGE_BODY = 1 << 20
-"""Bytes of a text that is looked at on a thread."""
-
 _LARGE_REPLY = 32 * 1024
 """Bytes of a reply from which it is written as JSON on a thread, so that other calls have their turns."""
 
 _JSON_COST = 8
 """Bytes that a byte of a message costs, about, while it is written as JSON: it is unpacked, made objects, then text."""
+
+_SHORT_LINE = 64 * 1024
+"""Bytes of a line in which texts are told from brackets; in a longer one brackets are only counted."""
 
 _TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 """A text in JSON, also one that does not end: what is in it opens and closes nothing."""
@@ -152,14 +152,14 @@ class RestRoute(BaseRoute):
                 raise InputTooLarge(sentences.body_too_large(self._request_size))
             while not whole and (end := rest.find(b"\n", searched)) >= 0:
                 line = bytes(rest[:end])
-                large = len(line) > _LARGE_BODY
-                whole = not (await asyncio.to_thread(_complete, line) if large else _complete(line))
-                if not whole:
-                    del rest[: end + 1]
-                    searched = 0
-                    if line.strip():
-                        await _pay(call, line)
-                        yield line
+                if not _complete(line):
+                    whole = True
+                    break
+                del rest[: end + 1]
+                searched = 0
+                if line.strip():
+                    await _pay(call, line)
+                    yield line
         if rest.strip():
             last = bytes(rest)
             await _pay(call, last)
@@ -173,8 +173,11 @@ async def _pay(call: Call, body: bytes) -> None:
 
 def _complete(line: bytes) -> bool:
     """Whether that can be a message by itself: it ends what it begins. Whether it is one, the reader says."""
-    bare = _TEXT.sub(b"", line)
-    return bare.count(b"{") <= bare.count(b"}") and bare.count(b"[") <= bare.count(b"]")
+    return _balanced(line) or (len(line) < _SHORT_LINE and _balanced(_TEXT.sub(b"", line)))
+
+
+def _balanced(line: bytes) -> bool:
+    return line.count(b"{") <= line.count(b"}") and line.count(b"[") <= line.count(b"]")
 
 
 class _Answer:
