@@ -131,6 +131,10 @@ def now() -> Timestamp:
     return Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
 
 
+PRIVATE = resources_pb2.Visibility(gettable=resources_pb2.Visibility.Gettable.PRIVATE)
+"""Who sees what is here: the caller's own."""
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
