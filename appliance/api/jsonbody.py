@@ -1,7 +1,9 @@
 """JSON from strangers: strict, bounded in depth, and paid for before it is read."""
 
 import asyncio
+import binascii
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -13,6 +15,9 @@ _LARGE = 256 * 1024
 
 _OBJECT_COST, _LIST_COST, _VALUE_COST = 300, 120, 80
 """Bytes that a JSON object, a list, and a value in one of them cost us in memory, about."""
+
+_SPACE = re.compile(rb"[ \t\r\n]+")
+_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 T = TypeVar("T")
 
@@ -88,6 +93,22 @@ def objects(content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise InvalidRequest(f"{name!r} is not a list of JSON objects.")
     return value
+
+
+def from_base64(text: str) -> bytes:
+    """Bytes as JSON carries them: of either alphabet, padded or not. Raises: ValueError: it is not base64."""
+    raw = text.encode("ascii")
+    if b"-" in raw or b"_" in raw:
+        raw = raw.translate(_STANDARD)
+    try:
+        return binascii.a2b_base64(_padded(raw), strict_mode=True)
+    except binascii.Error:
+        # Tools break long lines.
+        return binascii.a2b_base64(_padded(_SPACE.sub(b"", raw)), strict_mode=True)
+
+
+def _padded(raw: bytes) -> bytes:
+    return raw + b"=" * (-len(raw) % 4)
 
 
 def kind_of(value: object) -> str:

@@ -13,7 +13,6 @@ or pictures, and cannot be told what to leave out; a test compares the two.
 """
 
 import base64
-import binascii
 import difflib
 import math
 import re
@@ -29,7 +28,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from appliance.api.jsonbody import dumped, kind_of, shown
+from appliance.api.jsonbody import dumped, from_base64, kind_of, shown
 from appliance.core.errors import InputTooLarge, InvalidInput, InvalidRequest, RequestError
 from appliance.wire import sentences
 
@@ -42,7 +41,6 @@ _WELL_KNOWN = "google.protobuf."
 """Messages whose JSON form is their own (Timestamp, Struct, …): protobuf's code reads and writes them."""
 
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
-_SPACE = re.compile(rb"[ \t\r\n]+")
 _WORDS_FOR_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _F = FieldDescriptor
@@ -342,20 +340,9 @@ def _read_bytes(filling: _Filling, value: Any, path: str) -> bytes:
     if value.startswith("data:"):
         _refuse(path, "is a data: URL; send only the base64 that follows its comma")
     try:
-        raw = value.encode("ascii")
-        if b"-" in raw or b"_" in raw:
-            raw = raw.translate(bytes.maketrans(b"-_", b"+/"))
-        try:
-            return binascii.a2b_base64(_padded(raw), strict_mode=True)
-        except binascii.Error:
-            # Tools break long lines.
-            return binascii.a2b_base64(_padded(_SPACE.sub(b"", raw)), strict_mode=True)
+        return from_base64(value)
     except ValueError:
         _refuse(path, "is not base64")
-
-
-def _padded(raw: bytes) -> bytes:
-    return raw + b"=" * (-len(raw) % 4) if len(raw) % 4 else raw
 
 
 def _read_bool(filling: _Filling, value: Any, path: str) -> bool:

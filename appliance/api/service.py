@@ -583,7 +583,7 @@ def _request_id(call: Call) -> str:
 
 def _asks_for_signatures(call: Call, body: bytes) -> bool:
     """Whether that is a request for a model's signatures; looked at closely only when the word is in it."""
-    if methods.GET_SIGNATURES.encode() not in body[:4096] or len(body) > _LARGE_BODY:
+    if methods.GET_SIGNATURES.encode() not in body[:4096] or len(body) > _QUICK_BODY:
         return False
     try:
         inputs = (call.reader or service_pb2.PostModelOutputsRequest.FromString)(body).inputs
