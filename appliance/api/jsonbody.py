@@ -44,7 +44,10 @@ def parse(body: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not UTF-8: byte {error.start} cannot be read.") from None
     try:
-        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_constant)
+        # The parser of numbers never lets the interpreter's lock go, so that on a thread it would stop the loop, too:
+        # 0.7 s for 20 MB of them. With functions of ours it takes twice as long, and others have their turns.
+        numbers: dict[str, Any] = {"parse_int": _int, "parse_float": _float} if len(body) >= _LARGE else {}
+        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_constant, **numbers)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InvalidRequest(f"The body is not JSON: {error.msg} ({where}).") from None
@@ -70,6 +73,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1) if len(names) < 1000 else "…"
         raise InvalidRequest(f"The body names {shown(twice)} twice in one object.")
     return found
+
+
+def _int(digits: str) -> int:
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    return float(digits)
 
 
 def _no_constant(word: str) -> NoReturn:
