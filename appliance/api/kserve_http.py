@@ -87,16 +87,15 @@ def kserve_routes(kserve: Kserve, doors: Maker) -> list[BaseRoute]:
 
     async def server(request: Request) -> Response:
         async def handle(context: Context, body: bytes) -> Reply:
-            return _json(kserve.server())
+            return Reply(dumped(_plain(kserve.server())), _GOOD)
 
         return await _served(request, kserve, doors, "ServerMetadata", handle)
 
     async def index(request: Request) -> Response:
         async def handle(context: Context, body: bytes) -> Reply:
             asked = await jsonbody.load(body, context.memory) if body else {}
-            found = _json(kserve.index(context, typed(asked, "ready", bool, False, "a boolean")))
-            models = json.loads(found.body).get("models", [])
-            return Reply(dumped(models), found.code)
+            found = kserve.index(context, typed(asked, "ready", bool, False, "a boolean"))
+            return Reply(dumped(_plain(found)["models"]), _GOOD)
 
         return await _served(request, kserve, doors, "RepositoryIndex", handle)
 
@@ -107,7 +106,7 @@ def kserve_routes(kserve: Kserve, doors: Maker) -> list[BaseRoute]:
         name, version = named[1], named[2] or ""
 
         async def metadata(context: Context, body: bytes) -> Reply:
-            return _json(kserve.model(context, name, version))
+            return Reply(dumped(_plain(kserve.model(context, name, version))), _GOOD)
 
         async def readiness(context: Context, body: bytes) -> Reply:
             return Reply(dumped({"name": name, "ready": kserve.ready(context, name, version)}), _GOOD)
@@ -190,12 +189,14 @@ def _nowhere(known: bool) -> Response:
     return JSONResponse({"error": sentence}, row.http)
 
 
-def _json(message: Message) -> Reply:
+def _plain(message: Message) -> dict[str, Any]:
     """A message of the gRPC twin in this protocol's JSON: the same fields; 64-bit numbers are numbers."""
-    content = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    content: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
     for tensor in (*content.get("inputs", ()), *content.get("outputs", ())):
         tensor["shape"] = [int(axis) for axis in tensor["shape"]]
-    return Reply(dumped(content), _GOOD)
+    return content
 
 
 async def _written(name: str, answer: oip.Answer, asked: _Asked, memory: Reservation) -> tuple[bytes, int | None]:
