@@ -26,9 +26,10 @@ from appliance.api.jsonbody import dumped, objects, typed
 from appliance.api.kserve import METRIC, Kserve
 from appliance.api.replies import Reply
 from appliance.core.config import Limits
-from appliance.core.errors import InvalidArgument, InvalidInput, InvalidRequest, UnknownModel
+from appliance.core.errors import InputTooLarge, InvalidArgument, InvalidInput, InvalidRequest, UnknownModel
 from appliance.core.memory import Reservation
 from appliance.core.types import Array
+from appliance.wire import sentences
 
 _HEADER_LENGTH = "inference-header-content-length"
 _BINARY_SIZE = "binary_data_size"
@@ -263,6 +264,8 @@ async def _read(header_length: str | None, body: bytes, memory: Reservation, lim
                 f"binary data, and the body has {size} bytes."
             )
         size = int(header_length)
+    if len(body) - size > limits.request_size:  # only JSON may have half as many more
+        raise InputTooLarge(sentences.request_too_large(limits.request_size))
     before = memory.count
     content = await jsonbody.load(body[:size], memory)
     if size < _LARGE:

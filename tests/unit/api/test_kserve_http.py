@@ -453,8 +453,10 @@ async def test_statuses_are_those_of_the_table(world: World) -> None:
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     answer = await post(world.api(memory=16 * 1024), "tensor", asked(ROW) | {"pad": "x" * 9000})
     assert answer.status_code == 503
-    answer = await post(world.api(limits=Limits(request_size=1000)), "tensor", asked(ROW) | {"pad": "x" * 9000})
-    assert answer.status_code == 413
+    client = world.api(limits=Limits(request_size=1000))
+    assert (await post(client, "tensor", asked(ROW) | {"pad": "x" * 9000})).status_code == 413
+    answer = await post(client, "tensor", b"{}" + b"x" * 1001, headers={"inference-header-content-length": "2"})
+    assert (answer.status_code, "limits.request_size, 1000 bytes" in answer.json()["error"]) == (413, True)
 
 
 async def test_large_json_both_ways(world: World) -> None:
