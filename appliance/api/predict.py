@@ -23,7 +23,7 @@ from appliance.api.questions import Conversation, Question, Rpc, options_of, und
 from appliance.api.replies import Reply, ReplyWriter
 from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError, NotPermitted
+from appliance.core.errors import ApplianceError
 from appliance.core.memory import Reservation
 from appliance.core.metrics import Metrics
 from appliance.core.types import ConceptScores, MethodKind, PredictOptions, Returned
@@ -167,8 +167,7 @@ class Predictions:
         meant = chosen(request.runner_selector, asked, context.grant, self.config, self._repository)
         with self._repository.use(*meant) as servable:
             context.model = (servable.key.model_id, servable.version)
-            if not context.grant.allows(servable.key):
-                raise NotPermitted(f"Principal {context.grant.name!r} may not use model {servable.key}.")
+            context.grant.check_model(servable.key)
             if methods.method_name(request.inputs[0].data) == methods.GET_SIGNATURES:
                 return [_signatures(context, request, servable)]
             given = (request, servable, self.config.limits, rpc, conversation)

@@ -36,7 +36,7 @@ from appliance.api.workflows import WorkflowCatalogue
 from appliance.catalog.repository import Repository
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
-from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, InvalidRequest, Overloaded
+from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, Overloaded
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget, Reservation
 from appliance.core.metrics import Metrics
@@ -49,11 +49,8 @@ _log = logging.getLogger(__name__)
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["V2"]
 _PREFIX_HEADER = "x-clarifai-request-id-prefix"
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_LARGE_BODY = 1 << 20
-"""Bytes from which a request is parsed on a thread: the parser releases nothing, but the loop gets its turns."""
-
 _LARGE_TEXT = 64 * 1024
-"""The same for a body with a reader of its own: JSON takes fifty times as long."""
+"""Bytes from which a body with a reader of its own is read on a thread: JSON takes fifty times as long as a message."""
 
 _QUICK_BODY = 64 * 1024
 """Bytes of a request up to which it may go the quick way: parsing and copying it takes some ten microseconds."""
@@ -584,7 +581,7 @@ def _request_id(call: Call) -> str:
 
 def _asks_for_signatures(call: Call, body: bytes) -> bool:
     """Whether that is a request for a model's signatures; looked at closely only when the word is in it."""
-    if methods.GET_SIGNATURES.encode() not in body[:4096] or len(body) > _LARGE_BODY:
+    if methods.GET_SIGNATURES.encode() not in body[:4096] or len(body) > _QUICK_BODY:
         return False
     try:
         inputs = (call.reader or service_pb2.PostModelOutputsRequest.FromString)(body).inputs
@@ -595,10 +592,6 @@ def _asks_for_signatures(call: Call, body: bytes) -> bool:
 
 async def _parse(rpc: _Rpc, reader: Callable[[bytes], Message] | None, body: bytes) -> Message:
     """Raises: InvalidRequest: the bytes are not that message. What a call's own reader raises."""
-    read = reader or rpc.request.FromString
-    try:
-        if len(body) < (_LARGE_BODY if reader is None else _LARGE_TEXT):
-            return read(body)
-        return await asyncio.to_thread(read, body)
-    except DecodeError as error:
-        raise InvalidRequest(f"The request is not a {rpc.request.DESCRIPTOR.name} message.") from error
+    if reader is None:
+        return await messages.parsed(rpc.request, body)
+    return reader(body) if len(body) < _LARGE_TEXT else await asyncio.to_thread(reader, body)

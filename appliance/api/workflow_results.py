@@ -44,7 +44,7 @@ from appliance.tasks.servable import Servable
 _log = logging.getLogger(__name__)
 
 _LARGE = 1 << 20
-"""Bytes of a message from which it is parsed and serialised on a thread."""
+"""Bytes of a message from which it is serialised on a thread."""
 
 
 @dataclass(slots=True)
@@ -342,9 +342,7 @@ async def _parsed(context: Context, reply: Reply | service_pb2.MultiOutputRespon
     if not isinstance(reply, Reply):
         return reply
     context.memory.grow(len(reply.body))
-    if len(reply.body) < _LARGE:
-        return service_pb2.MultiOutputResponse.FromString(reply.body)
-    return await asyncio.to_thread(service_pb2.MultiOutputResponse.FromString, reply.body)
+    return await messages.parsed(service_pb2.MultiOutputResponse, reply.body)
 
 
 async def _serialised(context: Context, response: service_pb2.PostWorkflowResultsResponse) -> Reply:
