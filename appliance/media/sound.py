@@ -11,6 +11,11 @@ from appliance.core.errors import InputTooLarge, InvalidInput, UnsupportedFormat
 _FULL_SCALE = {1: 2**7, 2: 2**15, 3: 2**23, 4: 2**31}
 """Bytes a sample → what full scale is; 8-bit WAV is unsigned, the others signed (RIFF WAVE, Microsoft 1994)."""
 
+_BROKEN = (wave.Error, EOFError, ValueError, RuntimeError)
+"""What the library raises for files that are no WAV; RuntimeError for a chunk that ends beyond the one it stands in."""
+
+_NO_WAV = "The audio is not a WAV file with PCM samples; convert it."
+
 
 def read_header(data: bytes, max_bytes: int, sample_rate: int) -> int:
     """Look at the header of a WAV file; returns the bytes that decoding takes.
@@ -35,7 +40,12 @@ def decode_wav(data: bytes) -> NDArray[np.float32]:
     """Mono samples, float32 (samples,), full scale 1; channels are averaged. Raises: as `read_header`."""
     with _open(data) as file:
         width, channels = file.getsampwidth(), file.getnchannels()
-        raw = file.readframes(file.getnframes())
+        if width not in _FULL_SCALE or not channels:
+            raise UnsupportedFormat(_NO_WAV)
+        try:
+            raw = file.readframes(file.getnframes())
+        except _BROKEN as error:
+            raise UnsupportedFormat("The audio is broken; send a whole WAV file.") from error
     count = len(raw) // (width * channels) * channels
     if width == 3:
         packed = np.frombuffer(raw, np.uint8)[: count * 3].reshape(-1, 3)
@@ -65,5 +75,5 @@ def encode_wav(samples: NDArray[np.float32], sample_rate: int) -> bytes:
 def _open(data: bytes) -> wave.Wave_read:
     try:
         return wave.open(io.BytesIO(data), "rb")
-    except (wave.Error, EOFError, ValueError) as error:
-        raise UnsupportedFormat("The audio is not a WAV file with PCM samples; convert it.") from error
+    except _BROKEN as error:
+        raise UnsupportedFormat(_NO_WAV) from error
