@@ -1,6 +1,5 @@
 """Methods that a bundle declares, called by the stock Python SDK and its CLI over TLS from a custom root."""
 
-import ast
 import json
 import os
 import subprocess
@@ -209,7 +208,6 @@ def test_methods_are_discovered(called: dict[str, Any], matrix: Matrix) -> None:
         == "def analyze(image: data_types.Image, threshold: float = 0.25) -> List[data_types.Region]:"
     )
     assert all(f"model.{m['name']}(" in called["script"] for m in METHODS)
-    ast.parse(called["script"])
 
 
 def test_every_type_goes_there_and_back(called: dict[str, Any], matrix: Matrix) -> None:
