@@ -1,6 +1,5 @@
 """Methods that a bundle declares, called by the stock Python SDK and its CLI over TLS from a custom root."""
 
-import ast
 import json
 import os
 import subprocess
@@ -72,6 +71,7 @@ FILES = {
     "box.onnx": graphs.identity_model(("batch", 4)),
     "float.onnx": graphs.identity_model(("batch",)),
     "int.onnx": graphs.identity_model(("batch",), I64),
+    "places.onnx": graphs.identity_model(X, I64),
     "ints.onnx": graphs.identity_model(("batch", "n", "m"), I64),
     "bool.onnx": graphs.identity_model(("batch",), BOOL),
     "bytes.onnx": graphs.identity_model(X, U8),
@@ -124,6 +124,12 @@ METHODS = [
         file="pair.onnx",
     ),
     method("each", [LIST, FACTOR], {"type": "float", "iterator": True}, file="scale.onnx"),
+    method(
+        "spell",
+        [{"name": "x", "type": "list[str]", **CHOICES}],
+        {"type": "str", "iterator": True, **CHOICES},
+        file="places.onnx",
+    ),
     method("generate", [LIST, FACTOR], {"type": "float", "iterator": True}, file="scale.onnx"),
     method(
         "converse", [{**LIST, "iterator": True}, FACTOR], {"type": "list[float]", "iterator": True}, file="scale.onnx"
@@ -162,7 +168,7 @@ def called(methods: Appliance, pki: Pki) -> dict[str, Any]:
     done = subprocess.run(
         [
             SDK / "bin" / "python",
-            HERE / "script_declared_methods.py",
+            HERE / "script_sdk_declared.py",
             f"https://localhost:{methods.port()}",
             pki.ca,
             methods.home / "picture.png",
@@ -202,7 +208,6 @@ def test_methods_are_discovered(called: dict[str, Any], matrix: Matrix) -> None:
         == "def analyze(image: data_types.Image, threshold: float = 0.25) -> List[data_types.Region]:"
     )
     assert all(f"model.{m['name']}(" in called["script"] for m in METHODS)
-    ast.parse(called["script"])
 
 
 def test_every_type_goes_there_and_back(called: dict[str, Any], matrix: Matrix) -> None:
@@ -275,3 +280,38 @@ def test_all_of_it_works_where_a_loop_runs(called: dict[str, Any], matrix: Matri
     assert called["async_many"] == [0, 1, 2, 3, 4]
     assert called["async_each"] == called["async_generate"] == [2.0, 4.0]
     assert called["async_predict"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("form", "arguments", "expected"),
+    [
+        (
+            "`--method analyze --file …`: regions",
+            ["--method", "analyze", "--file", "PICTURE"],
+            "name='cat', value=0.8999",
+        ),
+        ("`--method … -i name=value`", ["--method", "echo_int", "-i", "x=7", "-o", "json"], '{"result": "7"}'),
+        (
+            "`--method … --inputs '{…}'`: a streaming method",
+            ["--method", "spell", "--inputs", '{"x": ["yes", "no"]}', "-o", "json"],
+            '{"result": "yesno"}',
+        ),
+        ("`--info` of a model with several methods", ["--info"], "def analyze(image: data_types.Image"),
+    ],
+)
+def test_the_cli_calls_methods_by_name(
+    methods: Appliance, pki: Pki, matrix: Matrix, form: str, arguments: list[str], expected: str
+) -> None:
+    """By ids, with everything else in the environment."""
+    matrix.row("clarifai CLI 12.5.0", f"`model predict …` {form}")
+    where = {"CLARIFAI_API_BASE": f"https://localhost:{methods.port()}", "CLARIFAI_ROOT_CERTIFICATES_PATH": str(pki.ca)}
+    given = [str(methods.home / "picture.png") if each == "PICTURE" else each for each in arguments]
+    done = subprocess.run(
+        [SDK / "bin" / "clarifai", "model", "predict", "tester/tests/models/methods", *given],
+        capture_output=True,
+        text=True,
+        env=variables(methods, pki) | where | {"CLARIFAI_USER_ID": "tester"},
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert expected in done.stdout, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """Runs inside an environment with the stock Clarifai SDK 12: a bundle's own methods. Prints what came back as JSON.
 
-Usage: script_sdk_methods.py BASE_URL ROOT_CERTIFICATE PICTURE; the key is in CLARIFAI_PAT.
+Usage: script_sdk_declared.py BASE_URL ROOT_CERTIFICATE PICTURE; the key is in CLARIFAI_PAT.
 """
 
 import asyncio
