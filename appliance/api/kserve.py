@@ -7,10 +7,9 @@ Sources: kserve/open-inference-protocol; triton-inference-server/common, grpc_se
 
 import asyncio
 from collections.abc import Mapping
-from typing import TypeVar
 
 import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from appliance import __version__
 from appliance.api import inference_pb2 as pb
@@ -18,6 +17,7 @@ from appliance.api import oip, status
 from appliance.api.context import Context
 from appliance.api.direct import Direct, Maker, ModelName
 from appliance.api.health import Health
+from appliance.api.parsing import parsed
 from appliance.api.replies import Reply, length_head
 from appliance.catalog.repository import State, Version
 from appliance.core.config import Limits
@@ -63,7 +63,6 @@ _WIRE = {
 
 _STATES = {State.READY: "READY", State.LOADING: "LOADING", State.SETTLING: "LOADING"}
 
-M = TypeVar("M", bound=Message)
 
 METRIC = "kserve."
 """Before the names of this protocol's calls in metrics and logs, whichever wire they came by."""
@@ -136,25 +135,26 @@ def kserve_endpoints(kserve: Kserve, doors: Maker) -> dict[str, Endpoint]:
         return bytes(pb.ServerReadyResponse(ready=kserve.health.ready).SerializeToString())
 
     async def model_ready(context: Context, body: bytes) -> Reply:
-        request = await _parsed(pb.ModelReadyRequest, body)
+        request = await parsed(pb.ModelReadyRequest, body, context.memory)
         return good(pb.ModelReadyResponse(ready=kserve.ready(context, request.name, request.version)))
 
     async def server_metadata(context: Context, body: bytes) -> Reply:
         return good(kserve.server())
 
     async def model_metadata(context: Context, body: bytes) -> Reply:
-        request = await _parsed(pb.ModelMetadataRequest, body)
+        request = await parsed(pb.ModelMetadataRequest, body, context.memory)
         return good(kserve.model(context, request.name, request.version))
 
     async def repository_index(context: Context, body: bytes) -> Reply:
-        request = await _parsed(pb.RepositoryIndexRequest, body)
+        request = await parsed(pb.RepositoryIndexRequest, body, context.memory)
         return good(kserve.index(context, request.ready))
 
     async def model_infer(context: Context, body: bytes) -> Reply:
-        return Reply(await kserve.infer(context, await _parsed(pb.ModelInferRequest, body)), int(status.SUCCESS.code))
+        request = await parsed(pb.ModelInferRequest, body, context.memory)
+        return Reply(await kserve.infer(context, request), int(status.SUCCESS.code))
 
     async def model_stream_infer(context: Context, body: bytes) -> Reply:
-        answer = await kserve.infer(context, await _parsed(pb.ModelInferRequest, body))
+        answer = await kserve.infer(context, await parsed(pb.ModelInferRequest, body, context.memory))
         return Reply(length_head(_INFER_RESPONSE, len(answer)) + answer, int(status.SUCCESS.code))
 
     served = {
@@ -178,16 +178,6 @@ def good(message: Message) -> Reply:
 
 def _told(error: ApplianceError) -> bytes:
     return bytes(pb.ModelStreamInferResponse(error_message=str(error)).SerializeToString())
-
-
-async def _parsed(kind: type[M], body: bytes) -> M:
-    """Raises: InvalidRequest: the bytes are not that message."""
-    try:
-        if len(body) < _LARGE_BODY:
-            return kind.FromString(body)
-        return await asyncio.to_thread(kind.FromString, body)
-    except DecodeError as error:
-        raise InvalidRequest(f"The request is not a {kind.DESCRIPTOR.name} message.") from error
 
 
 def _metadata(declared: oip.Declared) -> pb.ModelMetadataResponse.TensorMetadata:
