@@ -13,10 +13,11 @@ from google.protobuf.message import Message
 
 from appliance import __version__
 from appliance.api import inference_pb2 as pb
-from appliance.api import messages, oip, status
+from appliance.api import oip, status
 from appliance.api.context import Context
 from appliance.api.direct import Direct, Maker, ModelName
 from appliance.api.health import Health
+from appliance.api.parsing import parsed
 from appliance.api.replies import Reply, length_head
 from appliance.catalog.repository import State, Version
 from appliance.core.config import Limits
@@ -58,6 +59,7 @@ _WIRE = {
 }
 
 _STATES = {State.READY: "READY", State.LOADING: "LOADING", State.SETTLING: "LOADING"}
+
 
 METRIC = "kserve."
 """Before the names of this protocol's calls in metrics and logs, whichever wire they came by."""
@@ -130,27 +132,26 @@ def kserve_endpoints(kserve: Kserve, doors: Maker) -> dict[str, Endpoint]:
         return bytes(pb.ServerReadyResponse(ready=kserve.health.ready).SerializeToString())
 
     async def model_ready(context: Context, body: bytes) -> Reply:
-        request = await messages.parsed(pb.ModelReadyRequest, body)
+        request = await parsed(pb.ModelReadyRequest, body, context.memory)
         return good(pb.ModelReadyResponse(ready=kserve.ready(context, request.name, request.version)))
 
     async def server_metadata(context: Context, body: bytes) -> Reply:
         return good(kserve.server())
 
     async def model_metadata(context: Context, body: bytes) -> Reply:
-        request = await messages.parsed(pb.ModelMetadataRequest, body)
+        request = await parsed(pb.ModelMetadataRequest, body, context.memory)
         return good(kserve.model(context, request.name, request.version))
 
     async def repository_index(context: Context, body: bytes) -> Reply:
-        request = await messages.parsed(pb.RepositoryIndexRequest, body)
+        request = await parsed(pb.RepositoryIndexRequest, body, context.memory)
         return good(kserve.index(context, request.ready))
 
     async def model_infer(context: Context, body: bytes) -> Reply:
-        return Reply(
-            await kserve.infer(context, await messages.parsed(pb.ModelInferRequest, body)), int(status.SUCCESS.code)
-        )
+        request = await parsed(pb.ModelInferRequest, body, context.memory)
+        return Reply(await kserve.infer(context, request), int(status.SUCCESS.code))
 
     async def model_stream_infer(context: Context, body: bytes) -> Reply:
-        answer = await kserve.infer(context, await messages.parsed(pb.ModelInferRequest, body))
+        answer = await kserve.infer(context, await parsed(pb.ModelInferRequest, body, context.memory))
         return Reply(length_head(_INFER_RESPONSE, len(answer)) + answer, int(status.SUCCESS.code))
 
     served = {

@@ -28,6 +28,7 @@ from appliance.api.compute import Compute
 from appliance.api.context import Context
 from appliance.api.health import Health
 from appliance.api.kserve import Kserve, kserve_endpoints
+from appliance.api.parsing import parsed
 from appliance.api.predict import Begun, Predictions
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
@@ -50,7 +51,7 @@ _SERVICE = service_pb2.DESCRIPTOR.services_by_name["V2"]
 _PREFIX_HEADER = "x-clarifai-request-id-prefix"
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LARGE_TEXT = 64 * 1024
-"""Bytes from which a body with a reader of its own is read on a thread: JSON takes fifty times as long as a message."""
+"""Bytes from which a body with a reader of its own is read on a thread: JSON takes fifty times as long as messages."""
 
 _QUICK_BODY = 64 * 1024
 """Bytes of a request up to which it may go the quick way: parsing and copying it takes some ten microseconds."""
@@ -350,7 +351,7 @@ class Api:
             raise DeadlineExceeded
         try:
             async with asyncio.timeout(seconds) as timer:
-                request = body if isinstance(rpc, _Door) else await _parse(rpc, context.call.reader, body)
+                request = body if isinstance(rpc, _Door) else await _parse(rpc, context.call, body, context.memory)
                 answered = await handler(context, request)
         except TimeoutError as error:
             if timer.expired():
@@ -590,8 +591,10 @@ def _asks_for_signatures(call: Call, body: bytes) -> bool:
     return bool(inputs) and methods.method_name(inputs[0].data) == methods.GET_SIGNATURES
 
 
-async def _parse(rpc: _Rpc, reader: Callable[[bytes], Message] | None, body: bytes) -> Message:
+async def _parse(rpc: _Rpc, call: Call, body: bytes, memory: Reservation) -> Message:
     """Raises: InvalidRequest: the bytes are not that message. What a call's own reader raises."""
-    if reader is None:
-        return await messages.parsed(rpc.request, body)
-    return reader(body) if len(body) < _LARGE_TEXT else await asyncio.to_thread(reader, body)
+    read = call.reader
+    if read is None:
+        return await parsed(rpc.request, body, memory)
+    message: Message = await asyncio.to_thread(read, body) if len(body) >= _LARGE_TEXT else read(body)
+    return message

@@ -18,6 +18,7 @@ from appliance.api import messages, methods, status
 from appliance.api.context import Context
 from appliance.api.joining import joined
 from appliance.api.limits import Asked, check_input_count, options_for
+from appliance.api.parsing import parsed
 from appliance.api.predict import Predictions
 from appliance.api.replies import Reply
 from appliance.api.workflows import WorkflowCatalogue, config_message, ids_of
@@ -342,7 +343,7 @@ async def _parsed(context: Context, reply: Reply | service_pb2.MultiOutputRespon
     if not isinstance(reply, Reply):
         return reply
     context.memory.grow(len(reply.body))
-    return await messages.parsed(service_pb2.MultiOutputResponse, reply.body)
+    return await parsed(service_pb2.MultiOutputResponse, reply.body, context.memory)
 
 
 async def _serialised(context: Context, response: service_pb2.PostWorkflowResultsResponse) -> Reply:
