@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from appliance.api import values
 from appliance.api.context import Context
 from appliance.core.config import Cache
 from appliance.core.errors import ApplianceError
@@ -148,7 +149,9 @@ class PredictCache:
 
 
 async def _digests(payloads: Sequence[Payload]) -> list[bytes]:
-    content = sum(len(p.image or b"") + len(p.text or "") + _weight(p.arrays) + _weight(p.arguments) for p in payloads)
+    content = sum(
+        len(p.image or b"") + len(p.text or "") + values.weight(p.arrays) + values.weight(p.arguments) for p in payloads
+    )
     if content <= _SMALL:
         return [digest(payload) for payload in payloads]
     return await asyncio.to_thread(lambda: [digest(payload) for payload in payloads])
@@ -226,18 +229,5 @@ def _size(key: Key, result: Result) -> int:
     if isinstance(result, Embedding):
         return size + _ARRAY + result.vector.nbytes
     if isinstance(result, Returned):
-        return size + _weight(result.value)
+        return size + values.weight(result.value)
     return size + sum(_ARRAY + len(name) + array.nbytes for name, array in result.arrays.items())
-
-
-def _weight(value: Value) -> int:
-    """Bytes that a method's return value takes, the objects around its content counted generously."""
-    if isinstance(value, np.ndarray):
-        return _ARRAY + value.nbytes
-    if isinstance(value, Mapping):
-        return _ARRAY + sum(_ARRAY + len(str(name)) + _weight(inner) for name, inner in value.items())
-    if isinstance(value, list | tuple):
-        return _ARRAY + sum(map(_weight, value))
-    if dataclasses.is_dataclass(value):
-        return _ARRAY + sum(_weight(getattr(value, each.name)) for each in dataclasses.fields(value))
-    return sys.getsizeof(value) + 8
