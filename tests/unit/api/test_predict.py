@@ -9,11 +9,14 @@ import pytest_asyncio
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from support import graphs
 from support.api_world import World
+from support.http_client import http_client
 
 from appliance.api import replies, values
+from appliance.api.kserve_http import kserve_routes
 from appliance.core.types import FieldType, MethodField, Returned
 
 COUNT = 3000
+KSERVE = "/kserve/v2/models/numbers"
 NUMBERS = MethodField("return", FieldType.LIST, items=(MethodField("item", FieldType.FLOAT),))
 
 
@@ -48,6 +51,14 @@ async def test_many_numbers_are_returned_and_paid_for(numbers: World) -> None:
     assert client.budget.used == 0
     poor = await numbers.api(memory=512 * 1024).ask("PostModelOutputs", asking())
     assert "limits.memory_in_flight" in poor.status.details
+
+
+async def test_a_declared_predict_has_no_form_in_tensors(numbers: World) -> None:
+    """KServe's door says so, and who can call it."""
+    client = numbers.api()
+    async with http_client(kserve_routes(client.api.kserve, client.api), client.keys[0]) as made:
+        for answer in (await made.get(KSERVE), await made.post(f"{KSERVE}/infer", json={"inputs": []})):
+            assert (answer.status_code, "Clarifai's API" in answer.json()["error"]) == (400, True)
 
 
 @pytest.mark.parametrize("pythonic", [True, False])
