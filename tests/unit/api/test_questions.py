@@ -300,6 +300,21 @@ async def test_limits_are_arguments_where_concepts_are_returned(api: Client) -> 
 # ---- the old form ----------------------------------------------------------------------------------------------------
 
 
+DETECT = [
+    {"name": "boxes", "type": "ndarray"},
+    {"name": "scores", "type": "list[float]", "default": [0.25, 0.5]},
+    {"name": "least", "type": "float", "default": 0.125},
+]
+REGIONS = {"type": "list[region]", "output": "b", "scores": "s", "min_score": "least"}
+
+
+def boxes_model() -> Any:
+    """`boxes` (batch, n, 4), `scores` (batch, n) → `b`, `s`, the same."""
+    shapes = ((F, ["batch", "n", 4]), (F, ["batch", "n"]))
+    nodes = [helper.make_node("Identity", ["boxes"], ["b"]), helper.make_node("Identity", ["scores"], ["s"])]
+    return graphs.make(nodes, dict(zip(("boxes", "scores"), shapes, strict=True)), dict(zip("bs", shapes, strict=True)))
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def old(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     """Bundles whose `predict` is declared: `concepts` (x, ndarray → concepts), `scale` (ndarray and factor)."""
@@ -308,6 +323,7 @@ async def old(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     for name, model, section in (
         ("concepts", graphs.identity_model(("batch", 3)), method("predict", [array], {"type": "list[concept]"})),
         ("scale", scale_model(), method("predict", [array, FACTOR], {"type": "ndarray"})),
+        ("detector", boxes_model(), method("predict", DETECT, REGIONS)),
     ):
         config = graphs.bundle_config(made.root / name, "any-to-any", {"methods": [section]}, ("cat", "dog", "bird"))
         graphs.write_bundle(made.root / name, model, config)
@@ -370,6 +386,53 @@ async def test_what_is_missing_in_the_old_form_is_said(old: World) -> None:
         "Field x is required but not set; method 'predict' takes it from data.ndarray"
         in reply.outputs[0].status.details
     )
+
+
+@pytest.mark.parametrize(
+    ("params", "output_config", "expected"),
+    [
+        ({}, {}, [0.5, 0.25]),
+        ({"least": 0.3}, {}, [0.5]),
+        ({}, {"min_value": 0.3}, [0.5]),
+        ({"least": 0.2}, {"min_value": 0.3}, [0.5, 0.25]),  # what the parameter says is closer
+        ({"scores": [0.75, 0.5]}, {}, [0.75, 0.5]),
+        ({}, {"select_concepts": [resources_pb2.Concept(name="dog")]}, []),
+    ],
+)
+async def test_regions_are_cut_by_output_config_too(old: World, params: Any, output_config: Any, expected: Any) -> None:
+    """There `min_value` is the method's own threshold; a parameter of that name comes first."""
+    body = np.zeros((2, 4), np.float32)
+    array = resources_pb2.NDArray(buffer=body.tobytes(), shape=body.shape, dtype="float32")
+    request = asking(resources_pb2.Input(data=Data(ndarray=array)), model="detector", params=params, **output_config)
+    reply = await old.api().ask("PostModelOutputs", request)
+    assert reply.status.code == Code.SUCCESS, reply
+    assert [region.value for region in reply.outputs[0].data.regions] == expected
+
+
+async def test_a_threshold_that_is_no_number_is_refused(old: World) -> None:
+    body = np.zeros((2, 4), np.float32)
+    array = Data(ndarray=resources_pb2.NDArray(buffer=body.tobytes(), shape=body.shape, dtype="float32"))
+    reply = await old.api().ask("PostModelOutputs", asking(call("", boxes=array, least=float("nan")), model="detector"))
+    assert "least is nan; it must be a number" in reply.outputs[0].status.details
+
+
+async def test_a_million_bytes_of_numbers_are_read_beside_the_loop(api: Client) -> None:
+    """The loop goes on turning, and the answer is the same."""
+    request = asking(call("scale", x=floats(*range(1, 150_001)), factor=2.0))
+    assert request.ByteSize() > 1 << 20
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    turning = asyncio.ensure_future(turn())
+    reply = await api.ask("PostModelOutputs", request)
+    turning.cancel()
+    assert turns > 10
+    assert numbers(reply.outputs[0])[-1] == 300_000.0
 
 
 # ---- streams out -----------------------------------------------------------------------------------------------------
