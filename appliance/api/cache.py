@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from appliance.api import values
 from appliance.api.context import Context
 from appliance.core.config import Cache
 from appliance.core.errors import ApplianceError
@@ -114,9 +115,11 @@ class PredictCache:
                 for index in indices:
                     answers[index] = result
                 if not isinstance(result, ApplianceError):
-                    size = _size(key, result)
+                    aside = isinstance(result, Returned) and not values.is_small(result.value)
+                    size = await asyncio.to_thread(_size, key, result) if aside else _size(key, result)
                     context.memory.grow(size * (len(indices) - 1))  # the first one's is held already
-                    self._put(key, result, size)
+                    if self._takes(key, size):
+                        self._put(key, await asyncio.to_thread(_own, result) if aside else _own(result), size)
         return answers  # type: ignore[return-value]  # every place has been filled
 
     def _get(self, key: Key) -> _Entry | None:
@@ -129,12 +132,14 @@ class PredictCache:
         self._entries.move_to_end(key)
         return entry
 
+    def _takes(self, key: Key, size: int) -> bool:
+        return size <= self.limit // _SHARE and (self._served is None or key[0] in self._served)
+
     def _put(self, key: Key, result: Result, size: int) -> None:
-        if size > self.limit // _SHARE or (self._served is not None and key[0] not in self._served):
+        # It may have become smaller meanwhile, or another request made the same.
+        if key in self._entries or not self._takes(key, size):
             return
-        if key in self._entries:  # two requests at once made it
-            return
-        self._entries[key] = _Entry(_own(result), size, self._clock())
+        self._entries[key] = _Entry(result, size, self._clock())
         self.used += size
         self._shrink()
 
@@ -148,10 +153,16 @@ class PredictCache:
 
 
 async def _digests(payloads: Sequence[Payload]) -> list[bytes]:
-    content = sum(len(p.image or b"") + len(p.text or "") + _weight(p.arrays) + _weight(p.arguments) for p in payloads)
-    if content <= _SMALL:
+    small = all(values.is_small(payload.arguments) for payload in payloads)
+    if small and sum(map(_content, payloads)) <= _SMALL:
         return [digest(payload) for payload in payloads]
     return await asyncio.to_thread(lambda: [digest(payload) for payload in payloads])
+
+
+def _content(payload: Payload) -> int:
+    """Bytes of a payload whose arguments are few."""
+    weighed = values.weight(payload.arrays) + values.weight(payload.arguments)
+    return len(payload.image or b"") + len(payload.text or "") + weighed
 
 
 def digest(payload: Payload) -> bytes:
@@ -226,18 +237,5 @@ def _size(key: Key, result: Result) -> int:
     if isinstance(result, Embedding):
         return size + _ARRAY + result.vector.nbytes
     if isinstance(result, Returned):
-        return size + _weight(result.value)
+        return size + values.weight(result.value)
     return size + sum(_ARRAY + len(name) + array.nbytes for name, array in result.arrays.items())
-
-
-def _weight(value: Value) -> int:
-    """Bytes that a method's return value takes, the objects around its content counted generously."""
-    if isinstance(value, np.ndarray):
-        return _ARRAY + value.nbytes
-    if isinstance(value, Mapping):
-        return _ARRAY + sum(_ARRAY + len(str(name)) + _weight(inner) for name, inner in value.items())
-    if isinstance(value, list | tuple):
-        return _ARRAY + sum(map(_weight, value))
-    if dataclasses.is_dataclass(value):
-        return _ARRAY + sum(_weight(getattr(value, each.name)) for each in dataclasses.fields(value))
-    return sys.getsizeof(value) + 8

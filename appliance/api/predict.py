@@ -13,14 +13,14 @@ from typing import TypeAlias
 
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 
-from appliance.api import messages, methods, replies, status
+from appliance.api import messages, methods, replies, status, values
 from appliance.api.cache import PredictCache
 from appliance.api.context import Context
 from appliance.api.downloads import Downloads
 from appliance.api.limits import check_input_count
 from appliance.api.placement import Ids, chosen
 from appliance.api.questions import Conversation, Question, Rpc, options_of, understand
-from appliance.api.replies import Reply, ReplyWriter
+from appliance.api.replies import Reply, ReplyWriter, Written
 from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError
@@ -34,6 +34,9 @@ from appliance.tasks.servable import Answer, Servable
 
 _LARGE = 1 << 20
 """Bytes of a request from which its values are read on a thread, so that the loop gets its turns."""
+
+_WRITTEN = 10
+"""Bytes that a byte of a value takes while it is written: a message for each number, and then the bytes of all."""
 
 Answered: TypeAlias = Reply | service_pb2.MultiOutputResponse
 
@@ -183,9 +186,14 @@ class Predictions:
             brief = writer.brief(bundle.versions.get(servable.version))
             answers = await self._answer(context, servable, questions, cached=request.use_predict_cache)
             if len(questions) == 1 and questions[0].method.kind is MethodKind.GENERATE:
-                elements = _elements(answers[0])
-                return [_reply(context, request, writer, brief, questions, [each], unknown) for each in elements]
-            return [_reply(context, request, writer, brief, questions, answers, unknown)]
+                found = []
+                for each in _elements(answers[0]):
+                    element = await _written(context, questions, [each])
+                    found.append(_reply(context, request, writer, brief, questions, element, unknown))
+                    await asyncio.sleep(0)
+                return found
+            written = await _written(context, questions, answers)
+            return [_reply(context, request, writer, brief, questions, written, unknown)]
 
     # ---- answering ----
 
@@ -230,13 +238,29 @@ class Predictions:
                     put(payload)
 
 
+async def _written(
+    context: Context, questions: Sequence[Question], answers: Sequence[Answer]
+) -> Sequence[Answer | Written]:
+    """The answers; large values as bytes already: a million numbers take seconds, and much memory meanwhile.
+
+    Raises: Overloaded: that is not free.
+    """
+    found: list[Answer | Written] = list(answers)
+    for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        if isinstance(answer, Returned) and not values.is_small(answer.value):
+            context.memory.grow(_WRITTEN * await asyncio.to_thread(values.weight, answer.value))
+            write = partial(replies.written, answer, question.method.returns, pythonic=question.pythonic)
+            found[index] = await asyncio.to_thread(write)
+    return found
+
+
 def _reply(
     context: Context,
     request: service_pb2.PostModelOutputsRequest,
     writer: ReplyWriter,
     brief: bytes,
     questions: Sequence[Question],
-    answers: Sequence[Answer],
+    answers: Sequence[Answer | Written],
     unknown: Sequence[str],
 ) -> Reply:
     head = writer.head(brief, replies.success(context.req_id))

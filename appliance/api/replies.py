@@ -37,6 +37,13 @@ _LARGE = 4096
 _FLOAT: Callable[[float], bytes] = struct.Struct("<f").pack
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a declared method returned, as the bytes of its `Data`."""
+
+    data: bytes
+
+
 @dataclass(slots=True)
 class Reply:
     """A reply message, serialised, and the Clarifai code in its status."""
@@ -143,7 +150,7 @@ class ReplyWriter:
         self,
         head: bytes,
         given: resources_pb2.Input,
-        result: Result,
+        result: Result | Written,
         returns: MethodField | None = None,
         *,
         pythonic: bool = False,
@@ -158,7 +165,7 @@ class ReplyWriter:
         size = len(output_id) + len(head) + len(echo) + len(data)
         return b"".join((_RESPONSE_OUTPUT, _varint(size), output_id, head, echo, data))
 
-    def _data(self, result: Result, returns: MethodField | None) -> bytes:
+    def _data(self, result: Result | Written, returns: MethodField | None) -> bytes:
         """The answer where callers of the old form look for it: concepts, embeddings, ndarray, text.raw, …"""
         if isinstance(result, ConceptScores):
             return self._scores(result)
@@ -167,20 +174,21 @@ class ReplyWriter:
             size = resources_pb2.Embedding(num_dimensions=len(result.vector)).SerializeToString()
             return _field(_DATA_EMBEDDING, _field(_EMBEDDING_VECTOR, vector) + size)
         if isinstance(result, Returned):
-            data = _value(result, returns)
-            if data.string_value:
-                data.text.raw = data.string_value
-            return bytes(data.SerializeToString())
+            return written(result, returns, pythonic=False).data
+        if isinstance(result, Written):
+            return result.data
         return _tensors(result)
 
-    def _returned(self, result: Result, returns: MethodField | None) -> bytes:
+    def _returned(self, result: Result | Written, returns: MethodField | None) -> bytes:
         """The answer where pythonic callers look for it: `parts[0]` with id `return`, of the signature's type."""
         if isinstance(result, ConceptScores):
             data = self._scores(result)
         elif isinstance(result, Embedding):
             data = _ndarray(result.vector)
         elif isinstance(result, Returned):
-            data = _value(result, returns).SerializeToString()
+            data = written(result, returns, pythonic=True).data
+        elif isinstance(result, Written):
+            data = result.data
         else:
             data = _tensors(result)
         return _field(_DATA_PART, _RETURN + _present(_PART_DATA, data))
@@ -192,9 +200,13 @@ class ReplyWriter:
         )
 
 
-def _value(result: Returned, returns: MethodField | None) -> resources_pb2.Data:
+def written(result: Returned, returns: MethodField | None, *, pythonic: bool) -> Written:
+    """What a declared method returned, where callers of either form look for it; on any thread."""
     assert returns is not None, "what a declared method returns has a type"
-    return values.write(returns, result.value)
+    data = values.write(returns, result.value)
+    if data.string_value and not pythonic:
+        data.text.raw = data.string_value
+    return Written(data.SerializeToString())
 
 
 def error_output(given: resources_pb2.Input, error: ApplianceError, req_id: str) -> bytes:

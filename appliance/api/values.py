@@ -4,11 +4,14 @@ What the stock SDK's serializers write is read here, and what is written here th
 them. Where older clients wrote something else (a JSON text for a dict, `text.raw` for a str), that is read too.
 """
 
+import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from clarifai_grpc.grpc.api import resources_pb2
 from google.protobuf import json_format, struct_pb2
 
@@ -22,6 +25,11 @@ _LIST_KEY = "_list"
 _REPEATED = {FieldType.CONCEPT: "concepts", FieldType.REGION: "regions", FieldType.FRAME: "frames"}
 _MEDIA = {FieldType.IMAGE: "image", FieldType.AUDIO: "audio", FieldType.VIDEO: "video"}
 _INT64 = 2**63
+_OBJECT = 256
+"""Bytes of an array, a dict or the like beside its content."""
+
+_FEW = 500
+"""Parts of a value that are no work."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -414,6 +422,36 @@ def _fill_frame(message: resources_pb2.Frame, frame: Frame) -> None:
         _fill_element(message.data.concepts.add(), concept)
     for region in frame.regions:
         _fill_region(message.data.regions.add(), region)
+
+
+# ---- how much they are -----------------------------------------------------------------------------------------------
+
+
+def weight(value: Value) -> int:
+    """Bytes that a value takes, the objects around its content counted generously."""
+    if isinstance(value, np.ndarray):
+        return _OBJECT + value.nbytes
+    if isinstance(value, Mapping):
+        return _OBJECT + sum(_OBJECT + len(str(name)) + weight(inner) for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return _OBJECT + sum(map(weight, value))
+    if dataclasses.is_dataclass(value):
+        return _OBJECT + sum(weight(getattr(value, each.name)) for each in dataclasses.fields(value))
+    return sys.getsizeof(value) + 8
+
+
+def is_small(value: Value) -> bool:
+    """Whether a value has so few parts that it is written within a millisecond or two; found out as quickly."""
+    left, waiting = _FEW, [value]
+    while waiting and left > 0:
+        part = waiting.pop()
+        left -= 1
+        if isinstance(part, Mapping):
+            part = list(part.values())
+        if isinstance(part, list | tuple):
+            waiting += part[: max(0, left)]
+            left -= len(part)
+    return left > 0
 
 
 def links(field: MethodField, value: Value) -> list[tuple[FieldType, Media]]:
