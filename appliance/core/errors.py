@@ -52,7 +52,6 @@ file and says what to do. What happened inside goes into `detail`, which is for 
 nothing, so that everybody may import it.
 """
 
-
 LONGEST_SENTENCE = 1000
 """Bytes of a sentence that quotes a caller. gRPC carries it twice in a call's last headers, percent-encoded and in
 base64, and clients take 8 KiB of headers."""
