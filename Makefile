@@ -15,7 +15,7 @@ STOCK := chromium libnss3-tools php-cli php-curl php-google-protobuf protobuf-co
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stock check gpu-check bench fuzz sanitize protos format lock clean system
+.PHONY: help demo test stock check gpu-check bench fuzz fuzz-api sanitize protos format lock clean system
 
 help: ## What there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ fuzz: ## The HTTP/2 core under libFuzzer for SECONDS; findings and corpus stay i
 	clang $(FUZZ) -fsanitize=fuzzer,address,undefined -o build/fuzz/h2 tests/fuzz/h2_target.c appliance/wire/native/h2.c -lnghttp2
 	$(PYTHON) tests/fuzz/seeds.py build/fuzz/corpus
 	cd build/fuzz && ./h2 -max_len=2048 -timeout=20 -max_total_time=$(SECONDS) -print_final_stats=1 corpus
+
+fuzz-api: $(VENV)/built ## A daemon under any requests, REST and media files for SECONDS (SEED=… again); findings in build/fuzz-api/.
+	PYTHONPATH=.:tests $(BIN)/python -W ignore -m fuzz.api $(SECONDS) $(ARGS)
 
 sanitize: $(VENV)/built ## The wire's unit tests with the native part under AddressSanitizer, UBSan and a search for leaks.
 	@mkdir -p build/sanitize

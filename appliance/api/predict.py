@@ -23,7 +23,7 @@ from appliance.api.questions import Conversation, Question, Rpc, options_of, und
 from appliance.api.replies import Reply, ReplyWriter, Written
 from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError
+from appliance.core.errors import ApplianceError, readable
 from appliance.core.memory import Reservation
 from appliance.core.metrics import Metrics
 from appliance.core.types import ConceptScores, MethodKind, PredictOptions, Returned
@@ -273,7 +273,7 @@ def _reply(
         else:
             outputs.append(writer.output(head, given, answer, question.method.returns, pythonic=question.pythonic))
             context.count(status.SUCCESS.code)
-    note = f"The model has no concept {', '.join(unknown[:20])}." if unknown else ""
+    note = readable(f"The model has no concept {', '.join(unknown[:20])}.") if unknown else ""
     return replies.reply(outputs, failures, note, context.req_id)
 
 

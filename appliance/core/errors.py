@@ -52,6 +52,19 @@ file and says what to do. What happened inside goes into `detail`, which is for 
 nothing, so that everybody may import it.
 """
 
+LONGEST_SENTENCE = 1000
+"""Bytes of a sentence that quotes a caller. gRPC carries it twice in a call's last headers, percent-encoded and in
+base64, and clients take 8 KiB of headers."""
+
+
+def readable(sentence: str) -> str:
+    """The sentence without its middle, when it has too much of what a caller sent: its end says what to do."""
+    whole = sentence.encode("utf-8", "replace")
+    if len(whole) <= LONGEST_SENTENCE:
+        return sentence
+    start, end = whole[: LONGEST_SENTENCE // 2], whole[-LONGEST_SENTENCE // 2 :]
+    return f"{start.decode('utf-8', 'ignore')} … {end.decode('utf-8', 'ignore')}"
+
 
 class ApplianceError(Exception):
     """Root of all errors raised on purpose; `str()` of it is safe to show to the caller."""
@@ -62,7 +75,10 @@ class ApplianceError(Exception):
 
 
 class RequestError(ApplianceError):
-    """The caller must change the request."""
+    """The caller must change the request. Whatever of it the sentence quotes, one can still read it."""
+
+    def __init__(self, message: str, *, detail: str = "") -> None:
+        super().__init__(readable(message), detail=detail)
 
 
 class InvalidRequest(RequestError):

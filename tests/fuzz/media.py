@@ -186,6 +186,7 @@ def chunks(data: bytes) -> list[bytes]:
 _KINDS = ("flip", "cut", "lose", "double", "put", "join", "lie", "shuffle")
 
 
+@cache
 def harms(*kinds: str) -> st.SearchStrategy[Harm]:
     """Anything that may happen, or only these kinds."""
     other = st.one_of(st.binary(max_size=16), st.sampled_from(pictures_of_all_kinds()))
@@ -201,16 +202,19 @@ def harmed(draw: st.DrawFn, files: tuple[bytes, ...]) -> bytes:
     return data
 
 
+@cache
 def harmed_pictures() -> st.SearchStrategy[bytes]:
     """Pictures that may be broken."""
     return harmed(pictures_of_all_kinds())
 
 
+@cache
 def harmed_sounds() -> st.SearchStrategy[bytes]:
     """WAV files that may be broken."""
     return harmed(sounds_of_all_kinds())
 
 
+@cache
 def texts() -> st.SearchStrategy[str]:
     """Texts, odd ones included; each can be written as UTF-8."""
     odd = st.sampled_from((*_WORDS, *_ODD))

@@ -69,3 +69,17 @@ def test_what_the_caller_reads_and_what_happened_are_two_things() -> None:
 )
 def test_a_sentence_names_the_limit_and_what_to_do(error: ApplianceError, words: list[str]) -> None:
     assert all(word in str(error) for word in words)
+
+
+@pytest.mark.parametrize("quoted", ["x" * 20_000, "\U0001f600" * 5_000, "ü" * 3_000, "\ud800" * 2_000])
+def test_what_callers_sent_does_not_make_a_sentence_unreadable(quoted: str) -> None:
+    """Its end, which says what to do, is kept; gRPC carries it in headers, which have little room."""
+    sentence = str(errors.UnknownModel(f"There is no model {quoted}; ask ListModels."))
+    assert len(sentence.encode("utf-8", "replace")) < 1100
+    assert sentence.startswith("There is no model")
+    assert sentence.endswith("; ask ListModels.")
+    assert str(errors.PlacementUnknown("nodepool", quoted)).endswith("to use its models.")
+
+
+def test_a_sentence_of_usual_length_is_left_alone() -> None:
+    assert str(errors.InvalidInput("ü" * 500)) == "ü" * 500
