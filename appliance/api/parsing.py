@@ -18,14 +18,15 @@ from appliance.core.memory import Reservation
 _SMALL = 64 * 1024
 """Bytes of a body that may become what they will: forty times as much at worst."""
 
-_LARGE = 1 << 20
-"""Bytes from which a body is parsed on a thread: the parser releases nothing, but the loop gets its turns."""
+_LARGE = 256 * 1024
+"""Bytes from which a body is weighed and parsed on a thread: 50 ms at worst, and on a thread the loop gets its turns."""
 
 _MOST = 1_000_000
 """Fields that one message may have, with those of the messages in it: a fifth of a second in one piece."""
 
-_MESSAGE, _PIECE, _NUMBER = 64, 16, 8
-"""Bytes that a message takes beside its fields, a text or bytes beside their content, and a number or a reference."""
+_MESSAGE, _PIECE, _NUMBER = 64, 40, 8
+"""Bytes that a message takes beside its fields, a text or bytes beside their content, and a number or a reference. A
+list's former places stay where it outgrew them, so a piece of 16 bytes is more than that."""
 
 _F = FieldDescriptor
 _FIXED = {_F.TYPE_FLOAT, _F.TYPE_DOUBLE, _F.TYPE_FIXED32, _F.TYPE_FIXED64, _F.TYPE_SFIXED32, _F.TYPE_SFIXED64}

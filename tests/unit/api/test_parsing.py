@@ -36,7 +36,13 @@ def one_input(data: bytes) -> bytes:
 def read(body: bytes, kind: Any = Request, budget: int = 1024 * MIB) -> tuple[Any, int]:
     """The message, and what it and its body hold of the budget."""
     memory = MemoryBudget(budget).hold(len(body))
-    return asyncio.run(parsed(kind, body, memory)), memory.count
+    found = []
+
+    async def main() -> None:  # `asyncio.run` makes a text of what it returns
+        found.append(await parsed(kind, body, memory))
+
+    asyncio.run(main())
+    return found[0], memory.count
 
 
 def resident() -> int:
