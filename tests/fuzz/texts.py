@@ -22,6 +22,9 @@ from appliance.api.bindings import bindings_of
 from appliance.api.catalogue import RPCS
 
 VERBS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "PROPFIND", "get")
+_LONGEST_TARGET = 40_000
+"""Bytes of a path and its query: more than any header may have; hpack takes minutes for a million of them."""
+
 MODELS = ("tensor", "pair", "colours", "topic", "vector", "sentence", "half", "nothing", "nans", "tools")
 
 
@@ -204,7 +207,7 @@ class Texts:
                     query = "".join(c for c in harm(query.encode()).decode("latin-1") if "!" <= c <= "~")
             target += b"?" + query.encode()
         body = draw(harmed_json(json.loads(more["content"]))) if "content" in more else b""
-        return Asked(binding.verb, target, self._plain, body, draw(st.booleans()))
+        return Asked(binding.verb, target[:_LONGEST_TARGET], self._plain, body, draw(st.booleans()))
 
     def twins(self) -> st.SearchStrategy[Asked | None]:
         """Any RPC's request in REST, its JSON harmed; None for what cannot be said."""
@@ -269,7 +272,9 @@ class Texts:
             query *= 400
         if query:
             path += "?" + "&".join(f"{name}={urllib.parse.quote(value, safe='%')}" for name, value in query)
-        return ("/" + path.lstrip("/") if not path.startswith("/") else path).encode("ascii", "replace")[:40_000]
+        return ("/" + path.lstrip("/") if not path.startswith("/") else path).encode("ascii", "replace")[
+            :_LONGEST_TARGET
+        ]
 
     def headers(self) -> st.SearchStrategy[list[tuple[str, str]]]:
         """A key mostly, and headers that mean something to somebody."""
