@@ -61,7 +61,7 @@ def _dtype(name: str) -> tuple["np.dtype[Any]", int]:
 
 def fill(message: resources_pb2.NDArray, value: Array) -> None:
     """Write an array into a message: C order, the machine's byte order."""
-    message.buffer = value.tobytes()
+    message.buffer = value.astype(value.dtype.newbyteorder("="), copy=False).tobytes()
     message.shape.extend(value.shape)
     message.dtype = value.dtype.name
     message.SetInParent()

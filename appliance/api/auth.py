@@ -88,6 +88,11 @@ class Grant:
             )
         return known
 
+    def check_model(self, model: ModelKey) -> None:
+        """Raises: NotPermitted: not every principal of the grant may use that model."""
+        if not self.allows(model):
+            raise NotPermitted(f"Principal {self.name!r} may not use model {model}.")
+
     def check(self) -> None:
         """See whether a request may come now; it is not counted. Raises: RateLimited."""
         for meter in self.meters:

@@ -41,7 +41,7 @@ _SMALL = 256 * 1024
 Key: TypeAlias = tuple[int, str, tuple[Hashable, ...], bytes]
 """Serial of the servable, principal, what was asked of it, digest of the content."""
 
-Run: TypeAlias = Callable[[Sequence[Payload]], Awaitable[list[Answer]]]
+Run: TypeAlias = Callable[[Sequence[Payload | ApplianceError]], Awaitable[list[Answer]]]
 
 
 @dataclass(slots=True)
@@ -93,9 +93,7 @@ class PredictCache:
         Raises:  what `run` does. Overloaded: the memory for the kept answers is not free.
         """
         if not self.limit:
-            given = [payload for payload in payloads if isinstance(payload, Payload)]
-            made = iter(await run(given) if given else [])
-            return [next(made) if isinstance(payload, Payload) else payload for payload in payloads]
+            return await run(payloads)
         answers: list[Answer | None] = [p if isinstance(p, ApplianceError) else None for p in payloads]
         present = {index: payload for index, payload in enumerate(payloads) if isinstance(payload, Payload)}
         missing: dict[Key, list[int]] = {}

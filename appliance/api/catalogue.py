@@ -15,7 +15,6 @@ from appliance.core.config import Config
 from appliance.core.errors import (
     InvalidRequest,
     NotDeployed,
-    NotPermitted,
     NotReady,
     UnknownApp,
     UnknownStatusCode,
@@ -80,7 +79,7 @@ class Catalogue:
         """A model with one version, the newest ready one unless named."""
         version = self._version(context, request.user_app_id, request.model_id, request.version_id)
         model = messages.model_full(version)
-        model.version_count = len(self._bundle_of(version).versions)
+        model.version_count = len(self._repository.offered(self._bundle_of(version)))
         return service_pb2.SingleModelResponse(status=status.success(context.req_id), model=model)
 
     async def get_model_output_info(
@@ -121,8 +120,7 @@ class Catalogue:
     ) -> service_pb2.MultiModelVersionResponse:
         """All versions that are not held back, newest first."""
         bundle = self._bundle(context, request.user_app_id, request.model_id)
-        versions = [v for v in self._repository.versions(bundle) if v.state.value != "held"]
-        found = page(versions, request.page, request.per_page)
+        found = page(self._repository.offered(bundle), request.page, request.per_page)
         return service_pb2.MultiModelVersionResponse(
             status=status.success(context.req_id), model_versions=[messages.version_full(v) for v in found]
         )
@@ -187,7 +185,9 @@ class Catalogue:
         apps = [
             app for app in self._apps(context) if wanted.app_id in ("", app.id) and wanted.user_id in ("", app.user_id)
         ]
-        if len(apps) != 1:
+        if len(apps) > 1:
+            raise UnknownApp(f"There are {len(apps)} such apps; name the app and its user, ListApps tells which.")
+        if not apps:
             raise UnknownApp(f"There is no app {wanted.app_id!r} of user {wanted.user_id!r}; ListApps names them.")
         return service_pb2.SingleAppResponse(status=status.success(context.req_id), app=apps[0])
 
@@ -250,8 +250,7 @@ class Catalogue:
     def _bundle(self, context: Context, ids: resources_pb2.UserAppIDSet, model_id: str) -> Bundle[Servable]:
         bundle = self._repository.find(ids.user_id, ids.app_id, model_id)
         assert bundle.key is not None
-        if not context.grant.allows(bundle.key):
-            raise NotPermitted(f"Principal {context.grant.name!r} may not use model {bundle.key}.")
+        context.grant.check_model(bundle.key)
         return bundle
 
     def _bundle_of(self, version: Version[Servable]) -> Bundle[Servable]:
@@ -272,7 +271,7 @@ class Catalogue:
             key = bundle.key
             if key is None or user_id not in ("", key.user_id) or app_id not in ("", key.app_id):
                 continue
-            if context.grant.allows(key) and any(v.state.value != "held" for v in bundle.versions.values()):
+            if context.grant.allows(key) and self._repository.offered(bundle):
                 found.append(self._repository.version(bundle, ""))
         return found
 

@@ -14,7 +14,7 @@ from appliance.api import messages, status
 from appliance.api.catalogue import page
 from appliance.api.context import Context
 from appliance.api.placement import Deployed, Places
-from appliance.catalog.repository import Repository, Version
+from appliance.catalog.repository import Repository, State, Version
 from appliance.core.config import Config
 from appliance.core.errors import CapacityError, DeploymentDisabled, PlacementUnknown, UnknownUser
 from appliance.core.machine import accelerators, usable_cpus, usable_memory
@@ -25,7 +25,6 @@ _REGION = "na"
 _INSTANCE = "local"
 """The names that Clarifai's own tools register a machine of the customer's with (PROTOCOL 5.1)."""
 
-_PRIVATE = resources_pb2.Visibility(gettable=resources_pb2.Visibility.Gettable.PRIVATE)
 _ON_DEMAND = resources_pb2.NodeCapacityType(capacity_types=[resources_pb2.NodeCapacityType.CapacityType.ON_DEMAND_TYPE])
 _ARCHITECTURES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 
@@ -156,7 +155,7 @@ class Compute:
             cloud_provider=_PROVIDER,
             region=_REGION,
             user_id=places.user_id,
-            visibility=_PRIVATE,
+            visibility=messages.PRIVATE,
             cluster_type="local-dev",
             managed_by="user",
         )
@@ -172,7 +171,7 @@ class Compute:
             min_instances=1,
             max_instances=1,
             node_count=1,
-            visibility=_PRIVATE,
+            visibility=messages.PRIVATE,
             status=state,
             status_description=why,
         )
@@ -183,7 +182,7 @@ class Compute:
         bundles = self._repository.bundles
         ready = sum(any(version.ready for version in bundle.versions.values()) for bundle in bundles)
         loading = sum(
-            bundle.settling or any(v.state.value in ("loading", "settling") for v in bundle.versions.values())
+            bundle.settling or any(v.state in (State.LOADING, State.SETTLING) for v in bundle.versions.values())
             for bundle in bundles
         )
         text = f"{ready} of {len(bundles)} models answer" + (f", {loading} load" if loading else "") + "."
@@ -210,7 +209,7 @@ class Compute:
             autoscale_config=resources_pb2.AutoscaleConfig(min_replicas=1, max_replicas=1),
             nodepools=[nodepool],
             scheduling_choice=resources_pb2.Deployment.SchedulingChoice.PRICE,
-            visibility=_PRIVATE,
+            visibility=messages.PRIVATE,
             description=why or f"Model {places.key_of(deployed)} on this appliance.",
             worker=worker,
             desired_worker=worker,
@@ -304,18 +303,18 @@ def _instance_type() -> resources_pb2.InstanceType:
 
 @lru_cache(maxsize=1)
 def _machine_info() -> resources_pb2.ComputeInfo:
-    gpus = accelerators()
     return resources_pb2.ComputeInfo(
         cpu_limit=str(usable_cpus()),
         cpu_memory=f"{usable_memory() // 2**20}Mi",
-        num_accelerators=len(gpus),
-        accelerator_type=sorted({_accelerator_type(name) for name in gpus}),
+        num_accelerators=len(_gpus()),
+        accelerator_type=sorted(set(_gpus())),
     )
 
 
-def _accelerator_type(name: str) -> str:
-    """As Clarifai writes them: NVIDIA-L40S."""
-    return "-".join(name.split()) or "NVIDIA"
+@lru_cache(maxsize=1)
+def _gpus() -> tuple[str, ...]:
+    """The accelerators as Clarifai writes them: NVIDIA-L40S."""
+    return tuple("-".join(name.split()) or "NVIDIA" for name in accelerators())
 
 
 def _compute_info(version: Version[Servable]) -> resources_pb2.ComputeInfo:
@@ -326,8 +325,7 @@ def _compute_info(version: Version[Servable]) -> resources_pb2.ComputeInfo:
         info.cpu_limit, info.cpu_memory = _machine_info().cpu_limit, _machine_info().cpu_memory
     servable = version.servable
     if servable is not None and servable.model.device.kind == "gpu":
-        gpus = accelerators()
         info.num_accelerators = max(1, info.num_accelerators)
-        if not info.accelerator_type and servable.model.device.index < len(gpus):
-            info.accelerator_type.append(_accelerator_type(gpus[servable.model.device.index]))
+        if not info.accelerator_type:
+            info.accelerator_type.extend(_gpus()[servable.model.device.index :][:1])
     return info

@@ -12,9 +12,9 @@ from appliance.api import status
 from appliance.api.context import Context
 from appliance.api.limits import check_input_count
 from appliance.api.replies import Reply
-from appliance.catalog.repository import Repository, State, Version
+from appliance.catalog.repository import Repository, Version
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError, InputError, ModelError, NotPermitted, UnknownModel
+from appliance.core.errors import ApplianceError, InputError, ModelError, UnknownModel
 from appliance.core.types import Endpoint, Payload, PredictOptions, Result
 from appliance.tasks.servable import Servable
 
@@ -67,8 +67,7 @@ class Direct:
         """
         with self._repository.use(name.user_id, name.app_id, name.model_id, name.version_id) as servable:
             context.model = (servable.key.model_id, servable.version)
-            if not context.grant.allows(servable.key):
-                raise NotPermitted(f"Principal {context.grant.name!r} may not use model {servable.key}.")
+            context.grant.check_model(servable.key)
             yield servable
 
     async def results(
@@ -95,19 +94,17 @@ class Direct:
             version
             for bundle in self._repository.bundles
             if bundle.key is not None and context.grant.allows(bundle.key)
-            for version in self._repository.versions(bundle)
-            if version.state is not State.HELD
+            for version in self._repository.offered(bundle)
         ]
 
     def versions_of(self, context: Context, name: ModelName) -> list[Version[Servable]]:
         """A model's versions, newest first; only the named one if one is. Raises: UnknownModel, NotPermitted."""
         bundle = self._repository.find(name.user_id, name.app_id, name.model_id)
         assert bundle.key is not None
-        if not context.grant.allows(bundle.key):
-            raise NotPermitted(f"Principal {context.grant.name!r} may not use model {bundle.key}.")
+        context.grant.check_model(bundle.key)
         if name.version_id:
             return [self._repository.version(bundle, name.version_id)]
-        return [version for version in self._repository.versions(bundle) if version.state is not State.HELD]
+        return self._repository.offered(bundle)
 
 
 def _placed(error: ApplianceError, index: int, count: int) -> ApplianceError:

@@ -26,9 +26,6 @@ from appliance.core.types import Array, Call, Endpoint
 from appliance.tasks.servable import Servable
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-_LARGE_BODY = 1 << 20
-"""Bytes from which a request is parsed on a thread."""
-
 _MANY = 100_000
 """Numbers from which they become an array on a thread: Python looks at each."""
 
@@ -62,7 +59,6 @@ _WIRE = {
 }
 
 _STATES = {State.READY: "READY", State.LOADING: "LOADING", State.SETTLING: "LOADING"}
-
 
 METRIC = "kserve."
 """Before the names of this protocol's calls in metrics and logs, whichever wire they came by."""

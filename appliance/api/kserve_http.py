@@ -26,9 +26,10 @@ from appliance.api.jsonbody import dumped, objects, typed
 from appliance.api.kserve import METRIC, Kserve
 from appliance.api.replies import Reply
 from appliance.core.config import Limits
-from appliance.core.errors import InvalidArgument, InvalidInput, InvalidRequest, UnknownModel
+from appliance.core.errors import InputTooLarge, InvalidArgument, InvalidInput, InvalidRequest, UnknownModel
 from appliance.core.memory import Reservation
 from appliance.core.types import Array
+from appliance.wire import sentences
 
 _HEADER_LENGTH = "inference-header-content-length"
 _BINARY_SIZE = "binary_data_size"
@@ -87,16 +88,15 @@ def kserve_routes(kserve: Kserve, doors: Maker) -> list[BaseRoute]:
 
     async def server(request: Request) -> Response:
         async def handle(context: Context, body: bytes) -> Reply:
-            return _json(kserve.server())
+            return Reply(dumped(_plain(kserve.server())), _GOOD)
 
         return await _served(request, kserve, doors, "ServerMetadata", handle)
 
     async def index(request: Request) -> Response:
         async def handle(context: Context, body: bytes) -> Reply:
             asked = await jsonbody.load(body, context.memory) if body else {}
-            found = _json(kserve.index(context, typed(asked, "ready", bool, False, "a boolean")))
-            models = json.loads(found.body).get("models", [])
-            return Reply(dumped(models), found.code)
+            found = kserve.index(context, typed(asked, "ready", bool, False, "a boolean"))
+            return Reply(dumped(_plain(found)["models"]), _GOOD)
 
         return await _served(request, kserve, doors, "RepositoryIndex", handle)
 
@@ -107,7 +107,7 @@ def kserve_routes(kserve: Kserve, doors: Maker) -> list[BaseRoute]:
         name, version = named[1], named[2] or ""
 
         async def metadata(context: Context, body: bytes) -> Reply:
-            return _json(kserve.model(context, name, version))
+            return Reply(dumped(_plain(kserve.model(context, name, version))), _GOOD)
 
         async def readiness(context: Context, body: bytes) -> Reply:
             return Reply(dumped({"name": name, "ready": kserve.ready(context, name, version)}), _GOOD)
@@ -190,12 +190,14 @@ def _nowhere(known: bool) -> Response:
     return JSONResponse({"error": sentence}, row.http)
 
 
-def _json(message: Message) -> Reply:
+def _plain(message: Message) -> dict[str, Any]:
     """A message of the gRPC twin in this protocol's JSON: the same fields; 64-bit numbers are numbers."""
-    content = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    content: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
     for tensor in (*content.get("inputs", ()), *content.get("outputs", ())):
         tensor["shape"] = [int(axis) for axis in tensor["shape"]]
-    return Reply(dumped(content), _GOOD)
+    return content
 
 
 async def _written(name: str, answer: oip.Answer, asked: _Asked, memory: Reservation) -> tuple[bytes, int | None]:
@@ -262,6 +264,8 @@ async def _read(header_length: str | None, body: bytes, memory: Reservation, lim
                 f"binary data, and the body has {size} bytes."
             )
         size = int(header_length)
+    if len(body) - size > limits.request_size:  # only JSON may have half as many more
+        raise InputTooLarge(sentences.request_too_large(limits.request_size))
     before = memory.count
     content = await jsonbody.load(body[:size], memory)
     if size < _LARGE:

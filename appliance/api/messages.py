@@ -1,20 +1,37 @@
 """Between Clarifai's messages and our own types: inputs to payloads, answers to data, servables to models."""
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from clarifai_grpc.grpc.api import resources_pb2
 from clarifai_grpc.grpc.api.status import status_pb2
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from appliance.api import arrays, methods, status
 from appliance.catalog.repository import Version
-from appliance.core.errors import ApplianceError, NotDeployed, NotReady
+from appliance.core.errors import ApplianceError, InvalidRequest, NotDeployed, NotReady
 from appliance.core.types import Array, FieldType, Payload
 from appliance.media.text import decode_text
 from appliance.tasks.servable import Servable
+
+_LARGE = 1 << 20
+"""Bytes from which a message is parsed on a thread: the parser releases nothing, but the loop gets its turns."""
+
+M = TypeVar("M", bound=Message)
+
+
+async def parsed(kind: type[M], body: bytes) -> M:
+    """A message of its bytes. Raises: InvalidRequest: they are none."""
+    try:
+        return kind.FromString(body) if len(body) < _LARGE else await asyncio.to_thread(kind.FromString, body)
+    except DecodeError as error:
+        raise InvalidRequest(f"The request is not a {kind.DESCRIPTOR.name} message.") from error
+
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
@@ -129,6 +146,10 @@ def now() -> Timestamp:
     """The current time as a message."""
     nanoseconds = time.time_ns()
     return Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
+
+
+PRIVATE = resources_pb2.Visibility(gettable=resources_pb2.Visibility.Gettable.PRIVATE)
+"""Who sees what is here: the caller's own."""
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

@@ -64,12 +64,9 @@ def method_name(data: resources_pb2.Data) -> str:
     return data.metadata.fields[METHOD_KEY].string_value
 
 
-def is_pythonic(data: resources_pb2.Data, kind: str) -> bool:
-    """Whether an input is of the method protocol: it names a method, or brings arguments as parts (PROTOCOL 4.3).
-
-    Args:    kind: of the task; raw tensors have no other old form than parts, so that only a name makes them pythonic.
-    """
-    return bool(method_name(data)) or (bool(data.parts) and kind != "ndarray")
+def is_pythonic(data: resources_pb2.Data) -> bool:
+    """Whether an input is of the method protocol: it names a method, or brings arguments as parts (PROTOCOL 4.3)."""
+    return bool(data.parts) or bool(method_name(data))
 
 
 def arguments(method: Method, data: resources_pb2.Data) -> Mapping[str, resources_pb2.Data]:
@@ -77,12 +74,12 @@ def arguments(method: Method, data: resources_pb2.Data) -> Mapping[str, resource
 
     Raises: InvalidInput: one is unknown, or is there twice.
     """
-    # The stock SDK sends an empty part where there are no arguments.
+    # Some clients send an empty part where there are no arguments.
     parts = [part for part in data.parts if part.id or part.data.ListFields()]
     given = {part.id: part.data for part in parts}
-    required = [argument for argument in method.arguments if argument.default is None]
-    if not given and len(required) == 1:
-        return {required[0].name: data}  # the first argument may stand in data itself
+    inlined = {descriptor.name for descriptor, _ in data.ListFields()} - {"metadata", "parts"}
+    if not given and inlined and method.arguments:
+        return {method.arguments[0].name: data}  # the first argument may stand in data itself
     known = {argument.name for argument in method.arguments}
     for name in given:
         if name not in known:
@@ -115,34 +112,45 @@ def read_old_form(method: Method, data: resources_pb2.Data, params: struct_pb2.S
 
     Raises: InvalidInput: a required argument is not there.
     """
-    left = {descriptor.name for descriptor, _ in data.ListFields()}
+    left = {descriptor.name for descriptor, _ in data.ListFields()} - {"metadata"}
+    sent = set(left)
     read: dict[str, Value] = {}
     for argument in method.arguments:
         source = next((name for name in values.sources(argument) if name in left), None)
         if source is not None:
             left.discard(source)
-            read[argument.name] = values.read(argument, data, strict=False)
+            read[argument.name] = values.read_from(argument, data, source)
         elif argument.name in params.fields:
             read[argument.name] = values.from_json(argument, _param(params, argument.name))
         elif argument.default is not None:
             read[argument.name] = values.default_of(argument)
         else:
             fields = " or ".join(f"data.{name}" for name in values.sources(argument))
-            raise InvalidInput(f"Field {argument.name} is required but not set; method {method.name!r} takes {fields}.")
-    left -= {"metadata"}
-    if left:
-        raise InvalidInput(f"Method {method.name!r} takes nothing from data.{min(left)}; see its signature.")
+            raise InvalidInput(
+                f"Field {argument.name} is required but not set; method {method.name!r} takes "
+                + (f"it from {fields}." if fields else f"it as a part with the id {argument.name!r}.")
+            )
+    # What more an input carries is let be, as the platform does; where nothing of it was of use, it was a mistake.
+    if sent and left == sent:
+        raise InvalidInput(f"Method {method.name!r} takes nothing from data.{min(sent)}; see its signature.")
     return read
 
 
 def check_params(method: Method, params: struct_pb2.Struct) -> None:
-    """See that `inference_params` names arguments of the method. Raises: InvalidArgument."""
-    known = {argument.name for argument in method.arguments}
+    """See that `inference_params` names arguments of the method, and gives them such values.
+
+    Raises: InvalidArgument.
+    """
+    known = {argument.name: argument for argument in method.arguments}
     for name in params.fields:
         if name not in known:
             raise InvalidArgument(
                 f"inference_params: the model has no parameter {name[:80]!r}; it has {', '.join(sorted(known))}."
             )
+        try:
+            values.from_json(known[name], _param(params, name))
+        except InvalidInput as error:
+            raise InvalidArgument(f"inference_params: {error}") from error
 
 
 def _param(params: struct_pb2.Struct, name: str) -> Any:
@@ -154,15 +162,12 @@ def _param(params: struct_pb2.Struct, name: str) -> Any:
 
 
 def asked_by_params(params: struct_pb2.Struct) -> Asked:
-    """The limits among `inference_params`. Raises: InvalidArgument: one has the wrong type."""
+    """The limits among `inference_params`, which are checked. Raises: InvalidArgument: one is out of range."""
     given: dict[str, resources_pb2.Data] = {}
     for argument in limit_arguments(1):
         if argument.name not in params.fields:
             continue
-        try:
-            value = values.from_json(argument, _param(params, argument.name))
-        except InvalidInput as error:
-            raise InvalidArgument(str(error)) from error
+        value = values.from_json(argument, _param(params, argument.name))
         given[argument.name] = values.write(argument, value)
     return asked_by_arguments(given)
 

@@ -6,7 +6,7 @@ has no error for one row of many: an input at fault fails the request. `kserve` 
 Source: kserve/open-inference-protocol, specification/protocol.
 """
 
-import base64
+import asyncio
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ import numpy as np
 
 from appliance.api.context import Context
 from appliance.api.direct import Direct, ModelName
+from appliance.api.jsonbody import from_base64
 from appliance.api.limits import Asked, options_for
 from appliance.core.config import Limits
 from appliance.core.errors import InvalidArgument, InvalidInput, TooManyInputs
@@ -52,6 +53,8 @@ _DATATYPES = {dtype: name for name, dtype in DTYPES.items()}
 _AXES = 32
 _LONGEST = 2**63 - 1
 _LENGTH = struct.Struct("<I")
+_LARGE = 256 * 1024
+"""Bytes of elements from which they are decoded on a thread."""
 
 VALUES, CONCEPTS, EMBEDDING = "values", "concepts", "embedding"
 
@@ -272,7 +275,10 @@ async def infer(
         declared = inputs_of(servable)
         outputs = _chosen(servable, wanted)
         options = _options(servable, parameters, direct.config.limits)
-        payloads = _payloads(servable, declared, tensors)
+        # Texts and files are decoded now.
+        large = sum(len(e) for t in tensors if isinstance(t.values, list) for e in t.values) >= _LARGE
+        given = servable, declared, tensors
+        payloads = await asyncio.to_thread(_payloads, *given) if large else _payloads(*given)
         results = await direct.results(context, servable, payloads, options)
         found = _given(servable, results)
         return Answer(servable.version, [found[output] for output in outputs])
@@ -348,7 +354,7 @@ def _payloads(servable: Servable, takes: Sequence[Declared], tensors: Sequence[T
 
 def _file(name: str, index: int, element: bytes) -> bytes:
     try:
-        return base64.b64decode(element, validate=True)
+        return from_base64(element.decode())
     except ValueError:
         raise InvalidInput(
             f"The input {name!r} has an element {index} that is not base64, as files in JSON are; or send binary data."

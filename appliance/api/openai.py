@@ -39,6 +39,9 @@ _DATA_URI_HEAD = 64
 _NUMBER = 64
 """Bytes of a number as an object and as digits."""
 
+_LARGE = 256 * 1024
+"""Bytes of a request from which its pictures are decoded on a thread."""
+
 _MANY = 16_384
 """Numbers from which a reply is written on a thread."""
 
@@ -189,7 +192,8 @@ async def _embeddings(direct: Direct, context: Context, body: bytes) -> Reply:
                 "model", f"Model {servable.key} is a {servable.config.model_type_id}; embeddings need an embedder."
             )
         _check_dimensions(asked, oip.dimensions(servable))
-        payloads = [_payload(servable.task.kind, text) for text in inputs]
+        given = servable.task.kind, inputs
+        payloads = _payloads(*given) if len(body) < _LARGE else await asyncio.to_thread(_payloads, *given)
         results = await direct.results(context, servable, payloads, PredictOptions())
     vectors = [result.vector for result in results if isinstance(result, Embedding)]
     _check_dimensions(asked, len(vectors[0]))
@@ -231,6 +235,10 @@ def _inputs(given: Any) -> Sequence[str]:
     return texts
 
 
+def _payloads(kind: str, texts: Sequence[str]) -> list[Payload]:
+    return [_payload(kind, text) for text in texts]
+
+
 def _payload(kind: str, text: str) -> Payload:
     if kind == "text":
         try:
@@ -242,7 +250,7 @@ def _payload(kind: str, text: str) -> Payload:
     if head is None:
         raise ParameterInvalid("input", "This model embeds pictures; send them as data:image/png;base64,….")
     try:
-        return Payload(image=base64.b64decode(text[head.end() :], validate=True))
+        return Payload(image=jsonbody.from_base64(text[head.end() :]))
     except ValueError:
         raise InvalidInput("The picture's data URI is not base64.") from None
 

@@ -10,16 +10,17 @@ from functools import cache
 from typing import TypeAlias, TypeVar, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from appliance.core.errors import InputTooLarge, InvalidRequest
+from appliance.api import messages
+from appliance.core.errors import InputTooLarge
 from appliance.core.memory import Reservation
 
 _SMALL = 64 * 1024
 """Bytes of a body that may become what they will: forty times as much at worst."""
 
-_LARGE = 1 << 20
-"""Bytes from which a body is parsed on a thread: the parser releases nothing, but the loop gets its turns."""
+_LARGE = 256 * 1024
+"""Bytes from which a body is walked through on a thread."""
 
 _MOST = 1_000_000
 """Fields that one message may have, with those of the messages in it: a fifth of a second in one piece."""
@@ -43,16 +44,11 @@ async def parsed(kind: type[M], body: bytes, memory: Reservation) -> M:
     Raises: InvalidRequest: it is not that message. InputTooLarge: it has too many parts. Overloaded.
     """
     descriptor = cast(Descriptor, kind.DESCRIPTOR)
-    try:
-        if len(body) < _SMALL:
-            return kind.FromString(body)
-        if len(body) < _LARGE:
-            memory.grow(weight(descriptor, body))
-            return kind.FromString(body)
+    if len(body) >= _LARGE:
         memory.grow(await asyncio.to_thread(weight, descriptor, body))
-        return await asyncio.to_thread(kind.FromString, body)
-    except DecodeError as error:
-        raise InvalidRequest(f"The request is not a {kind.DESCRIPTOR.name} message.") from error
+    elif len(body) >= _SMALL:
+        memory.grow(weight(descriptor, body))
+    return await messages.parsed(kind, body)
 
 
 def weight(descriptor: Descriptor, body: bytes) -> int:

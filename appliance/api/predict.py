@@ -23,13 +23,17 @@ from appliance.api.questions import Conversation, Question, Rpc, options_of, und
 from appliance.api.replies import Reply, ReplyWriter
 from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError, NotPermitted
+from appliance.core.errors import ApplianceError
+from appliance.core.memory import Reservation
 from appliance.core.metrics import Metrics
 from appliance.core.types import ConceptScores, MethodKind, PredictOptions, Returned
 from appliance.engine.batcher import Outcome
 from appliance.engine.inline import Waiter
 from appliance.tasks.base import Decoded
 from appliance.tasks.servable import Answer, Servable
+
+_LARGE = 1 << 20
+"""Bytes of a request from which its values are read on a thread, so that the loop gets its turns."""
 
 Answered: TypeAlias = Reply | service_pb2.MultiOutputResponse
 
@@ -136,9 +140,14 @@ class Predictions:
         """
         return await self._predict(context, request, Rpc.GENERATE)
 
-    def converse(self) -> Callable[[Context, service_pb2.PostModelOutputsRequest], Awaitable[Sequence[Answered]]]:
-        """The answers to the messages of one stream; what it returns raises ApplianceError, likewise."""
-        conversation = Conversation()
+    def converse(
+        self, keep: Callable[[str], Reservation]
+    ) -> Callable[[Context, service_pb2.PostModelOutputsRequest], Awaitable[Sequence[Answered]]]:
+        """The answers to the messages of one stream; what it returns raises ApplianceError, likewise.
+
+        Args:    keep: a reservation of a principal's share that lasts as long as the stream.
+        """
+        conversation = Conversation(keep)
 
         async def answer(context: Context, request: service_pb2.PostModelOutputsRequest) -> Sequence[Answered]:
             return await self._predict(context, request, Rpc.STREAM, conversation)
@@ -158,17 +167,22 @@ class Predictions:
         meant = chosen(request.runner_selector, asked, context.grant, self.config, self._repository)
         with self._repository.use(*meant) as servable:
             context.model = (servable.key.model_id, servable.version)
-            if not context.grant.allows(servable.key):
-                raise NotPermitted(f"Principal {context.grant.name!r} may not use model {servable.key}.")
+            context.grant.check_model(servable.key)
             if methods.method_name(request.inputs[0].data) == methods.GET_SIGNATURES:
                 return [_signatures(context, request, servable)]
-            questions, unknown = understand(request, servable, self.config.limits, rpc, conversation)
+            given = (request, servable, self.config.limits, rpc, conversation)
+            if context.memory.count < _LARGE:
+                questions, unknown = understand(*given)
+            else:  # lists of a million numbers take seconds
+                questions, unknown = await asyncio.to_thread(understand, *given)
+            if conversation is not None:
+                conversation.reserve(context.principal)
             writer, key = _writer(servable), servable.key
             # Now, as the model may be gone from the catalog afterwards.
             bundle = self._repository.find(key.user_id, key.app_id, key.model_id)
             brief = writer.brief(bundle.versions.get(servable.version))
             answers = await self._answer(context, servable, questions, cached=request.use_predict_cache)
-            if questions[0].method.kind is MethodKind.GENERATE:
+            if len(questions) == 1 and questions[0].method.kind is MethodKind.GENERATE:
                 elements = _elements(answers[0])
                 return [_reply(context, request, writer, brief, questions, [each], unknown) for each in elements]
             return [_reply(context, request, writer, brief, questions, answers, unknown)]

@@ -13,9 +13,7 @@ or pictures, and cannot be told what to leave out; a test compares the two.
 """
 
 import base64
-import binascii
 import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +28,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from appliance.api.jsonbody import whole
+from appliance.api.jsonbody import dumped, from_base64, kind_of, shown
 from appliance.core.errors import InputTooLarge, InvalidInput, InvalidRequest, RequestError
 from appliance.wire import sentences
 
@@ -38,8 +36,6 @@ _MAX_DEPTH = 100
 """Messages within messages; protobuf's own limit."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_OBJECT_COST, _LIST_COST, _VALUE_COST = 300, 120, 80
-"""Bytes that a JSON object, a list, and a value in one of them cost us in memory, about."""
 
 _NAME = 40
 """Characters of a name that are looked at, or shown."""
@@ -48,7 +44,6 @@ _WELL_KNOWN = "google.protobuf."
 """Messages whose JSON form is their own (Timestamp, Struct, …): protobuf's code reads and writes them."""
 
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
-_SPACE = b" \t\r\n"
 _WORDS_FOR_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _F = FieldDescriptor
@@ -65,7 +60,7 @@ _INTEGERS = {
 
 def text(message: Message) -> bytes:
     """The message as JSON text."""
-    return json.dumps(plain(message), separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return dumped(plain(message))
 
 
 def plain(message: Message) -> Any:
@@ -159,28 +154,6 @@ def _finite(value: float) -> float | str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def cost(body: bytes) -> int:
-    """Bytes of memory that a text takes while it is parsed: decoded, as Python's objects, and their bytes."""
-    wide = 4 if b"\\u" in body or not body.isascii() else 1
-    opens, lists, commas = body.count(b"{"), body.count(b"["), body.count(b",")
-    return 2 * wide * len(body) + _OBJECT_COST * opens + _LIST_COST * lists + _VALUE_COST * (commas + opens + lists)
-
-
-def parse(body: bytes) -> Any:
-    """A JSON text as Python's objects, which take `cost` bytes. Raises: InvalidRequest."""
-    try:
-        decoded = str(body, "utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"The body is not UTF-8: byte {error.start} cannot be read.") from None
-    try:
-        return json.loads(decoded, object_pairs_hook=_object, parse_int=whole, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise InvalidRequest(f"The body is not JSON: {error.msg} ({where}).") from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
-
-
 def fill(message: Message, content: object, limit: int) -> None:
     """Set a message's fields from JSON objects; fields that are not named stay as they are.
 
@@ -189,7 +162,7 @@ def fill(message: Message, content: object, limit: int) -> None:
         InputTooLarge: over the limit.
     """
     if not isinstance(content, dict):
-        raise InvalidRequest(f"The body must be a JSON object; it is {_kind(content)}.")
+        raise InvalidRequest(f"The body must be a JSON object; it is {kind_of(content)}.")
     _Filling(limit).message(message, content, "", 0)
 
 
@@ -197,19 +170,6 @@ def field_named(descriptor: Descriptor, name: str) -> FieldDescriptor | None:
     """The field that has this name in JSON, in either case."""
     known = _fields(descriptor).get(name)
     return None if known is None else known.descriptor
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1) if len(names) < 1000 else "…"
-        raise InvalidRequest(f"The body names {_shown(twice)} twice in one object.")
-    return found
-
-
-def _no_constant(word: str) -> NoReturn:
-    raise InvalidRequest(f"The body has the number {word}, which is not JSON.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +208,7 @@ class _Filling:
             self._well_known(message, content, path)
             return
         if not isinstance(content, dict):
-            _refuse(path, f"must be an object; it is {_kind(content)}")
+            _refuse(path, f"must be an object; it is {kind_of(content)}")
         if depth > _MAX_DEPTH:
             _refuse("", "is nested too deeply")
         fields = _fields(descriptor)
@@ -281,7 +241,7 @@ class _Filling:
             self._map(message, descriptor, value, path, depth)
         elif descriptor.is_repeated:
             if not isinstance(value, list):
-                _refuse(path, f"must be a list; it is {_kind(value)}")
+                _refuse(path, f"must be a list; it is {kind_of(value)}")
             self._list(getattr(message, name), convert, value, path, depth)
         elif convert is None:
             inner = getattr(message, name)
@@ -303,12 +263,12 @@ class _Filling:
 
     def _map(self, message: Message, descriptor: FieldDescriptor, values: Any, path: str, depth: int) -> None:
         if not isinstance(values, dict):
-            _refuse(path, f"must be an object; it is {_kind(values)}")
+            _refuse(path, f"must be an object; it is {kind_of(values)}")
         message.ClearField(descriptor.name)
         found = getattr(message, descriptor.name)
         key_field, convert_value = _entry(descriptor)["key"], _converter(_entry(descriptor)["value"])
         for text_key, value in values.items():
-            place = f"{path}[{_shown(text_key)}]"
+            place = f"{path}[{shown(text_key)}]"
             key = _key(self, key_field, text_key, place)
             if convert_value is None:
                 self.message(found[key], value, place, depth + 1)
@@ -343,7 +303,7 @@ def _check_understood(descriptor: Any, content: Mapping[str, Any], path: str) ->
     # What is compared is short: finding what is close to a name takes its length times theirs, and more memory.
     likely = difflib.get_close_matches(name[:_NAME], [field.name for field in descriptor.fields], 1, 0.5)
     hint = f"; did you mean {likely[0]!r}?" if likely else "."
-    raise error(f"{path or 'The request'} has nothing that is known here: there is no field {_shown(name)} in it{hint}")
+    raise error(f"{path or 'The request'} has nothing that is known here: there is no field {shown(name)} in it{hint}")
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -368,7 +328,7 @@ def _converter(field: FieldDescriptor) -> "Callable[[_Filling, Any, str], Any] |
 
 def _read_string(filling: _Filling, value: Any, path: str) -> str:
     if not isinstance(value, str):
-        _refuse(path, f"must be text; it is {_kind(value)}")
+        _refuse(path, f"must be text; it is {kind_of(value)}")
     filling.count(len(value))
     try:
         value.encode()
@@ -379,30 +339,19 @@ def _read_string(filling: _Filling, value: Any, path: str) -> str:
 
 def _read_bytes(filling: _Filling, value: Any, path: str) -> bytes:
     if not isinstance(value, str):
-        _refuse(path, f"must be base64 text; it is {_kind(value)}")
+        _refuse(path, f"must be base64 text; it is {kind_of(value)}")
     filling.count(len(value) // 4 * 3)
     if value.startswith("data:"):
         _refuse(path, "is a data: URL; send only the base64 that follows its comma")
     try:
-        raw = value.encode("ascii")
-        if b"-" in raw or b"_" in raw:
-            raw = raw.translate(bytes.maketrans(b"-_", b"+/"))
-        try:
-            return binascii.a2b_base64(_padded(raw), strict_mode=True)
-        except binascii.Error:
-            # Tools break long lines.
-            return binascii.a2b_base64(_padded(raw.translate(None, _SPACE)), strict_mode=True)
+        return from_base64(value)
     except ValueError:
         _refuse(path, "is not base64")
 
 
-def _padded(raw: bytes) -> bytes:
-    return raw + b"=" * (-len(raw) % 4) if len(raw) % 4 else raw
-
-
 def _read_bool(filling: _Filling, value: Any, path: str) -> bool:
     if not isinstance(value, bool):
-        _refuse(path, f"must be true or false; it is {_kind(value)}")
+        _refuse(path, f"must be true or false; it is {kind_of(value)}")
     return bool(value)
 
 
@@ -413,7 +362,7 @@ def _read_integer(least: int, most: int, filling: _Filling, value: Any, path: st
     elif (isinstance(value, float) and value.is_integer()) or (isinstance(value, str) and _INTEGER.fullmatch(value)):
         number = int(value)
     if number is None:
-        _refuse(path, f"must be a whole number; it is {_kind(value)}")
+        _refuse(path, f"must be a whole number; it is {kind_of(value)}")
     if not least <= number <= most:
         _refuse(path, f"must be from {least} to {most}")
     return number
@@ -433,7 +382,7 @@ def _read_float(most: float, filling: _Filling, value: Any, path: str) -> float:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         number = _as_float(value)
     else:
-        _refuse(path, f"must be a number; it is {_kind(value)}")
+        _refuse(path, f"must be a number; it is {kind_of(value)}")
     if math.isinf(number) or abs(number) > most:
         _refuse(path, "is too large a number for its field")
     return number
@@ -489,19 +438,3 @@ def _refuse(path: str, problem: str) -> NoReturn:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _shown(name: str) -> str:
-    """A name that the caller chose, short."""
-    return repr(name if len(name) <= _NAME else name[:_NAME] + "…")
-
-
-def _kind(value: object) -> str:
-    """What a JSON value is, and never what is in it: it may be a key, or a picture."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    return "text" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"

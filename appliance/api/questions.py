@@ -6,8 +6,9 @@ other is of the old form: its content stands at the top of `data`, its limits in
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
@@ -18,7 +19,15 @@ from appliance.api import messages, methods, values
 from appliance.api.limits import Asked, options_for
 from appliance.api.messages import UrlInput
 from appliance.core.config import Limits
-from appliance.core.errors import ApplianceError, InvalidArgument, RequestError, UnknownMethod
+from appliance.core.errors import (
+    ApplianceError,
+    InvalidArgument,
+    InvalidInput,
+    Overloaded,
+    RequestError,
+    UnknownMethod,
+)
+from appliance.core.memory import Reservation
 from appliance.core.types import FieldType, Media, Method, MethodKind, Payload, PredictOptions, Value
 from appliance.tasks.servable import PREDICT, Servable
 
@@ -64,11 +73,15 @@ class Question:
             self.payload = payload
 
 
-@dataclass(slots=True)
 class Conversation:
     """What is kept between the messages of one stream: the first one carries the arguments that do not change."""
 
-    _given: dict[tuple[str, str], Mapping[str, resources_pb2.Data]] = field(default_factory=dict)
+    def __init__(self, keep: Callable[[str], Reservation]) -> None:
+        """Args: keep: a reservation of a principal's share that lasts as long as the stream."""
+        self._keep = keep
+        self._memory: Reservation | None = None
+        self._size = 0
+        self._given: dict[tuple[str, str], Mapping[str, resources_pb2.Data]] = {}
 
     def complete(
         self, model: str, method: Method, given: Mapping[str, resources_pb2.Data]
@@ -78,8 +91,27 @@ class Conversation:
         if streamed is None:
             return given
         key = (model, method.name)
-        first = self._given.setdefault(key, {k: v for k, v in given.items() if k != streamed.name})
-        return {**first, **given}
+        if key not in self._given:
+            constant = {name: data for name, data in given.items() if name != streamed.name}
+            self._size += sum(data.ByteSize() for data in constant.values())
+            # Copies: a part would keep the whole message.
+            self._given[key] = {
+                name: resources_pb2.Data.FromString(d.SerializeToString()) for name, d in constant.items()
+            }
+        return {**self._given[key], **given}
+
+    def reserve(self, principal: str) -> None:
+        """Reserve what is kept; on the loop's thread. Raises: Overloaded: and nothing is kept then."""
+        if not self._size:
+            return
+        if self._memory is None:
+            self._memory = self._keep(principal)
+        try:
+            self._memory.grow(max(0, self._size - self._memory.count))
+        except Overloaded:
+            self._given.clear()
+            self._size = 0
+            raise
 
 
 def understand(
@@ -96,7 +128,7 @@ def understand(
     questions = []
     unknown: list[str] = []
     for given in request.inputs:
-        pythonic = methods.is_pythonic(given.data, servable.task.kind)
+        pythonic = methods.is_pythonic(given.data)
         try:
             method = _method_of(servable, given.data, rpc)
         except UnknownMethod as error:
@@ -167,6 +199,7 @@ def _ask_pythonic(
     kind = servable.offers[method.name].task.kind
     if kind == "values":
         _fill(question, methods.read_arguments(method, given))
+        _set_least(question)
     else:
         main = given.get(method.arguments[0].name, resources_pb2.Data())
         question.take(messages.payload_of_arguments(kind, main, dict(given)))
@@ -184,6 +217,8 @@ def _ask_in_old_form(
     if kind == "values":
         params = request.model.model_version.output_info.params if request.HasField("model") else _NO_PARAMS
         _fill(question, methods.read_old_form(method, data, params))
+        if method.least in params.fields or not question.options.min_value:  # output_config says the same otherwise
+            _set_least(question)
     else:
         question.take(messages.payload_of(kind, data))
 
@@ -196,8 +231,18 @@ def _fill(question: Question, arguments: dict[str, Value]) -> None:
         for field in method.arguments
         for kind, media in values.links(field, arguments[field.name])
     ]
-    if method.least:
-        question.options = dataclasses.replace(question.options, min_value=np.float32(arguments[method.least]))
+
+
+def _set_least(question: Question) -> None:
+    """Cut the answer by the argument that the method has for that. Raises: InvalidInput: it is no number."""
+    name = question.method.least
+    if name:
+        assert isinstance(question.payload, Payload)
+        least = question.payload.arguments[name]
+        if not math.isfinite(least):
+            raise InvalidInput(f"{name} is {least:g}; it must be a number.")
+        with np.errstate(over="ignore"):  # beyond every score
+            question.options = dataclasses.replace(question.options, min_value=np.float32(least))
 
 
 def _content(body: bytes) -> Payload:
@@ -210,8 +255,7 @@ def _put(media: Media, fetched: Payload) -> None:
 
 
 def _returns_concepts(method: Method) -> bool:
-    returned = method.returns
-    return any(each.type is FieldType.CONCEPT for each in (returned, *returned.items))
+    return method.returns.type is FieldType.LIST and method.returns.items[0].type is FieldType.CONCEPT
 
 
 @lru_cache(maxsize=16)

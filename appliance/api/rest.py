@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import urllib.parse
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import cache, partial
@@ -27,7 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 
-from appliance.api import openapi, protojson, status, web
+from appliance.api import jsonbody, openapi, protojson, status, web
 from appliance.api.bindings import SERVICE, Binding, Found, Paths, bindings_of, method_of
 from appliance.core.errors import InputTooLarge, InvalidRequest
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
@@ -36,14 +37,17 @@ from appliance.wire.asgi import ClientGone
 
 _log = logging.getLogger(__name__)
 
-_LARGE_BODY = 1 << 20
-"""Bytes of a text that is looked at on a thread."""
-
 _LARGE_REPLY = 32 * 1024
 """Bytes of a reply from which it is written as JSON on a thread, so that other calls have their turns."""
 
 _JSON_COST = 8
 """Bytes that a byte of a message costs, about, while it is written as JSON: it is unpacked, made objects, then text."""
+
+_SHORT_LINE = 64 * 1024
+"""Bytes of a line in which texts are told from brackets; in a longer one brackets are only counted."""
+
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+"""A text in JSON, also one that does not end: what is in it opens and closes nothing."""
 
 _MOST_PARAMETERS = 1000
 _FOUND = "appliance.rest"
@@ -128,7 +132,7 @@ class RestRoute(BaseRoute):
             await answer.stream(call, kind, replies)
 
     async def _body(self, request: Request, call: Call) -> bytes:
-        body = await web.body_of(request, call, self._request_size * 3 // 2)
+        body = await web.body_of(request, call, self._request_size)
         await _pay(call, body)
         return body
 
@@ -136,25 +140,26 @@ class RestRoute(BaseRoute):
         yield await self._body(request, call)
 
     async def _lines(self, request: Request, call: Call) -> AsyncIterator[bytes]:
-        """The messages of a stream: a line each, or all of the body when its first line is not a whole one."""
+        """The messages of a stream: a line each; from one on that is not whole by itself, all that follows is one."""
         assert call.memory is not None
         rest = bytearray()
-        whole = False  # the body is one message
-        limit = self._request_size * 3 // 2
+        whole = False  # the rest is one message
         async for piece in request.stream():
             call.memory.grow(max(0, len(rest) + len(piece) - call.memory.count))
+            searched = len(rest)  # bytes of it in which no line ends
             rest += piece
-            while not whole and (end := rest.find(b"\n")) >= 0:
+            if len(rest) > web.body_limit(self._request_size):
+                raise InputTooLarge(sentences.body_too_large(self._request_size))
+            while not whole and (end := rest.find(b"\n", searched)) >= 0:
                 line = bytes(rest[:end])
                 if not _complete(line):
                     whole = True
                     break
                 del rest[: end + 1]
+                searched = 0
                 if line.strip():
                     await _pay(call, line)
                     yield line
-            if len(rest) > limit:
-                raise InputTooLarge(sentences.body_too_large(self._request_size))
         if rest.strip():
             last = bytes(rest)
             await _pay(call, last)
@@ -162,14 +167,16 @@ class RestRoute(BaseRoute):
 
 
 async def _pay(call: Call, body: bytes) -> None:
-    """Have the call hold what its text will take once it is parsed. Raises: Overloaded."""
     assert call.memory is not None
-    large = len(body) > _LARGE_BODY
-    call.memory.grow(await asyncio.to_thread(protojson.cost, body) if large else protojson.cost(body))
+    await jsonbody.pay(body, call.memory)
 
 
 def _complete(line: bytes) -> bool:
     """Whether that can be a message by itself: it ends what it begins. Whether it is one, the reader says."""
+    return _balanced(line) or (len(line) < _SHORT_LINE and _balanced(_TEXT.sub(b"", line)))
+
+
+def _balanced(line: bytes) -> bool:
     return line.count(b"{") <= line.count(b"}") and line.count(b"[") <= line.count(b"]")
 
 
@@ -233,7 +240,7 @@ def _read(binding: Binding, values: Sequence[bytes], query: bytes, limit: int, b
     if binding.body != "*" and query:
         protojson.fill(message, _of_query(binding.rpc.input_type, query), limit)
     if binding.body and body.strip():
-        content = protojson.parse(body)
+        content = jsonbody.parse(body)
         protojson.fill(message, content if binding.body == "*" else {binding.body: content}, limit)
     _set_variables(message, binding, values)
     return message
@@ -241,7 +248,7 @@ def _read(binding: Binding, values: Sequence[bytes], query: bytes, limit: int, b
 
 def _set_variables(message: Message, binding: Binding, values: Sequence[bytes]) -> None:
     for names, value in zip(binding.variables, values, strict=True):
-        content: Any = _decoded(value, "The path")
+        content: Any = _decoded(value)
         for name in reversed(names):
             content = {name: content}
         protojson.fill(message, content, len(value) * 2 + 100)
@@ -295,11 +302,11 @@ def _value(field: Any, value: str, name: str) -> Any:
     return _TRUTHS[value.lower()]
 
 
-def _decoded(value: bytes, what: str) -> str:
+def _decoded(value: bytes) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        raise InvalidRequest(f"{what} is not percent-encoded UTF-8.") from None
+        raise InvalidRequest("The path is not percent-encoded UTF-8.") from None
 
 
 # ---- a reply ---------------------------------------------------------------------------------------------------------

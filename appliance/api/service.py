@@ -50,11 +50,8 @@ _log = logging.getLogger(__name__)
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["V2"]
 _PREFIX_HEADER = "x-clarifai-request-id-prefix"
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_LARGE_BODY = 1 << 20
-"""Bytes from which a request is not looked at on the loop."""
-
 _LARGE_TEXT = 64 * 1024
-"""Bytes from which a body with a reader of its own is read on a thread: JSON takes fifty times as long as messages."""
+"""Bytes from which a body with a reader of its own is read on a thread: JSON takes fifty times as long as a message."""
 
 _QUICK_BODY = 64 * 1024
 """Bytes of a request up to which it may go the quick way: parsing and copying it takes some ten microseconds."""
@@ -190,8 +187,8 @@ class Api:
             quick = self._quick(rpc) if name == "PostModelOutputs" else None
             found[name] = Endpoint(unary=self._unary(rpc, handler), admit=self._admission(rpc), quick=quick)
         # Both answer message by message here: a generate request is a stream of one.
-        streams: dict[str, Callable[[], Handler]] = {
-            "GenerateModelOutputs": lambda: predictions.generate,
+        streams: dict[str, Callable[[Callable[[str], Reservation]], Handler]] = {
+            "GenerateModelOutputs": lambda keep: predictions.generate,
             "StreamModelOutputs": predictions.converse,
         }
         for name, begin in streams.items():
@@ -213,7 +210,7 @@ class Api:
     def door_stream(self, name: str, handler: direct.Handler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
         """The same, message by message; `told` makes a message of an error that need not end the stream."""
         form = _Door(name, told)
-        return Endpoint(stream=self._stream(form, lambda: handler), admit=self._admission(form))
+        return Endpoint(stream=self._stream(form, lambda _: handler), admit=self._admission(form))
 
     # ---- stopping ----
 
@@ -270,19 +267,20 @@ class Api:
         return endpoint
 
     def _stream(
-        self, rpc: _Form, begin: Callable[[], Handler]
+        self, rpc: _Form, begin: Callable[[Callable[[str], Reservation]], Handler]
     ) -> Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]:
         async def endpoint(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             task = asyncio.current_task()
             assert task is not None
             self._streams.add(task)
-            handler = begin()
             try:
-                async for body in requests:
-                    with self._counted():
-                        async with contextlib.aclosing(self._answers(rpc, handler, call, body)) as replies:
-                            async for reply in replies:
-                                yield reply
+                with contextlib.ExitStack() as kept:
+                    handler = begin(lambda owner: kept.enter_context(self._budget.expect(0, owner)))
+                    async for body in requests:
+                        with self._counted():
+                            async with contextlib.aclosing(self._answers(rpc, handler, call, body)) as replies:
+                                async for reply in replies:
+                                    yield reply
             except asyncio.CancelledError:
                 if self._ended:
                     raise status.Refusal(Draining()) from None
@@ -584,7 +582,7 @@ def _request_id(call: Call) -> str:
 
 def _asks_for_signatures(call: Call, body: bytes) -> bool:
     """Whether that is a request for a model's signatures; looked at closely only when the word is in it."""
-    if methods.GET_SIGNATURES.encode() not in body[:4096] or len(body) > _LARGE_BODY:
+    if methods.GET_SIGNATURES.encode() not in body[:4096] or len(body) > _QUICK_BODY:
         return False
     try:
         inputs = (call.reader or service_pb2.PostModelOutputsRequest.FromString)(body).inputs
@@ -598,5 +596,5 @@ async def _parse(rpc: _Rpc, call: Call, body: bytes, memory: Reservation) -> Mes
     read = call.reader
     if read is None:
         return await parsed(rpc.request, body, memory)
-    message: Message = await asyncio.to_thread(read, body) if len(body) >= _LARGE_TEXT else read(body)
+    message: Message = read(body) if len(body) < _LARGE_TEXT else await asyncio.to_thread(read, body)
     return message

@@ -27,23 +27,36 @@ _INT64 = 2**63
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(field: MethodField, data: resources_pb2.Data, *, strict: bool = True) -> Value:
+def read(field: MethodField, data: resources_pb2.Data) -> Value:
     """The value of a field's type; what is absent is zero, as proto3 has it.
 
-    Args:    strict: nothing else may be in `data`; an input of the old form holds other arguments too.
     Raises:  InvalidInput: `data` carries something of another type, or a value outside the field's range.
     """
-    if strict:
-        _check_only(field, data)
+    _check_only(field, data)
+    value = _READERS[field.type](field, data)
+    _check(field, value)
+    return value
+
+
+def read_from(field: MethodField, data: resources_pb2.Data, source: str) -> Value:
+    """The same of an input of the old form, from one of the field's `sources`: `data` holds other arguments too.
+
+    Raises:  InvalidInput: likewise.
+    """
+    if source in ("text", "string_value"):  # a type that may be in either of them takes this one
+        alone = resources_pb2.Data(string_value=data.string_value)
+        if source == "text":
+            alone = resources_pb2.Data(text=data.text)
+        data = alone
     value = _READERS[field.type](field, data)
     _check(field, value)
     return value
 
 
 def sources(field: MethodField) -> tuple[str, ...]:
-    """The fields of `Data` in which callers of the old form have such a value (PROTOCOL 4.3)."""
+    """The fields of `Data` in which callers of the old form have such a value; none for what only parts can say."""
     inner = field.items[0].type if field.type is FieldType.LIST else None
-    return (_REPEATED[inner],) if inner in _REPEATED else _SOURCES.get(field.type, ("parts",))
+    return (_REPEATED[inner],) if inner in _REPEATED else _SOURCES.get(field.type, ())
 
 
 def _check(field: MethodField, value: Value) -> None:
@@ -55,7 +68,7 @@ def _check(field: MethodField, value: Value) -> None:
 
 def _check_only(field: MethodField, data: resources_pb2.Data) -> None:
     """Raises: InvalidInput: something else is set. A zero is not on the wire, so nothing set is fine."""
-    allowed = (*sources(field), *_ALSO.get(field.type, ()), "metadata")
+    allowed = (*(sources(field) or ("parts",)), *_ALSO.get(field.type, ()), "metadata")
     for descriptor, _ in data.ListFields():
         if descriptor.name not in allowed:
             name, wanted = field.name or "The value", _WORDS[field.type]
@@ -76,6 +89,8 @@ def _int(field: MethodField, data: resources_pb2.Data) -> int:
     if data.float_value and not data.int_value:
         if not math.isfinite(data.float_value) or data.float_value != int(data.float_value):
             raise InvalidInput(f"{field.name} is {data.float_value:g}; it must be a whole number.")
+        if abs(data.float_value) >= _INT64:
+            raise InvalidInput(f"{field.name} is {data.float_value:g}; whole numbers have 64 bits here.")
         return int(data.float_value)
     return int(data.int_value)
 
@@ -105,9 +120,16 @@ def _json(field: MethodField, data: resources_pb2.Data) -> Value:
     if not data.string_value:
         return {}
     try:
-        return json.loads(data.string_value)
+        found = json.loads(data.string_value, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{field.name} is a text that is not JSON: {str(error)[:100]}.") from error
+    if not isinstance(found, dict | list):
+        raise InvalidInput(f"{field.name} must be a dict or list; it came as the JSON {data.string_value[:40]!r}.")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _text(field: MethodField, data: resources_pb2.Data) -> Media:
@@ -208,7 +230,7 @@ _SOURCES = {
     FieldType.BOOL: ("bool_value",),
     FieldType.NDARRAY: ("ndarray",),
     FieldType.JSON: ("struct_value", "string_value"),
-    FieldType.TEXT: ("text", "string_value"),
+    FieldType.TEXT: ("text",),
     FieldType.IMAGE: ("image",),
     FieldType.AUDIO: ("audio",),
     FieldType.VIDEO: ("video",),
@@ -218,8 +240,8 @@ _SOURCES = {
 }
 """Type → fields of `Data` that hold it."""
 
-_ALSO = {FieldType.INT: ("float_value",), FieldType.FLOAT: ("int_value",)}
-"""What is read as well when it stands alone: JSON's numbers have one type."""
+_ALSO = {FieldType.INT: ("float_value",), FieldType.FLOAT: ("int_value",), FieldType.TEXT: ("string_value",)}
+"""What is read as well when it stands alone: JSON's numbers have one type, and a text is a text."""
 
 _WORDS = {
     FieldType.STR: "a text",
@@ -258,7 +280,7 @@ def from_json(field: MethodField, value: Any) -> Value:
 def default_of(field: MethodField) -> Value:
     """The value of an argument that was left out; `field.default` is not None."""
     assert field.default is not None
-    return _from_json(field, field.default if field.type is FieldType.STR else json.loads(field.default))
+    return from_json(field, field.default if field.type is FieldType.STR else json.loads(field.default))
 
 
 def _from_json(field: MethodField, value: Any) -> Value:
@@ -267,22 +289,27 @@ def _from_json(field: MethodField, value: Any) -> Value:
         return value if kind is FieldType.STR else Media(value.encode("utf-8", "surrogatepass"))
     if kind is FieldType.BOOL and isinstance(value, bool):
         return value
-    if (
-        kind in (FieldType.INT, FieldType.FLOAT)
-        and isinstance(value, int | float | str)
-        and not isinstance(value, bool)
-    ):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number) and (kind is FieldType.FLOAT or (number == int(number) and abs(number) < _INT64)):
-            return number if kind is FieldType.FLOAT else int(number)
+    if kind in (FieldType.INT, FieldType.FLOAT) and not isinstance(value, bool):
+        number = _number(value)
+        if kind is FieldType.FLOAT and math.isfinite(number):
+            return float(number)
+        if math.isfinite(number) and number == int(number) and abs(number) < _INT64:
+            return int(number)
     if kind is FieldType.LIST and isinstance(value, list):
-        return [_from_json(field.items[0], item) for item in value]
+        return [from_json(field.items[0], item) for item in value]
     if kind is FieldType.JSON and isinstance(value, dict | list):
         return value
     raise InvalidInput(f"{field.name or 'The value'} must be {_WORDS[kind]}; it came as {str(value)[:80]!r}.")
+
+
+def _number(value: Any) -> int | float:
+    """A number, also one that came as a text; NaN when it is none."""
+    if isinstance(value, int) and abs(value) < _INT64:
+        return value  # all its digits
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

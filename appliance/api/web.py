@@ -2,19 +2,17 @@
 
     async def route(request: Request) -> Response:
         async with calling(request, "/clarifai.api.V2/PostModelOutputs") as call:
-            reply = await unary(request, call, endpoint, limit, read)
+            reply = await unary(request, call, endpoint, request_size)
             ...                                     # `status_in(reply)` says whether it is good
 
-`read` makes the request message of the body, on the far side of the endpoint: so a body that cannot be read is met,
-counted and logged where every other error is. What the two raise, `status_of` makes a status of.
+What these raise, `status_of` makes a status of. A body that is not the RPC's own message has a reader in the call
+(`Call.reader`): so one that cannot be read is met, counted and logged where every other error is.
 """
 
 import contextlib
 import logging
-import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
 
 from clarifai_grpc.grpc.api.status import status_pb2
 from starlette.requests import ClientDisconnect, Request
@@ -25,17 +23,14 @@ from appliance.api.status import Row
 from appliance.core.errors import ApplianceError, EncodingNotRead, InputTooLarge, InvalidRequest
 from appliance.core.logs import RateLimitedLog
 from appliance.core.types import Call, Endpoint, RpcAbort
-from appliance.wire import grpc
+from appliance.wire import grpc, sentences
 from appliance.wire.asgi import PEER, ClientGone, admitted
 from appliance.wire.peer import Peer
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 
-RETRY_AFTER_S = 1
+_RETRY_AFTER = "1"
 """Seconds after which a caller who was told to try later may do so."""
-
-Reader = Callable[[bytes], Any]
-"""Makes an RPC's request message of a body, on any thread; see `Call.reader`. Raises: ApplianceError."""
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -57,21 +52,17 @@ async def calling(request: Request, method: str) -> AsyncIterator[Call]:
             call.memory.release()
 
 
-async def unary(request: Request, call: Call, endpoint: Endpoint, limit: int, read: Reader | None = None) -> bytes:
+async def unary(request: Request, call: Call, endpoint: Endpoint, request_size: int) -> bytes:
     """The endpoint's reply message, good or bad; the body is let in once the caller is known.
 
-    Args:
-        limit: bytes that the body may have.
-        read: see `Reader`; None: the body is the message.
+    Args:    request_size: `limits.request_size`.
     Raises: RpcAbort, ApplianceError: there is no reply message; see `status_of`. ClientDisconnect: nobody is there.
     """
     assert endpoint.unary is not None
     refusal = admit(request, call, endpoint)
     if refusal is not None:
         return refusal
-    body = await body_of(request, call, limit)
-    call.reader = read
-    return await endpoint.unary(call, body)
+    return await endpoint.unary(call, await body_of(request, call, request_size))
 
 
 def admit(request: Request, call: Call, endpoint: Endpoint) -> bytes | None:
@@ -92,27 +83,30 @@ def admit(request: Request, call: Call, endpoint: Endpoint) -> bytes | None:
     return None
 
 
-async def body_of(request: Request, call: Call, limit: int) -> bytes:
+def body_limit(request_size: int) -> int:
+    """Bytes that a body may have whose message may have `request_size`: base64 makes it longer by a third."""
+    return request_size * 3 // 2
+
+
+async def body_of(request: Request, call: Call, request_size: int) -> bytes:
     """The body of an admitted call; its memory grows with what comes beyond the length that was announced.
 
-    Raises: InputTooLarge: over `limit` bytes. Overloaded: over the memory that is free. ClientDisconnect.
+    Raises: InputTooLarge: over `body_limit`. Overloaded: over the memory that is free. ClientDisconnect.
     """
     assert call.memory is not None
+    limit = body_limit(request_size)
+    too_large = InputTooLarge(sentences.body_too_large(request_size))
     if _announced(call) > limit:
-        raise _too_large(limit)
+        raise too_large
     pieces = []
     size = 0
     async for piece in request.stream():
         size += len(piece)
         if size > limit:
-            raise _too_large(limit)
+            raise too_large
         call.memory.grow(max(0, size - call.memory.count))
         pieces.append(piece)
     return b"".join(pieces)
-
-
-def _too_large(limit: int) -> InputTooLarge:
-    return InputTooLarge(f"The request's body is over {limit} bytes. Send fewer or smaller inputs.")
 
 
 def _announced(call: Call) -> int:
@@ -167,7 +161,7 @@ def headers_of(found: status_pb2.Status) -> dict[str, str]:
     if http == 401:
         return {"www-authenticate": 'Key realm="clarifai"'}
     if http in (429, 503):
-        return {"retry-after": str(math.ceil(RETRY_AFTER_S))}
+        return {"retry-after": _RETRY_AFTER}
     if http == 415:
         return {"accept-encoding": "identity"}
     return {}

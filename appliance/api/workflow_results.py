@@ -44,7 +44,7 @@ from appliance.tasks.servable import Servable
 _log = logging.getLogger(__name__)
 
 _LARGE = 1 << 20
-"""Bytes of a message from which it is parsed and serialised on a thread."""
+"""Bytes of a message from which it is serialised on a thread."""
 
 
 @dataclass(slots=True)
@@ -172,7 +172,7 @@ class WorkflowResults:
                 reply = await self._predictions.post(own, asked)
                 answered = await _parsed(context, reply)
                 for index, output in zip(sound, answered.outputs, strict=True):
-                    done.outputs[index] = self._named(_in_old_form(output, servable), node)
+                    done.outputs[index] = self._named(_in_old_form(output), node)
                 failed = any(output.status.code != status.SUCCESS.code for output in answered.outputs)
                 done.note = "" if failed else answered.status.details
         except ApplianceError as error:
@@ -324,13 +324,13 @@ def _ends_all(error: ApplianceError) -> bool:
     return isinstance(error, NotReady | Overloaded) or status.row_of(error).rpc is not RpcStatus.OK
 
 
-def _in_old_form(output: resources_pb2.Output, servable: Servable) -> resources_pb2.Output:
+def _in_old_form(output: resources_pb2.Output) -> resources_pb2.Output:
     """The output with its data where the next node, and callers of workflows, look for them.
 
     Arguments that came as parts make a method's answer a part, too (PROTOCOL 4.3).
     """
     parts = output.data.parts
-    if servable.task.kind != "ndarray" and len(parts) == 1 and parts[0].id == "return":
+    if len(parts) == 1 and parts[0].id == "return":
         returned = resources_pb2.Data()
         returned.CopyFrom(parts[0].data)
         output.data.CopyFrom(returned)
@@ -342,9 +342,7 @@ async def _parsed(context: Context, reply: Reply | service_pb2.MultiOutputRespon
     if not isinstance(reply, Reply):
         return reply
     context.memory.grow(len(reply.body))
-    if len(reply.body) < _LARGE:
-        return service_pb2.MultiOutputResponse.FromString(reply.body)
-    return await asyncio.to_thread(service_pb2.MultiOutputResponse.FromString, reply.body)
+    return await messages.parsed(service_pb2.MultiOutputResponse, reply.body)
 
 
 async def _serialised(context: Context, response: service_pb2.PostWorkflowResultsResponse) -> Reply:

@@ -13,8 +13,6 @@ from appliance.catalog.workflows import Workflows
 from appliance.core.errors import NotPermitted, NotReady, UnknownModel, UnknownWorkflow
 from appliance.tasks.servable import Servable
 
-_PRIVATE = resources_pb2.Visibility(gettable=resources_pb2.Visibility.Gettable.PRIVATE)
-
 
 class WorkflowCatalogue:
     """The reading RPCs; each sees the workflows all of whose models its caller may use."""
@@ -103,7 +101,7 @@ class WorkflowCatalogue:
             app_id=workflow.app_id,
             created_at=version.created_at,
             modified_at=version.modified_at,
-            visibility=_PRIVATE,
+            visibility=messages.PRIVATE,
             description=workflow.description,
             nodes=version.nodes,
             version=version,
@@ -118,7 +116,7 @@ class WorkflowCatalogue:
             app_id=workflow.app_id,
             created_at=changed_at,
             modified_at=changed_at,
-            visibility=_PRIVATE,
+            visibility=messages.PRIVATE,
             description=workflow.description,
             nodes=[self._node_message(node) for node in workflow.nodes],
         )
@@ -175,7 +173,7 @@ def _listed(workflow: Workflow, request: service_pb2.ListWorkflowsRequest) -> bo
     visible = request.visibility.gettable
     return (
         not (request.featured_only or request.starred_only or request.bookmark)
-        and visible in (0, _PRIVATE.gettable)
+        and visible in (0, messages.PRIVATE.gettable)
         and all(word.lower().strip("*") in text for word in wanted)
     )
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from appliance.catalog.methods import MethodSection
+from appliance.catalog.methods import MethodSection, place_of
 from appliance.catalog.sections import EmbeddingOutput, ImageInput, InsidePath, Part, ScoresOutput, TextInput
 from appliance.core.config import Name
 from appliance.core.errors import BundleInvalid
@@ -206,8 +206,7 @@ def read_config(
         file = _BundleFile.model_validate(raw)
     except ValidationError as error:
         problems += [
-            f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg'].removeprefix('Value error, ')}"
-            for entry in error.errors()
+            f"{_place(entry['loc'], raw)}: {entry['msg'].removeprefix('Value error, ')}" for entry in error.errors()
         ]
         raise BundleInvalid(f"{path} has problems: {'; '.join(problems)}.") from error
     concepts = tuple(Concept(entry.id, entry.name or entry.id) for entry in file.concepts)
@@ -232,6 +231,10 @@ def read_config(
         onnx=file.onnx,
     )
     return config, model, concepts
+
+
+def _place(loc: tuple[str | int, ...], raw: dict[str, Any]) -> str:
+    return place_of(loc, raw) if loc[:2] == ("onnx", "methods") else ".".join(map(str, loc))
 
 
 class _Loader(yaml.SafeLoader):

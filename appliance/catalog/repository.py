@@ -214,6 +214,10 @@ class Repository(Generic[S]):
             return sorted(versions, key=lambda version: int(version.id), reverse=True)
         return sorted(versions, key=lambda version: (version.first_seen, version.id), reverse=True)
 
+    def offered(self, bundle: Bundle[S]) -> list[Version[S]]:
+        """Those that callers hear of: all but the ones held back; newest first."""
+        return [version for version in self.versions(bundle) if version.state is not State.HELD]
+
     def find(self, user_id: str, app_id: str, model_id: str) -> Bundle[S]:
         """The bundle of a model; an empty user or app id matches any.
 
@@ -247,7 +251,7 @@ class Repository(Generic[S]):
                 ready = ", ".join(v.id for v in self.versions(bundle) if v.ready) or "none"
                 raise UnknownModel(f"Model {bundle.key} has no version {version_id!r}; ready versions: {ready}.")
             return found
-        newest = [v for v in self.versions(bundle) if v.state is not State.HELD]
+        newest = self.offered(bundle)
         if not newest:
             raise UnknownModel(f"Model {bundle.key} has no versions.")
         return next((version for version in newest if version.ready), newest[0])

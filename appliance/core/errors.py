@@ -142,9 +142,10 @@ class PlacementUnknown(RequestError):
     def __init__(self, kind: str, name: str, user_id: str = "") -> None:
         """Args: user_id: whose it would be, where that is what makes it unknown."""
         of = f" of user {user_id!r}" if user_id else ""
+        known = f"List{kind.replace('_', ' ').title().replace(' ', '')}s"
         super().__init__(
-            f"There is no {kind.replace('_', ' ')} {name!r}{of} on this appliance; leave the selector out to use its "
-            "models."
+            f"There is no {kind.replace('_', ' ')} {name!r}{of} on this appliance; {known} names what there is. To "
+            "predict, leave the selector out."
         )
         self.kind = kind
 

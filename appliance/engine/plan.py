@@ -5,6 +5,7 @@ are picked. So the host moves a quarter of the bytes in and a few hundred out, a
 output is defined in one place. `plan: raw` leaves the graph alone: the task then does the same on the host.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,11 @@ _MIXES_ROWS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+_OWN_ROWS = frozenset({"NonMaxSuppression", "NonZero", "Unique", "Compress"})
+"""Operators whose results have as many rows as they find, not one for each row of a batch."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """A graph ready to be loaded.
 
@@ -60,6 +65,7 @@ class Plan:
         mixes_rows: why rows of a batch may influence each other, "" when no operator says so.
         notes: sentences for `appliance models inspect`.
         inputs, outputs: of the wrapped graph.
+        finds_rows: an operator may give as many rows as it finds, so a free first axis of an output is no batch axis.
     """
 
     model: bytes | None
@@ -70,6 +76,7 @@ class Plan:
     wrapped_output: bool
     mixes_rows: str
     notes: tuple[str, ...]
+    finds_rows: bool = False
 
 
 def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int) -> Plan:
@@ -109,6 +116,7 @@ def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concep
         wrapped_output=wrap_output,
         mixes_rows=_mixes_rows(model),
         notes=tuple(notes),
+        finds_rows=any(node.op_type in _OWN_ROWS for node in _nodes(model)),
     )
 
 
@@ -127,9 +135,13 @@ def _pools(section: OnnxSection) -> bool:
     return section.embedding is not None and section.embedding.pooling != "none"
 
 
+def _nodes(model: ModelProto) -> Iterator[NodeProto]:
+    return every_node((*model.graph.node, *(node for function in model.functions for node in function.node)))
+
+
 def _mixes_rows(model: ModelProto) -> str:
     # Branches count too: the probes may take another one than a caller.
-    for node in every_node((*model.graph.node, *(node for function in model.functions for node in function.node))):
+    for node in _nodes(model):
         if node.op_type in _MIXES_ROWS:
             return f"the operator {node.op_type} {_MIXES_ROWS[node.op_type]}"
     return ""

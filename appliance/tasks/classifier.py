@@ -23,8 +23,6 @@ from appliance.tasks.base import Decoded, InputSide
 MAX_CONCEPTS = "max_concepts"
 MIN_VALUE = "min_value"
 SELECT_CONCEPTS = "select_concepts"
-LIMITS = frozenset({MAX_CONCEPTS, MIN_VALUE, SELECT_CONCEPTS})
-"""Arguments of every method that returns concepts: what `output_config` says to callers of the old form."""
 
 
 class Classifier:

@@ -9,7 +9,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -79,6 +79,10 @@ class DecodePool:
             results[start :: self.threads] = answers
         return results  # type: ignore[return-value]  # every place has been filled
 
+    async def run(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """What `function` returns, on one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+
     def close(self) -> None:
         """Let the threads end; work that has not begun is dropped."""
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -109,19 +113,17 @@ class Servable:
         config: BundleConfig,
         version: VersionFolder,
         concepts: tuple[Concept, ...],
-        task: Task,
-        model: LoadedModel,
+        offers: Sequence[Offer],
         pool: DecodePool,
         metrics: Metrics,
         notes: tuple[str, ...],
-        declared: Sequence[Offer] = (),
     ) -> None:
-        """Args: declared: the methods that the bundle declares; one named `predict` takes the place of `task`."""
+        """Args: offers: one of them is named `predict`."""
         self.config = config
         self.key = config.key
         self.version = version.id
         self.concepts = concepts
-        self.offers = {offer.task.method.name: offer for offer in (Offer(task, model), *declared)}
+        self.offers = {offer.task.method.name: offer for offer in offers}
         self.task, self.model = self.offers[PREDICT].task, self.offers[PREDICT].model
         self.models = tuple({id(offer.model): offer.model for offer in self.offers.values()}.values())
         self.notes = notes
@@ -274,6 +276,8 @@ class Servable:
         for members, outcome in zip(groups, outcomes, strict=True):
             if not outcome.arrays:
                 results: Sequence[Answer] = [next(iter(outcome.errors.values()))] * len(members)
+            elif task.kind == "values" and _bytes(outcome.arrays) >= _SMALL_WORK:  # pictures to write, say
+                results = await self._pool.run(task.encode, outcome.arrays, len(members), options)
             else:
                 results = task.encode(outcome.arrays, len(members), options)
             for position, index in enumerate(members):
@@ -299,64 +303,71 @@ async def load(
     concepts = await asyncio.to_thread(concepts_of, config, version)
     plan = await asyncio.to_thread(plans.make_plan, bundle, config, version, len(concepts))
     concepts = _numbered(concepts, config, plan)
-    task = await asyncio.to_thread(_make_task, bundle, config, version, plan, limits)
-    model = await engine.load(_load_request(config, version, plan, task))
-    loaded = [model]
+    tasks: list[tuple[Plan, Task]] = []
+    if all(section.name != PREDICT for section in config.onnx.methods):
+        tasks.append((plan, await asyncio.to_thread(_make_task, bundle, config, version, plan, limits)))
+    tasks += await asyncio.to_thread(_declared, bundle, config, version, concepts, limits, plan)
+    models: dict[tuple[Plan, bool], LoadedModel] = {}
     try:
-        declared = await _load_declared(bundle, config, version, concepts, engine, limits, plan, loaded)
-        return Servable(config, version, concepts, task, model, pool, metrics, plan.notes, declared)
+        # Tasks on one graph share its session, but for inputs that are no rows: theirs is not cut into rows.
+        for key in [(place, _takes_rows(task)) for place, task in tasks]:
+            if key not in models:
+                others = [other for place, other in tasks if (place, _takes_rows(other)) == key]
+                models[key] = await engine.load(_load_request(config, version, key[0], others))
+        offers = [Offer(task, models[place, _takes_rows(task)]) for place, task in tasks]
+        return Servable(config, version, concepts, offers, pool, metrics, plan.notes)
     except BaseException:
-        for each in loaded:
-            each.close()
+        for model in models.values():
+            model.close()
         raise
 
 
-def _load_request(config: BundleConfig, version: VersionFolder, plan: Plan, task: Task) -> LoadRequest:
+def _takes_rows(task: Task) -> bool:
+    return task.batched if isinstance(task, RawTensors) else task.merges
+
+
+def _load_request(config: BundleConfig, version: VersionFolder, plan: Plan, tasks: Sequence[Task]) -> LoadRequest:
+    """For all tasks on one graph: their rows are merged when each of their outputs is proven independent."""
     return LoadRequest(
         name=(config.key.model_id, version.id),
         plan=plan,
         device=config.onnx.device,
-        compared=task.compared(),
-        served=task.outputs(PredictOptions()),
+        compared=_union([task.compared() for task in tasks]),
+        served=_union([task.outputs(PredictOptions()) for task in tasks]),
         max_rows=config.onnx.batching.max_rows,
-        examples=task.examples(),
+        examples=next((found for task in tasks if (found := task.examples())), []),
     )
 
 
-async def _load_declared(
+def _union(names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for each in names for name in each))
+
+
+def _declared(
     bundle: Path,
     config: BundleConfig,
     version: VersionFolder,
     concepts: tuple[Concept, ...],
-    engine: Engine,
     limits: Limits,
     main: Plan,
-    loaded: list[LoadedModel],
-) -> list[Offer]:
-    """The declared methods, each over its file as it is; methods of one file share its session.
+) -> list[tuple[Plan, Task]]:
+    """The declared methods, each with its file as it is; those of one file have the same plan.
 
-    Args:    loaded: the main graph, which is shared when it is not wrapped; what is loaded here is added.
-    Raises:  BundleInvalid, DeviceError: `loaded` then holds what must be closed.
+    Raises:  BundleInvalid.
     """
-    by_file = {} if main.wrapped_input or main.wrapped_output else {main.file: (main, loaded[0])}
-    offers = []
+    found: dict[Path, Plan] = {} if main.wrapped_input or main.wrapped_output else {main.file: main}
+    tasks: list[tuple[Plan, Task]] = []
     for section in config.onnx.methods:
-        file = version.path / section.file if section.file else version.model_file
-        plan, model = by_file.get(check_inside(bundle, file), (None, None))
-        if plan is None:
+        file = check_inside(bundle, version.path / section.file if section.file else version.model_file)
+        if file not in found:
             raw = dataclasses.replace(config, onnx=OnnxSection(file=file.name, device=config.onnx.device))
-            plan = await asyncio.to_thread(
-                plans.make_plan, bundle, raw, dataclasses.replace(version, model_file=file), 0
-            )
-        task = await asyncio.to_thread(
-            Declared, section, plan.inputs, plan.outputs, concepts, version.path, limits.concepts_default
+            found[file] = plans.make_plan(bundle, raw, dataclasses.replace(version, model_file=file), 0)
+        plan = found[file]
+        task = Declared(
+            section, plan.inputs, plan.outputs, concepts, version.path, limits.concepts_default, plan.finds_rows
         )
-        if model is None:
-            model = await engine.load(_load_request(config, version, plan, task))
-            loaded.append(model)
-            by_file[plan.file] = (plan, model)
-        offers.append(Offer(task, model))
-    return offers
+        tasks.append((plan, task))
+    return tasks
 
 
 def _make_task(bundle: Path, config: BundleConfig, version: VersionFolder, plan: Plan, limits: Limits) -> Task:

@@ -88,7 +88,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("web")
     node_project(folder)
     shutil.copy(CLIENT_TESTS / "web" / "forms.mjs", folder)
-    text = "".join(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("sdk*.md")))
+    text = (ROOT / "docs" / "sdk.md").read_text("utf-8")
     for name, content in re.findall(r"^```(?:html|mjs) (\S+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         (folder / name).write_text(content, "utf-8")
     return folder

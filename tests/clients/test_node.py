@@ -56,7 +56,7 @@ SDK_FORMS: dict[str, Any] = {
     "`outputConfig` with select_concepts, by id and by name": ["4", "5"],
     "`loadInfo()`, then `outputConfig`": Of("digits", 3),
     "`inferenceParams` beside `outputConfig`": Of("digits", 3),
-    "`inferenceParams` that the model does not have": says('"code":21202', "no parameter 'temperature'"),
+    "`inferenceParams` that the model does not have": says('"code":21202', "no parameter '"),
     "`inferenceParams` alone": Instead("not sent", "the SDK drops them where no `outputConfig` is given with them"),
     "`availableMethods()`": ["predict"],
     "`methodSignatures()`": ["image", "max_concepts", "min_value", "select_concepts"],

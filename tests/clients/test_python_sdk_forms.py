@@ -44,7 +44,9 @@ FORMS: dict[str, Any] = {
     "bytes that are no image": refused("INPUT_UNSUPPORTED_FORMAT", "send a JPEG, PNG"),
     "a URL of a host that is not allowed": refused("INPUT_INVALID_URL", "169.254.169.254"),
     "`inference_params={'max_concepts': 3}`, a method's argument": Of("digits", 3),
-    "`inference_params={…}` that the model has not": refused("MODEL_INVALID_ARGUMENT", "temperature", "max_concepts"),
+    "`inference_params={…}` that the model has not": refused(
+        "MODEL_INVALID_ARGUMENT", "temperature|max_tokens", "max_concepts"
+    ),
     "`output_config={'max_concepts': 3}`": Of("digits", 3),
     "`output_config={'max_concepts': 201}`": refused("MODEL_INVALID_ARGUMENT", "from 1 to 200"),
     "`output_config={'min_value': 0.6}`": Of("digits", 1),

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.clients
 
 HERE = Path(__file__).parent
 NAME = "Triton client"
-WIRES = ("grpc", "http")
+LANES = (("native", "grpc"), ("native", "http"), ("grpcio", "grpc"))
+"""Which wire serves, and which of Triton's two clients asks; grpcio serves no HTTP."""
+
 WORDS = {"grpc": "gRPC", "http": "HTTP"}
 PICTURE = pictures.png(pictures.rgb_pixels(8, 8))
 LINE_3 = {"name": "line-3", "identities": ["uri:spiffe://test/line-3"]}
@@ -53,6 +55,25 @@ def run_script(wire: str, appliance: Appliance, pki: Pki, port: str = "server.li
     return found
 
 
+@pytest.fixture(scope="module", params=LANES, ids="-".join)
+def lane(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """One of them."""
+    found: tuple[str, str] = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def transport(lane: tuple[str, str]) -> str:
+    """Which wire serves."""
+    return lane[0]
+
+
+@pytest.fixture(scope="module")
+def wire(lane: tuple[str, str]) -> str:
+    """Which of its two clients asks."""
+    return lane[1]
+
+
 @pytest.fixture(scope="module")
 def appliance(tmp_path_factory: pytest.TempPathFactory, pki: Pki, transport: str) -> Iterator[Appliance]:
     """A running one with a key, on each transport."""
@@ -60,14 +81,6 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, pki: Pki, transport: str
     made.key = made.new_key()
     with made:
         yield made
-
-
-@pytest.fixture(scope="module", params=WIRES)
-def wire(request: pytest.FixtureRequest, transport: str) -> str:
-    """Which of its two clients."""
-    if request.param == "http" and transport == "grpcio":
-        pytest.skip("grpcio serves no HTTP")
-    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +177,7 @@ class TestErrors:
 
 
 class TestCertificates:
-    @pytest.mark.parametrize("wire", WIRES)
-    def test_a_client_certificate_with_a_key(
-        self, wire: str, transport: str, make_appliance: Make, pki: Pki, matrix: Matrix
-    ) -> None:
-        if (wire, transport) == ("http", "grpcio"):
-            pytest.skip("grpcio serves no HTTP")
+    def test_a_client_certificate_with_a_key(self, wire: str, make_appliance: Make, pki: Pki, matrix: Matrix) -> None:
         matrix.row(NAME, f'{WORDS[wire]} with a client certificate, `auth.require = "both"`')
         both = with_models(make_appliance(auth={"require": "both"}, principal=[LINE_3]))
         both.key = both.new_key("--principal", "line-3")

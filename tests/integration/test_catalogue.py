@@ -170,7 +170,9 @@ class TestOtherTasks:
             data.parts.add(id=field.name).data.ndarray.CopyFrom(array)
         reply = ask(tasks, "several", resources_pb2.Input(data=data))
         assert reply.status.code == StatusCode.SUCCESS, reply
-        names = {part.id for part in reply.outputs[0].data.parts}
+        (returned,) = reply.outputs[0].data.parts  # parts came, so parts go: the method protocol
+        assert returned.id == "return"
+        names = {part.id for part in returned.data.parts}
         assert names == {field.name for field in signature.output_fields[0].type_args}
 
     def test_a_contradictory_array_is_that_inputs_error(self, tasks: Client) -> None:

@@ -59,6 +59,10 @@ class World:
         graphs.write_raw(self.root / "pair", graphs.two_in_two_out_model(), **QUICK)
         graphs.write_raw(self.root / "gather", graphs.gather_model(), **QUICK)
         graphs.write_raw(self.root / "broken", graphs.string_model())
+        await self.look()
+
+    async def look(self) -> None:
+        """Load what lies there now."""
         settings = Catalog(root=self.root, state_dir=self.folder / "state", settle_s=0, scan_interval_s=0.05)
         metrics = Metrics()
         runner = engine(metrics)

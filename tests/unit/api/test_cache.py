@@ -301,10 +301,10 @@ class Box:
     async def ask(self, *texts: Any, serial: int = 1, principal: str = "ada", options: Any = PredictOptions()) -> Any:  # noqa: B008
         servable: Any = SimpleNamespace(serial=serial, key=SimpleNamespace(model_id="m"), version="1")
 
-        async def run(payloads: Sequence[Payload]) -> Any:
-            self.ran += [payload.text for payload in payloads]
+        async def run(payloads: Sequence[Any]) -> Any:
+            self.ran += [payload.text for payload in payloads if isinstance(payload, Payload)]
             await asyncio.sleep(0)
-            return [self.make(payload) for payload in payloads]
+            return [self.make(payload) if isinstance(payload, Payload) else payload for payload in payloads]
 
         with self.budget.hold(0) as memory:
             context: Any = SimpleNamespace(principal=principal, memory=memory)

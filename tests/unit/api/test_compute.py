@@ -59,11 +59,11 @@ async def test_there_is_one_cluster_and_one_nodepool(world: World) -> None:
 
 async def test_the_instance_is_this_machine(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As much of it as we may use, with its accelerators."""
-    for cached in (compute._instance_type, compute._machine_info):
+    for cached in (compute._instance_type, compute._machine_info, compute._gpus):
         cached.cache_clear()
     monkeypatch.setattr(compute, "accelerators", lambda: ("NVIDIA H200", "NVIDIA H200", ""))
     nodepool = (await ask(client(world), "GetNodepool", nodepool_id="line-7")).nodepool
-    for cached in (compute._instance_type, compute._machine_info):
+    for cached in (compute._instance_type, compute._machine_info, compute._gpus):
         cached.cache_clear()
     (instance,) = nodepool.instance_types
     assert instance.compute_info.cpu_limit == str(machine.usable_cpus())

@@ -327,16 +327,19 @@ DEEP = b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     ("body", "sentence"),
     [
         (b"", "not JSON"),
-        (b"\xff\xfe", "not JSON"),
-        (b"[]", "not a JSON object"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[]", "must be a JSON object; it is a list"),
         (b'{"inputs": 3}', "'inputs' is not a list"),
         (b'{"inputs": [3]}', "'inputs' is not a list"),
         (b"{}", "'x' is missing"),
         (DEEP, "nested too deeply"),
-        (json.dumps(asked(given("x", "FP32", [1, 3], [1, 2, float("nan")]))).encode(), "NaN is no number"),
-        (json.dumps(asked(given("x", "FP32", [1, 3], [1, 2, float("inf")]))).encode(), "Infinity is no number"),
+        (json.dumps(asked(given("x", "FP32", [1, 3], [1, 2, float("nan")]))).encode(), "the number NaN"),
+        (json.dumps(asked(given("x", "FP32", [1, 3], [1, 2, float("inf")]))).encode(), "the number Infinity"),
         (b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":[1e999,1,1]}]}', "cannot hold"),
-        (b'{"id": ' + b"9" * 5000 + b"}", "more than 400 digits"),
+        (
+            b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":[' + b"9" * 5000 + b",1,1]}]}",
+            "than 400 digits",
+        ),
         (b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":[' + b"9" * 400 + b",1,1]}]}", "cannot hold"),
         (asked(given("x", "FP32", [1, 3], [1, 2])), "3 elements; 2 came"),
         (asked(given("x", "FP32", [1, 3], [[1, 2], [3]])), "nested otherwise"),
@@ -453,8 +456,10 @@ async def test_statuses_are_those_of_the_table(world: World) -> None:
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     answer = await post(world.api(memory=16 * 1024), "tensor", asked(ROW) | {"pad": "x" * 9000})
     assert answer.status_code == 503
-    answer = await post(world.api(limits=Limits(request_size=1000)), "tensor", asked(ROW) | {"pad": "x" * 9000})
-    assert answer.status_code == 413
+    client = world.api(limits=Limits(request_size=1000))
+    assert (await post(client, "tensor", asked(ROW) | {"pad": "x" * 9000})).status_code == 413
+    answer = await post(client, "tensor", b"{}" + b"x" * 1001, headers={"inference-header-content-length": "2"})
+    assert (answer.status_code, "limits.request_size, 1000 bytes" in answer.json()["error"]) == (413, True)
 
 
 async def test_large_json_both_ways(world: World) -> None:

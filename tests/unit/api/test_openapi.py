@@ -10,7 +10,7 @@ from support import graphs
 from support.api_world import SERVICE, V2, World
 from support.rest_world import Web, bindings
 
-from appliance.api import openapi
+from appliance.api import openapi, status
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -84,6 +84,12 @@ async def test_operations_have_what_openapi_asks_for(document: Any) -> None:
         assert "200" in operation["responses"]
         assert all("description" in r or "$ref" in r for r in operation["responses"].values())
     assert all("description" in response for response in document["components"]["responses"].values())
+
+
+async def test_every_status_that_a_call_may_end_with_is_told(document: Any) -> None:
+    """All of the error table, but what stands in an output only, and what nobody is there to read."""
+    told = set(document["components"]["responses"])
+    assert {str(row.http) for row in status.TABLE.values()} - {"424", "499"} <= told
 
 
 async def test_schemas_are_json_schema(document: Any) -> None:

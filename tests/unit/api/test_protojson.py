@@ -17,7 +17,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.api import protojson
+from appliance.api import jsonbody, protojson
 from appliance.core.errors import InputTooLarge, InvalidInput, InvalidRequest, RequestError
 
 F = FieldDescriptor
@@ -28,7 +28,7 @@ Request = service_pb2.PostModelOutputsRequest
 def read(content: Any, kind: Any = Request, limit: int = LIMIT) -> Any:
     message = kind()
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    protojson.fill(message, protojson.parse(body), limit)
+    protojson.fill(message, jsonbody.parse(body), limit)
     return message
 
 
@@ -139,7 +139,7 @@ def test_any_json_is_a_message_or_the_callers_fault(content: Any) -> None:
 @given(st.binary(max_size=40) | st.text(alphabet='{}[]",:0eE+-.\\unltrfas ', max_size=40).map(str.encode))
 def test_any_bytes_are_json_or_the_callers_fault(body: bytes) -> None:
     with contextlib.suppress(RequestError):
-        protojson.parse(body)
+        jsonbody.parse(body)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_base64_without_its_padding_is_read(text: str, content: bytes) -> None:
         (b'{"model_id": "a", "model_id": "b"}', "The body names 'model_id' twice in one object."),
         (b'{"model_id": NaN}', "The body has the number NaN, which is not JSON."),
         (b'{"model_id": ' + b"1" * 5000 + b"}", "a whole number of more than 400 digits"),
-        (b'{"inputs":' + b"[" * 100_000, "The body is nested too deeply."),
+        (b'{"inputs":' + b"[" * 100_000, "The JSON of the body is nested too deeply."),
         (b"{" * 5, "The body is not JSON"),
         (b'{"inputs": ' + b"[" * 1000 + b"]" * 1000 + b"}", "nested too deeply"),
         ({"inputs": [{"data": {"metadata": 5}}]}, "inputs[0].data.metadata is not a Struct in protobuf's JSON form."),
@@ -341,26 +341,3 @@ def test_a_message_over_the_limit_is_refused() -> None:
 
 def test_a_byte_order_mark_is_forgiven() -> None:
     assert read(b'\xef\xbb\xbf{"model_id": "m"}').model_id == "m"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"[" + b"[]," * 100_000 + b"0]",
-        b"[" + b"{}," * 100_000 + b"0]",
-        b"[" + b"1," * 300_000 + b"0]",
-        b'"' + b"x" * 10**6 + b'"',
-    ],
-)
-def test_what_a_text_costs_is_no_less_than_what_it_takes(body: bytes) -> None:
-    """A bomb of brackets takes thirty times its length; the memory budget must know before."""
-    import tracemalloc
-
-    tracemalloc.start()
-    try:
-        content = protojson.parse(body)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert content
-    assert protojson.cost(body) >= peak * 0.9

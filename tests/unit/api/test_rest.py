@@ -558,6 +558,14 @@ class TestStreams:
         assert [json.loads(line)["result"]["status"]["req_id"] for line in answer.text.splitlines()] == ["1", "2"]
         assert [json.loads(line) for line in script.read] == [{"model_id": "1"}, {"model_id": "2"}]
 
+    @pytest.mark.parametrize("text", ["{", "[[", '\\"{', "}", "\\"])
+    async def test_what_a_text_holds_does_not_make_two_lines_one(self, world: World, text: str) -> None:
+        web, script = self.scripted(world)
+        script.go = asyncio.Semaphore(9)
+        messages = [{"model_id": text}, {"model_id": "2"}]
+        await web.post("/v2/models/outputs/stream", "\n".join(map(json.dumps, messages)).encode())
+        assert [json.loads(line) for line in script.read] == messages
+
     async def test_a_body_over_several_lines_is_one_message(self, world: World) -> None:
         web, script = self.scripted(world)
         script.go = asyncio.Semaphore(9)

@@ -532,3 +532,16 @@ def test_list_shows_markup_and_control_characters_as_text(
     assert all(text in output for text in shown)
     assert "\x1b" not in output
     json.loads(appliance.good("models", "list", "--json"))
+
+
+def test_inspect_shows_declared_methods(appliance: Command) -> None:
+    """As they would be frozen."""
+    declared = {"name": "ask", "arguments": [{"name": "x", "type": "list[float]"}], "returns": {"type": "list[float]"}}
+    graphs.write_raw(appliance.root / "b", methods=[declared])
+    shown = yaml.safe_load(appliance.good("models", "inspect", "b").partition("\nversion ")[0])
+    (method,) = shown["onnx"]["methods"]
+    assert (method["name"], method["arguments"][0]["type"], method["returns"]["type"]) == (
+        "ask",
+        "list[float]",
+        "list[float]",
+    )

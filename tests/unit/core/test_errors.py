@@ -54,7 +54,10 @@ def test_what_the_caller_reads_and_what_happened_are_two_things() -> None:
         (errors.NoInputs(128), ["no inputs", "128"]),
         (errors.TooManyInputs(129, 128), ["129", "128", "several requests"]),
         (errors.UnknownMethod("fly", ("predict", "generate")), ["'fly'", "predict, generate"]),
-        (errors.PlacementUnknown("nodepool", "pool-1"), ["nodepool", "pool-1", "leave the selector out"]),
+        (
+            errors.PlacementUnknown("nodepool", "pool-1"),
+            ["nodepool", "pool-1", "ListNodepools", "leave the selector out"],
+        ),
         (errors.PlacementUnknown("compute_cluster", "c", "bob"), ["compute cluster 'c' of user 'bob'"]),
         (errors.PlacementMismatch("runner", "r", "a/b/c", "a/b/d"), ["serves model a/b/c", "not a/b/d", "name that"]),
         (errors.NodeNotRun("b", "a", "It is bad."), ["'b' was not run", "'a'", "It is bad."]),
