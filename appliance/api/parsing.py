@@ -19,7 +19,7 @@ _SMALL = 64 * 1024
 """Bytes of a body that may become what they will: forty times as much at worst."""
 
 _LARGE = 256 * 1024
-"""Bytes from which a body is weighed and parsed on a thread: 50 ms at worst, and on a thread the loop gets its turns."""
+"""Bytes from which a body is weighed and parsed on a thread: 50 ms at worst; there the loop gets its turns."""
 
 _MOST = 1_000_000
 """Fields that one message may have, with those of the messages in it: a fifth of a second in one piece."""

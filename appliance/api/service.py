@@ -596,5 +596,5 @@ async def _parse(rpc: _Rpc, call: Call, body: bytes, memory: Reservation) -> Mes
     read = call.reader
     if read is None:
         return await parsed(rpc.request, body, memory)
-    message: Message = await asyncio.to_thread(read, body) if len(body) >= _LARGE_TEXT else read(body)
+    message: Message = read(body) if len(body) < _LARGE_TEXT else await asyncio.to_thread(read, body)
     return message
