@@ -35,6 +35,12 @@ from appliance.tasks.servable import Answer, Servable
 _LARGE = 1 << 20
 """Bytes of a request from which its values are read on a thread, so that the loop gets its turns."""
 
+_LARGE = 1 << 20
+"""Bytes that a request holds from which what a method returned is written on a thread."""
+
+_TURN = 64
+"""Replies of a stream that are written in one go, some milliseconds; then others have their turn."""
+
 Answered: TypeAlias = Reply | service_pb2.MultiOutputResponse
 
 
@@ -183,9 +189,20 @@ class Predictions:
             brief = writer.brief(bundle.versions.get(servable.version))
             answers = await self._answer(context, servable, questions, cached=request.use_predict_cache)
             if len(questions) == 1 and questions[0].method.kind is MethodKind.GENERATE:
-                elements = _elements(answers[0])
-                return [_reply(context, request, writer, brief, questions, [each], unknown) for each in elements]
-            return [_reply(context, request, writer, brief, questions, answers, unknown)]
+                replies_made: list[Answered] = []
+                for each in _elements(answers[0]):
+                    head = writer.head(brief, replies.success(context.req_id))
+                    made = _reply(context, request, writer, head, questions, [each], unknown)
+                    context.memory.grow(len(made.body))  # all of them are held until the last is sent
+                    replies_made.append(made)
+                    if len(replies_made) % _TURN == 0:
+                        await asyncio.sleep(0)
+                return replies_made
+            head = writer.head(brief, replies.success(context.req_id))
+            write = partial(_reply, context, request, writer, head, questions, answers, unknown)
+            # What a method returned is written value by value: a microsecond or two each.
+            large = context.memory.count >= _LARGE and any(isinstance(answer, Returned) for answer in answers)
+            return [await asyncio.to_thread(write) if large else write()]
 
     # ---- answering ----
 
@@ -234,12 +251,11 @@ def _reply(
     context: Context,
     request: service_pb2.PostModelOutputsRequest,
     writer: ReplyWriter,
-    brief: bytes,
+    head: bytes,
     questions: Sequence[Question],
     answers: Sequence[Answer],
     unknown: Sequence[str],
 ) -> Reply:
-    head = writer.head(brief, replies.success(context.req_id))
     outputs, failures = [], []
     for given, question, answer in zip(request.inputs, questions, answers, strict=True):
         if isinstance(answer, ApplianceError):
