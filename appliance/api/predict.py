@@ -189,7 +189,9 @@ class Predictions:
                 found = []
                 for each in _elements(answers[0]):
                     element = await _written(context, questions, [each])
-                    found.append(_reply(context, request, writer, brief, questions, element, unknown))
+                    made = _reply(context, request, writer, brief, questions, element, unknown)
+                    context.memory.grow(len(made.body))  # all of them are held until the last is sent
+                    found.append(made)
                     await asyncio.sleep(0)
                 return found
             written = await _written(context, questions, answers)

@@ -15,8 +15,8 @@ import numpy as np
 from clarifai_grpc.grpc.api import resources_pb2
 from google.protobuf import json_format, struct_pb2
 
-from appliance.api import arrays
-from appliance.core.errors import InvalidInput
+from appliance.api import arrays, jsonbody
+from appliance.core.errors import InvalidInput, InvalidRequest
 from appliance.core.types import FieldType, Frame, Media, MethodField, Region, ScoredConcept, Value
 
 _LIST_KEY = "_list"
@@ -128,16 +128,12 @@ def _json(field: MethodField, data: resources_pb2.Data) -> Value:
     if not data.string_value:
         return {}
     try:
-        found = json.loads(data.string_value, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{field.name} is a text that is not JSON: {str(error)[:100]}.") from error
+        found = jsonbody.parse(data.string_value.encode())
+    except InvalidRequest as error:
+        raise InvalidInput(f"{field.name} is a text that is not JSON: {error}") from error
     if not isinstance(found, dict | list):
         raise InvalidInput(f"{field.name} must be a dict or list; it came as the JSON {data.string_value[:40]!r}.")
     return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _text(field: MethodField, data: resources_pb2.Data) -> Media:

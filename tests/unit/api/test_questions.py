@@ -190,6 +190,26 @@ async def test_each_rpc_has_the_method_of_callers_that_name_none(api: Client) ->
     assert numbers(streamed[0].outputs[0]) == [2.0]
 
 
+async def test_a_long_stream_is_held_and_lets_others_have_their_turns(api: Client) -> None:
+    """All replies are made before the first is sent."""
+    turns: list[int] = []
+
+    async def others() -> None:
+        while True:
+            turns.append(api.budget.used)
+            await asyncio.sleep(0)
+
+    asked = asking(call("", x=floats(*range(3000))))
+    other = asyncio.create_task(others())
+    try:
+        replies = await stream(api, asked, rpc="GenerateModelOutputs")
+    finally:
+        other.cancel()
+    size = 3000 * len(replies[0].SerializeToString())
+    assert max(turns) > size * 0.9
+    assert len({used for used in turns if used > size // 10}) > 30
+
+
 async def test_raw_tensors_called_by_parts_answer_in_a_part(api: Client) -> None:
     """Whether they name the method or not: parts are the method protocol."""
     array = Data(ndarray=resources_pb2.NDArray(buffer=np.ones(3, np.float32).tobytes(), shape=[3], dtype="float32"))
