@@ -569,9 +569,18 @@ class _Request:
         self._answer = h11.Response(status_code=status, headers=kept, reason=_REASON.get(status, b""))
 
     def written(self, data: bytes, last: bool) -> list[bytes]:
-        """The next piece of the answer as bytes for the wire."""
+        """The next piece of the answer as bytes for the wire.
+
+        An answer that comes before more of the body than we would discard says that we close: else the client's next
+        request would be on its way already, and lost.
+        """
         events: list[h11.Event] = []
         if self._answer is not None:
+            if self._leaves_too_much(last):
+                headers = [*self._answer.headers, (b"connection", b"close")]
+                self._answer = h11.Response(
+                    status_code=self._answer.status_code, headers=headers, reason=self._answer.reason
+                )
             events.append(self._answer)
             self._answer = None
         if data:
@@ -579,6 +588,14 @@ class _Request:
         if last:
             events.append(h11.EndOfMessage())
         return [piece for event in events for piece in self._connection.send_with_data_passthrough(event) or ()]
+
+    def _leaves_too_much(self, last: bool) -> bool:
+        """Whether more of the body may still come than is discarded behind an answer, whose last piece is written."""
+        if self.ended:
+            return False
+        if self._chunked:  # nobody knows; while the answer goes on, the application reads
+            return last
+        return int(dict(self.headers).get(b"content-length", b"0")) - self._size > _DISCARDED
 
 
 def _screen(head: bytes | bytearray, start: int = 0, end: int = sys.maxsize) -> None:

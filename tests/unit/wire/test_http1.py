@@ -887,6 +887,28 @@ async def test_a_refused_client_that_goes_on_sending_still_reads_why() -> None:
         writer.close()
 
 
+async def refuse(scope: Any, receive: Any, send: Any) -> None:
+    """Answers without a look at the body."""
+    await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.mark.parametrize(
+    ("header", "closes"),
+    [("Content-Length: 300000", True), ("Content-Length: 200000", False), ("Transfer-Encoding: chunked", True)],
+)
+async def test_an_answer_says_that_we_close_when_too_much_of_the_body_is_left(header: str, closes: bool) -> None:
+    """Else the client's next request comes on a connection that ends without an answer to it."""
+    meeting = Meeting(refuse)
+    sent = await meeting.say(request("POST / HTTP/1.1", header))
+    assert sent.startswith(b"HTTP/1.1 404")
+    assert (b"connection: close" in sent.lower()) is closes
+    if not closes:
+        sent = await meeting.say(bytes(200_000) + request())
+        assert sent.count(b"HTTP/1.1 404") == 2
+    await meeting.leave()
+
+
 async def test_large_bodies_pass_both_ways() -> None:
     async with served(echo) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
