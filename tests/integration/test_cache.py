@@ -1,14 +1,17 @@
 """The predict cache of a real appliance: a hit runs no model, and what was swapped away answers nobody."""
 
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from clarifai_grpc.grpc.api.status.status_code_pb2 import StatusCode
+from google.protobuf import json_format
 from onnx import TensorProto, helper
 from support import graphs
-from support.appliance import MODELS, Appliance, Client, Load, Pki, array_input, image_input, request_for
+from support.appliance import MODELS, PATIENCE_S, Appliance, Client, Load, Pki, array_input, image_input, request_for
 
 DIGITS = [path.read_bytes() for path in sorted((MODELS / "digits" / "samples").glob("*.png"))[:2]]
 
@@ -54,6 +57,26 @@ def test_a_hit_runs_no_model_and_says_the_same(make_appliance: Make, pki: Pki) -
         assert runs(appliance)[1] == 6
         assert [count(appliance, name) for name in ("hits_total", "misses_total", "entries")] == [10, 2, 2]
         assert 0 < count(appliance, "bytes") < count(appliance, "limit_bytes") == 2**20
+
+
+def test_rest_and_grpc_share_what_is_kept(make_appliance: Make, pki: Pki, transport: str) -> None:
+    if transport != "native":
+        return  # no REST there
+    appliance = make_appliance("digits", cache={"size": "1MiB"})
+    with appliance, Client(appliance.port(), pki.ca, key := appliance.new_key()) as client:
+        request = cached(request_for("digits", [image_input(DIGITS[0])]))
+        asked = json_format.MessageToDict(request, preserving_proto_field_name=True)
+        said = client.predict(request).outputs[0].data.concepts
+        for flag, rows in ((True, 1), (False, 2)):
+            answer = httpx.post(
+                f"https://localhost:{appliance.port()}/v2/models/digits/outputs",
+                json={**asked, "use_predict_cache": flag},
+                headers={"authorization": f"Key {key}"},
+                verify=ssl.create_default_context(cafile=str(pki.ca)),
+                timeout=PATIENCE_S,
+            )
+            assert [c["id"] for c in answer.json()["outputs"][0]["data"]["concepts"]] == [c.id for c in said]
+            assert runs(appliance)[1] == rows
 
 
 def test_it_is_off_by_default(make_appliance: Make, pki: Pki) -> None:
