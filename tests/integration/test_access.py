@@ -223,7 +223,7 @@ def test_health_needs_no_credentials_and_reflection_does(shared: Appliance, pki:
 
 
 def test_unknown_rpcs_are_unimplemented(client: Client) -> None:
-    for rpc, request in (("PostWorkflowResults", service_pb2.PostWorkflowResultsRequest()),):
+    for rpc, request in (("PostInputs", service_pb2.PostInputsRequest()),):
         with pytest.raises(grpc.RpcError) as error:
             client.call(rpc, request)
         assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
