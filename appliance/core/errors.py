@@ -58,10 +58,13 @@ base64, and clients take 8 KiB of headers."""
 
 
 def readable(sentence: str) -> str:
-    """The sentence without its middle, when it has too much of what a caller sent: its end says what to do."""
+    """The sentence without its middle, when it has too much of what a caller sent: its end says what to do.
+
+    Half of a surrogate pair, which JSON can name and nothing can write, becomes a question mark.
+    """
     whole = sentence.encode("utf-8", "replace")
     if len(whole) <= LONGEST_SENTENCE:
-        return sentence
+        return whole.decode("utf-8")
     start, end = whole[: LONGEST_SENTENCE // 2], whole[-LONGEST_SENTENCE // 2 :]
     return f"{start.decode('utf-8', 'ignore')} … {end.decode('utf-8', 'ignore')}"
 

@@ -58,6 +58,7 @@ class Fuzzer:
         self.world = world
         self.calls: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
+        self._lost = 0.0
         whole = request_for("digits", [image_input(DIGIT)])
         self._digit = world.ask("PostModelOutputs", whole).outputs[0].data.concepts[0].id
         self._oracle = Oracle((world.key, str(world.folder)))
@@ -332,7 +333,8 @@ class Fuzzer:
             page = "\n".join(line for line in world.appliance.metrics().splitlines() if "in_flight" in line)
             raise Finding(f"{error}\n{page}") from error
         lost = sample(world.appliance.metrics(), "inference_appliance_requests_lost_total")
-        if lost:
+        if lost > self._lost:
+            self._lost = lost
             raise Finding(f"{lost:g} requests were lost")
         down = {name: state for name, state in world.states().items() if state != "ready" and name != "broken"}
         if down:

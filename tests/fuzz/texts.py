@@ -451,7 +451,7 @@ def _values() -> st.SearchStrategy[Any]:
         st.integers(),
         st.floats(allow_nan=False, allow_infinity=False),
         st.text(max_size=8),
-        st.sampled_from(["x", "image", "FP32", "BYTES", "data", "good", "float", "base64", "1e999"]),
+        st.sampled_from(["x", "image", "FP32", "BYTES", "data", "good", "float", "base64", "1e999", "\ud800"]),
     )
     return st.recursive(
         leaves,

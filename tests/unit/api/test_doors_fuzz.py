@@ -98,7 +98,7 @@ LEAVES = st.one_of(
     st.integers(0, 3),
     st.floats(),
     st.text(max_size=8),
-    st.sampled_from(["x", "image", "text", "FP32", "INT8", "BYTES", "BOOL", "FP16", "data", "good", "1e999"]),
+    st.sampled_from(["x", "image", "text", "FP32", "INT8", "BYTES", "BOOL", "FP16", "data", "good", "1e999", "\ud800"]),
 )
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner))
 INPUTS = st.fixed_dictionaries(

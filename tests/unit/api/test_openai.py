@@ -105,6 +105,16 @@ async def test_a_model_is_found_by_every_form_of_its_id(world: World, name: str)
     assert (await embed(world.api(), model=name, input="good")).json()["model"] == name
 
 
+async def test_a_model_whose_name_nobody_can_write_is_not_there(world: World) -> None:
+    """JSON can name half of a surrogate pair; the answer that quotes it must still be one, and no call be lost."""
+    client = world.api()
+    async with browser(client) as made:
+        answer = await made.post(f"{BASE}/embeddings", content=b'{"model": "\\udc00x", "input": "good"}')
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+    assert client.count("requests_lost_total") == 0
+
+
 @pytest.mark.parametrize(
     "name", ["nothing", PREFIX + "nothing", "a/b", "a/b/c", SENTENCE + "/versions/9", "https://x/y"]
 )

@@ -83,3 +83,8 @@ def test_what_callers_sent_does_not_make_a_sentence_unreadable(quoted: str) -> N
 
 def test_a_sentence_of_usual_length_is_left_alone() -> None:
     assert str(errors.InvalidInput("ü" * 500)) == "ü" * 500
+
+
+def test_a_sentence_can_be_written_whatever_it_quotes() -> None:
+    """JSON can name half of a surrogate pair; a status that holds one cannot be sent, and its call would be lost."""
+    assert str(errors.UnknownModel("There is no model \udc00x.")) == "There is no model ?x."
