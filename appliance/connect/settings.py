@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 
-from appliance.core.config import ConfigInvalid, FilePath, Problem, Section, is_loopback, parse_address
+from appliance.core.config import ConfigInvalid, FilePath, Problem, Section, check_local
 
 DEFAULT_FILE = Path("~/.config/inference-appliance/connect.toml")
 PASSPHRASE_VARIABLE = "INFERENCE_APPLIANCE_CONNECT_PASSPHRASE"  # noqa: S105  # where it is, not what it is
@@ -96,14 +96,7 @@ class Settings(Section):
     @field_validator("listen")
     @classmethod
     def _check_listen(cls, value: str) -> str:
-        if value.startswith("unix:"):
-            if not value.startswith("unix:/") or not 1 < len(os.fsencode(value.removeprefix("unix:"))) < 108:
-                raise ValueError('must be "unix:/absolute/path", with a path of at most 107 bytes')
-            return value
-        parse_address(value)
-        if not is_loopback(value):
-            raise ValueError("must be a loopback address or unix:/path: nobody is asked who they are there")
-        return value
+        return check_local(value, "nobody is asked who they are there")
 
     @property
     def host(self) -> str:

@@ -100,6 +100,16 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def check_local(value: str, why: str) -> str:
+    """A listening address that nobody outside this machine can reach. Raises ValueError: it is none; says why."""
+    if value.startswith("unix:"):
+        if not value.startswith("unix:/") or not 1 < len(os.fsencode(value.removeprefix("unix:"))) < 108:
+            raise ValueError('must be "unix:/absolute/path", with a path of at most 107 bytes')
+    elif not is_loopback(value):
+        raise ValueError(f"must be a loopback address or unix:/path: {why}")
+    return value
+
+
 def _address(value: str) -> str:
     parse_address(value)
     return value
@@ -175,15 +185,7 @@ class Server(Section):
     @field_validator("plain_listen")
     @classmethod
     def _check_plain(cls, value: str | None) -> str | None:
-        if value is None:
-            return value
-        if value.startswith("unix:"):
-            if not value.startswith("unix:/") or not 1 < len(os.fsencode(value.removeprefix("unix:"))) < 108:
-                raise ValueError('must be "unix:/absolute/path", with a path of at most 107 bytes')
-            return value
-        if not is_loopback(value):
-            raise ValueError("must be a loopback address or unix:/path: nothing is encrypted there")
-        return value
+        return value if value is None else check_local(value, "nothing is encrypted there")
 
     @field_validator("trusted_proxies")
     @classmethod
