@@ -163,13 +163,13 @@ def _param(params: struct_pb2.Struct, name: str) -> Any:
 
 def asked_by_params(params: struct_pb2.Struct) -> Asked:
     """The limits among `inference_params`, which are checked. Raises: InvalidArgument: one is out of range."""
-    given: dict[str, resources_pb2.Data] = {}
-    for argument in limit_arguments(1):
-        if argument.name not in params.fields:
-            continue
-        value = values.from_json(argument, _param(params, argument.name))
-        given[argument.name] = values.write(argument, value)
-    return asked_by_arguments(given)
+    found = {
+        argument.name: values.from_json(argument, _param(params, argument.name))
+        for argument in limit_arguments(1)
+        if argument.name in params.fields
+    }
+    select = [(text, text) for text in found.get(SELECT_CONCEPTS, ())]
+    return _asked(found.get(MAX_CONCEPTS), found.get(MIN_VALUE), select)
 
 
 def asked_by_arguments(given: Mapping[str, resources_pb2.Data]) -> Asked:
@@ -178,13 +178,13 @@ def asked_by_arguments(given: Mapping[str, resources_pb2.Data]) -> Asked:
     Raises: InvalidArgument: one has the wrong type, or max_concepts is 0 said out loud.
     """
     max_concepts = _integer(given, MAX_CONCEPTS)
+    return _asked(max_concepts, _number(given, MIN_VALUE), _texts(given, SELECT_CONCEPTS))
+
+
+def _asked(max_concepts: int | None, min_value: float | None, select: list[tuple[str, str]]) -> Asked:
     if max_concepts is not None and max_concepts < 1:
         raise InvalidArgument(f"max_concepts is {max_concepts}; it must be at least 1.")
-    return Asked(
-        max_concepts=max_concepts or 0,
-        min_value=_number(given, MIN_VALUE) or 0.0,
-        select=tuple(_texts(given, SELECT_CONCEPTS)),
-    )
+    return Asked(max_concepts or 0, min_value or 0.0, tuple(select))
 
 
 def _integer(given: Mapping[str, resources_pb2.Data], name: str) -> int | None:
