@@ -47,6 +47,9 @@ _SERVED_BY = {
 }
 _NAMES = {Rpc.GENERATE: "GenerateModelOutputs", Rpc.STREAM: "StreamModelOutputs"}
 _NO_PARAMS = struct_pb2.Struct()
+_NO_OPTIONS = PredictOptions()
+_NOTHING = Payload()
+"""Where a payload is still to come."""
 
 
 @dataclass(slots=True)
@@ -127,18 +130,27 @@ def understand(
     """
     questions = []
     unknown: list[str] = []
+    usual = rpc.value if rpc.value in servable.offers else PREDICT
+    # What holds for all inputs that call one method is found out with the first of them.
+    called: dict[str, Method] = {}
+    in_old_form: dict[str, tuple[PredictOptions, list[str]]] = {}
     for given in request.inputs:
         pythonic = methods.is_pythonic(given.data)
-        try:
-            method = _method_of(servable, given.data, rpc)
-        except UnknownMethod as error:
-            questions.append(Question(servable.task.method, error, PredictOptions(), pythonic))
-            continue
-        _check_call(method, rpc, len(request.inputs))
-        question = Question(method, Payload(), PredictOptions(), pythonic)
+        name = methods.method_name(given.data) or usual
+        method = called.get(name)
+        if method is None:
+            if name not in servable.offers:
+                no_such = UnknownMethod(name[:80], tuple(servable.offers))
+                questions.append(Question(servable.task.method, no_such, _NO_OPTIONS, pythonic))
+                continue
+            method = called[name] = servable.offers[name].task.method
+            _check_call(method, rpc, len(request.inputs))
+        question = Question(method, _NOTHING, _NO_OPTIONS, pythonic)
         missing: list[str] = []
         if not pythonic:
-            question.options, missing = options_of(request, servable, method, limits)
+            if name not in in_old_form:
+                in_old_form[name] = options_of(request, servable, method, limits)
+            question.options, missing = in_old_form[name]
         try:
             if pythonic:
                 missing = _ask_pythonic(question, given.data, servable, limits, conversation)
@@ -161,16 +173,6 @@ def options_of(
     if not request.HasField("model"):
         return _usual_options(limits.concepts_default), []
     return options_for(_asked_by_request(request, method), servable.concepts, limits)
-
-
-def _method_of(servable: Servable, data: resources_pb2.Data, rpc: Rpc) -> Method:
-    """Raises: UnknownMethod."""
-    name = methods.method_name(data)
-    if not name:
-        name = rpc.value if rpc.value in servable.offers else PREDICT
-    if name not in servable.offers:
-        raise UnknownMethod(name[:80], tuple(servable.offers))
-    return servable.offers[name].task.method
 
 
 def _check_call(method: Method, rpc: Rpc, inputs: int) -> None:
