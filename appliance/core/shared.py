@@ -39,7 +39,7 @@ class Segment:
 
     @classmethod
     def attach(cls, descriptor: int) -> Self:
-        """Map one that another process made; the descriptor is ours from now on. Raises: ValueError: it is not sealed."""
+        """Map one that another process made; its descriptor is ours then. Raises: ValueError: not sealed."""
         try:
             if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
                 raise ValueError("the shared memory's size is not sealed")
