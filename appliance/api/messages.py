@@ -10,7 +10,7 @@ from clarifai_grpc.grpc.api.status import status_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from appliance.api import arrays, methods, status
-from appliance.catalog.repository import Version
+from appliance.catalog.view import Version
 from appliance.core.errors import ApplianceError, NotDeployed, NotReady
 from appliance.core.types import Array, FieldType, Payload
 from appliance.media.text import decode_text

@@ -21,7 +21,7 @@ from appliance.api.limits import check_input_count
 from appliance.api.placement import Ids, chosen
 from appliance.api.questions import Conversation, Question, Rpc, options_of, understand
 from appliance.api.replies import Reply, ReplyWriter, Written
-from appliance.catalog.repository import Repository, Running
+from appliance.catalog.view import Running, View
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, readable
 from appliance.core.memory import Reservation
@@ -73,7 +73,7 @@ class Begun:
 class Predictions:
     """The predict RPCs over the catalog's servables."""
 
-    def __init__(self, config: Config, repository: Repository[Servable], metrics: Metrics) -> None:
+    def __init__(self, config: Config, repository: View[Servable], metrics: Metrics) -> None:
         self.config = config
         self._repository = repository
         self._downloads = Downloads(metrics)

@@ -22,7 +22,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from appliance.api import messages, status, values
 from appliance.catalog.bundle import BundleConfig
-from appliance.catalog.repository import Version
+from appliance.catalog.view import Version
 from appliance.core.errors import ApplianceError
 from appliance.core.types import Array, ConceptScores, Embedding, MethodField, Result, Returned, Tensors
 from appliance.tasks.servable import Servable

@@ -34,7 +34,7 @@ from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
 from appliance.api.workflow_results import WorkflowResults
 from appliance.api.workflows import WorkflowCatalogue
-from appliance.catalog.repository import Repository
+from appliance.catalog.view import View
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, Overloaded
@@ -100,7 +100,7 @@ class Api:
     def __init__(
         self,
         config: Config,
-        repository: Repository[Servable],
+        repository: View[Servable],
         authenticator: Authenticator,
         budget: MemoryBudget,
         metrics: Metrics,

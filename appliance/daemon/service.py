@@ -26,7 +26,8 @@ from appliance.api.pages import pages
 from appliance.api.rest import rest_routes
 from appliance.api.service import Api
 from appliance.catalog.bundle import BundleConfig, VersionFolder
-from appliance.catalog.repository import Repository, State, describe
+from appliance.catalog.repository import Repository
+from appliance.catalog.view import State, describe
 from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
 from appliance.core import logs

@@ -15,7 +15,7 @@ from support import reference_replies
 
 from appliance.api import messages, replies
 from appliance.api.replies import ReplyWriter
-from appliance.catalog.repository import Running, Version
+from appliance.catalog.view import Running, Version
 from appliance.core.errors import ApplianceError, InferenceFailed, InvalidInput
 from appliance.core.types import Concept, ConceptScores, Embedding, ModelKey, Tensors
 
