@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from appliance.core.errors import ApplianceError, as_data, of_data
@@ -26,7 +26,9 @@ _DESCRIPTORS = 64
 
 Body: TypeAlias = dict[str, Any]
 Handler: TypeAlias = Callable[[Body, list[int]], Awaitable[Body | None]]
-"""Answers a call, or takes a piece of news; the descriptors are its own to close."""
+"""Answers a call; the descriptors are its own to close."""
+Listener: TypeAlias = Callable[[Body, list[int]], None]
+"""Takes a piece of news, likewise."""
 
 
 class ChannelClosed(Exception):
@@ -37,17 +39,23 @@ class Channel:
     """One end. Everything is called on the event loop's thread."""
 
     def __init__(
-        self, sock: socket.socket, handlers: Mapping[str, Handler], on_close: Callable[[], None] = lambda: None
+        self,
+        sock: socket.socket,
+        handlers: Mapping[str, Handler],
+        listeners: Mapping[str, Listener] | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """Listen at once.
 
         Args:
             sock: a connected unix stream socket; the channel's own from now on.
-            handlers: by the name of what is asked or told. News are handled one after another, in their order.
+            handlers: by the name of what is asked; each call has a task of its own.
+            listeners: by the name of what is told; called at once, in the order in which it was told.
             on_close: called once, when the other end is gone or `close` was called.
         """
         self._sock = sock
         self._handlers = handlers
+        self._listeners = listeners or {}
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._received = bytearray()
@@ -56,11 +64,9 @@ class Channel:
         self._waiting: dict[int, asyncio.Future[Body]] = {}
         self._next = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._news: asyncio.Queue[tuple[str, Body, list[int]]] = asyncio.Queue()
         self.closed = False
         sock.setblocking(False)
         self._loop.add_reader(sock, self._read)
-        self._spawn(self._handle_news())
 
     async def call(self, name: str, body: Body | None = None, descriptors: Sequence[int] = ()) -> Body:
         """Ask the other end, and return what it answers; our descriptors stay open here.
@@ -159,7 +165,11 @@ class Channel:
 
     def _take(self, message: Body, descriptors: list[int]) -> None:
         if "tell" in message:
-            self._news.put_nowait((message["tell"], message["body"], descriptors))
+            try:
+                self._listeners[message["tell"]](message["body"], descriptors)
+            except Exception:
+                # One piece of news must not keep the next ones from being heard.
+                _log.exception("news between the appliance's processes were not taken", extra={"news": message["tell"]})
         elif "call" in message:
             self._spawn(self._answer(message, descriptors))
         else:
@@ -184,16 +194,7 @@ class Channel:
         if not self.closed:
             self._send(answer, ())
 
-    async def _handle_news(self) -> None:
-        while True:
-            name, body, descriptors = await self._news.get()
-            try:
-                await self._handlers[name](body, descriptors)
-            except Exception:
-                # One piece of news must not keep the next ones from being heard.
-                _log.exception("news between the appliance's processes were not taken", extra={"news": name})
-
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

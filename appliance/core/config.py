@@ -434,6 +434,33 @@ class Deployment(Section):
     )
 
 
+class Processes(Section):
+    """Which processes do the work."""
+
+    mode: Literal["auto", "single", "processes"] = Field(
+        "auto",
+        description='"processes": fronts that talk to clients, and an engine for each device that runs models, so that '
+        'a model that crashes takes nothing down. "single": all in one process, for CPUs alone. "auto": single on a '
+        "machine with fewer than 4 CPUs and no GPU, else processes.",
+        json_schema_extra={"restart": True},
+    )
+    fronts: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="How many fronts; 0: by the CPUs we may use, one for every two beside a GPU, else for every four, "
+        "8 at most.",
+        json_schema_extra={"restart": True},
+    )
+    engine_silence_s: float = Field(
+        10.0,
+        ge=1,
+        le=600,
+        description="Seconds without a sign of life after which an engine is replaced.",
+        json_schema_extra={"restart": True},
+    )
+
+
 class Engine(Section):
     """How models run."""
 
@@ -645,6 +672,7 @@ class Config(Section):
     catalog: Catalog = Catalog()
     placement: Placement = Placement()
     deployment: tuple[Deployment, ...] = ()
+    processes: Processes = Processes()
     engine: Engine = Engine()
     limits: Limits = Limits()
     urls: Urls = Urls()
@@ -845,6 +873,23 @@ def keeping(old: Config, new: Config, keys: list[str]) -> Config:
         current = changes.get(section, getattr(new, section))
         changes[section] = current.model_copy(update={name: getattr(getattr(old, section), name)})
     return new.model_copy(update=changes)
+
+
+def as_data(config: Config) -> dict[str, Any]:
+    """The configuration as plain data, for another process of the appliance: secrets are told in the clear."""
+    data: dict[str, Any] = config.model_dump(mode="json")
+    for name in Config.model_fields:
+        section = getattr(config, name)
+        if isinstance(section, Section):
+            for key, value in section:
+                if isinstance(value, SecretStr):
+                    data[name][key] = value.get_secret_value()
+    return data
+
+
+def of_data(data: Mapping[str, Any]) -> Config:
+    """The configuration that `as_data` wrote."""
+    return Config.model_validate(data)
 
 
 def example() -> str:
