@@ -5,9 +5,10 @@ are picked. So the host moves a quarter of the bytes in and a few hundred out, a
 output is defined in one place. `plan: raw` leaves the graph alone: the task then does the same on the host.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -78,6 +79,37 @@ class Plan:
     notes: tuple[str, ...]
     finds_rows: bool = False
 
+    def described(self) -> dict[str, Any]:
+        """All but the graph, as plain data that JSON can hold: what a task needs to know of it."""
+        return {
+            "file": str(self.file),
+            "inputs": [_spelled(spec) for spec in self.inputs],
+            "outputs": [_spelled(spec) for spec in self.outputs],
+            "wrapped_input": self.wrapped_input,
+            "wrapped_output": self.wrapped_output,
+            "mixes_rows": self.mixes_rows,
+            "notes": list(self.notes),
+            "finds_rows": self.finds_rows,
+        }
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Self:
+        """The plan that `described` tells of, without its graph.
+
+        Raises: KeyError, TypeError, ValueError: that is no such description.
+        """
+        return cls(
+            model=None,
+            file=Path(described["file"]),
+            inputs=tuple(_read_spec(entry) for entry in described["inputs"]),
+            outputs=tuple(_read_spec(entry) for entry in described["outputs"]),
+            wrapped_input=bool(described["wrapped_input"]),
+            wrapped_output=bool(described["wrapped_output"]),
+            mixes_rows=str(described["mixes_rows"]),
+            notes=tuple(map(str, described["notes"])),
+            finds_rows=bool(described["finds_rows"]),
+        )
+
 
 def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int) -> Plan:
     """Read the graph of a version and wrap it as its config says; `concepts` is how many it has, 0 if not known.
@@ -121,10 +153,21 @@ def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concep
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    if not value.type.HasField("tensor_type") or value.type.tensor_type.elem_type == TensorProto.STRING:
+    if not value.type.HasField("tensor_type"):
         return TensorSpec(value.name, None, ())
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+    if dtype.kind not in "biuf":  # strings, complex numbers, and those that NumPy has no type of its own for
+        return TensorSpec(value.name, None, ())
     return TensorSpec(value.name, dtype, tuple(axes(value)))
+
+
+def _spelled(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": None if spec.dtype is None else spec.dtype.str, "shape": list(spec.shape)}
+
+
+def _read_spec(entry: Mapping[str, Any]) -> TensorSpec:
+    dtype = None if entry["dtype"] is None else np.dtype(entry["dtype"])
+    return TensorSpec(str(entry["name"]), dtype, tuple(None if axis is None else int(axis) for axis in entry["shape"]))
 
 
 def _opset(model: ModelProto) -> int:

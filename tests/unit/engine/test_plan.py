@@ -1,5 +1,6 @@
 """The plan: the wrapped graph gives what NumPy and the unwrapped graph give, and says which number does not fit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -428,6 +429,39 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     """Somebody copied only the graph."""
     with pytest.raises(BundleInvalid, match=r"weights\.bin is missing"):
         planned(graphs.write_raw(tmp_path / "b", graphs.external_data_model("weights.bin")))
+
+
+# ---- its description -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: write_pixels(folder, pixel_model(5)),
+        lambda folder: write_pixels(folder, pixel_model(5, dtype=TensorProto.FLOAT16, batch=1), plan="raw"),
+        graphs.write_text_embedder,
+        lambda folder: graphs.write_raw(folder, graphs.dynamic_quantize_model()),
+        lambda folder: graphs.write_raw(folder, graphs.no_batch_axis_model()),
+        lambda folder: graphs.write_raw(folder, graphs.string_model()),
+        lambda folder: graphs.write_raw(folder, graphs.identity_model(dtype=TensorProto.BFLOAT16)),
+    ],
+    ids=["wrapped", "raw half precision", "pooled", "mixes rows", "no axes", "strings", "bfloat16"],
+)
+def test_what_a_plan_says_of_itself_survives_json(tmp_path: Path, write: Any) -> None:
+    """A process without the graph makes its tasks of it: all there is, in plain data, but the graph."""
+    plan = planned(write(tmp_path / "b"))[3]
+    again = plans.Plan.of(json.loads(json.dumps(plan.described())))
+    assert again.model is None
+    for name in plans.Plan.__dataclass_fields__:
+        if name != "model":
+            assert getattr(again, name) == getattr(plan, name), name
+
+
+@pytest.mark.parametrize("content", [{}, [], {"file": 1}])
+def test_what_is_no_description_is_refused(content: Any) -> None:
+    """By one of three errors that whoever reads a stored one expects."""
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        plans.Plan.of(content)
 
 
 # ---- operators that mix rows -----------------------------------------------------------------------------------------
