@@ -52,6 +52,12 @@ class Fold(Collector):
         with self._lock:
             return self._retire(name)
 
+    def gauge(self, name: str) -> float:
+        """A gauge without labels, summed over the children that live."""
+        with self._lock:
+            series = (counted for child in self._children.values() for counted in child.counted())
+            return sum(values[0] for (family, _), (_, values) in series if family == name)
+
     def describe(self) -> Iterable[Metric]:
         """All names, for the registry."""
         return chain.from_iterable(family.describe() for family in self._own.families.values())

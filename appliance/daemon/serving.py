@@ -20,13 +20,13 @@ from appliance.api.service import Api
 from appliance.catalog.view import View
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
-from appliance.core.machine import usable_memory
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
 from appliance.core.types import Endpoint
 from appliance.daemon.certificates import CertificateFiles
+from appliance.daemon.checks import memory_for_requests
 from appliance.daemon.front import Front, Sockets, open_front
-from appliance.media import fetch
+from appliance.daemon.staff import Readiness
 from appliance.tasks.servable import Servable
 
 _log = logging.getLogger(__name__)
@@ -37,9 +37,6 @@ _LAST_REPLIES_S = 2.0
 _LAST_CALLERS_S, _QUIET_S = 2.0, 0.3
 """Seconds in which callers are refused before the port closes: at most so many, and until nobody came for a while."""
 
-Readiness = Callable[[], tuple[bool, dict[str, object]]]
-"""Whether we serve, and who is not ready and why."""
-
 
 class Serving:
     """API and transport over a catalog. Used from the event loop's thread."""
@@ -48,6 +45,7 @@ class Serving:
         self,
         config: Config,
         catalog: View[Servable],
+        workflows: Workflows,
         metrics: Metrics,
         readiness: Readiness,
         certificates: CertificateFiles,
@@ -59,16 +57,20 @@ class Serving:
         self._readiness = readiness
         self.certificates = certificates
         self.keys = keys
-        self.workflows = Workflows(config.catalog, catalog)
         self._budget = MemoryBudget(memory_for_requests(config))
         authenticator = Authenticator(config, keys, trust=certificates.trust)
-        self.api = Api(config, catalog, authenticator, self._budget, metrics, self.workflows)
+        self.api = Api(config, catalog, authenticator, self._budget, metrics, workflows)
         self._front: Front | None = None
 
     @property
     def ports(self) -> Mapping[str, int]:
         """Setting → port number; empty before `listen`."""
         return {} if self._front is None else self._front.ports
+
+    @property
+    def transport(self) -> str:
+        """Which transport answers; "" before `listen`."""
+        return "" if self._front is None else self._front.name
 
     async def listen(self, sockets: Sockets) -> None:
         """Answer on these. Raises: ConfigError: the transport cannot do what is configured."""
@@ -91,8 +93,11 @@ class Serving:
         self.keys.adopt(keys)
         self.api.configure(config)
         self._budget.limit = memory_for_requests(config)
-        self.workflows.settings = config.catalog
-        self.workflows.wake()
+
+    def publish(self, ready: bool, models: Mapping[str, bool]) -> None:
+        """The catalog has changed: tell health checks what is ready, and forget what is gone."""
+        self.api.health.publish(ready, dict(models))
+        self.api.catalog_changed()
 
     async def drain(self, now: asyncio.Event, on_shut: Callable[[], None] = lambda: None) -> int:
         """Balancers notice → accept no more → finish what was accepted → answer the rest.
@@ -140,14 +145,3 @@ async def _unless(now: asyncio.Event, wait: Coroutine[Any, Any, object], seconds
     _, pending = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
         task.cancel()
-
-
-def memory_for_requests(config: Config) -> int:
-    """Bytes that requests may hold at once."""
-    return config.limits.memory_in_flight or usable_memory() // 4
-
-
-def check_urls(config: Config) -> None:
-    """Raises: CertificateError: the authorities of hosts that inputs are fetched from cannot be read."""
-    if config.urls.ca is not None:
-        fetch.trust(config.urls.ca)

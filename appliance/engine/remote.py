@@ -23,7 +23,7 @@ from appliance.engine.batcher import Outcome
 from appliance.engine.inline import Waiter
 from appliance.engine.link import Definitions, Stream
 from appliance.engine.session import Device, TensorSpec
-from appliance.engine.slab import FrontSlab, aligned
+from appliance.engine.slab import Blocks, FrontSlab, aligned
 from appliance.engine.transport import Batching
 
 _log = logging.getLogger(__name__)
@@ -38,11 +38,21 @@ _PROMPT_TURNS = 4
 
 
 class Joined(dict[str, Array]):
-    """Rows that lie in the slab already, as `RemoteModel.join` puts them there; `submit` takes the block over."""
+    """Rows that lie in a block of the slab; `EngineLink.submit` takes it over, else it is free when this goes."""
 
-    def __init__(self, arrays: Mapping[str, Array], offset: int) -> None:
+    def __init__(self, arrays: Mapping[str, Array], blocks: Blocks, offset: int) -> None:
         super().__init__(arrays)
+        self._blocks: Blocks | None = blocks
         self.offset = offset
+
+    def take_over(self) -> int:
+        """The block's offset; who calls it frees the block from now on."""
+        self._blocks = None
+        return self.offset
+
+    def __del__(self) -> None:
+        if self._blocks is not None:
+            self._blocks.give_back_later(self.offset)
 
 
 class _Pending:
@@ -193,6 +203,7 @@ class EngineLink:
         self._heard: dict[int, list[Any]] = {}  # layouts that the engine defined
         self._pending: dict[int, _Pending] = {}
         self._leaving: dict[int, _Pending] = {}  # cancelled; the engine may still look at their rows
+        self._models: set[RemoteModel] = set()
         self._number = 0
         self._look: asyncio.TimerHandle | None = None
 
@@ -212,8 +223,11 @@ class EngineLink:
         self._asks = Definitions(link.ASKS)
         self._layouts = Definitions(link.LAYOUTS)
         self._heard = {}
+
+    def available(self, model: "RemoteModel") -> None:
+        """The engine that is there now has loaded that model: submit what waits for it."""
         for pending in list(self._pending.values()):
-            if pending.model.death is None:
+            if pending.model is model and self._stream is not None:
                 self._send(pending)
 
     def close(self, error: ApplianceError) -> None:
@@ -230,6 +244,8 @@ class EngineLink:
     def _lost(self) -> None:
         """The engine is gone, and all that it sent has been received. What it ran is told by the ledger."""
         self._stream = None
+        for model in self._models:
+            model.is_available = False
         for pending in list(self._leaving.values()):
             del self._leaving[pending.number]
             self._release(pending)
@@ -269,8 +285,13 @@ class EngineLink:
         pending.alone = alone
         self._keep(pending)
 
+    def add(self, model: "RemoteModel") -> None:
+        """That model is in the engine, or will be."""
+        self._models.add(model)
+
     def drop(self, model: "RemoteModel", error: ApplianceError) -> None:
         """That model will not answer any more: what waits for it ends with `error`."""
+        self._models.discard(model)
         for pending in [each for each in self._pending.values() if each.model is model]:
             self._leave(pending, error)
 
@@ -302,7 +323,7 @@ class EngineLink:
         except BaseException:
             self._slab.blocks.give_back(block)
             raise
-        return Joined(arrays, block)
+        return Joined(arrays, self._slab.blocks, block)
 
     def submit(
         self,
@@ -314,38 +335,34 @@ class EngineLink:
         principal: str,
         priority: int,
     ) -> int:
-        """Send rows to the engine, or keep them for the next one; the waiter is told once. The block is ours now.
+        """Send rows to the engine, or keep them for the next one; the waiter is told once.
 
-        Returns: the submission's number. Raises: ApplianceError: nothing was submitted, and the block is free again.
+        Returns: the submission's number. Raises: InferenceFailed, Overloaded: nothing was submitted.
         """
+        if model.death is not None:
+            raise InferenceFailed("The model cannot run any more; its operator is told why.", detail=model.death)
         whole = model.batching.mode == "whole"
         count = 1 if whole else len(next(iter(feeds.values())))
-        try:
-            if model.death is not None:
-                raise InferenceFailed("The model cannot run any more; its operator is told why.", detail=model.death)
-            if model.waiting_rows and model.waiting_rows + count > self._queue_rows:
-                raise Overloaded(
-                    f"{model.waiting_rows} inputs wait for this model already; the limit is {self._queue_rows} "
-                    "(engine.queue_rows). Try again."
-                )
-            layout = link.layout_of(feeds, whole=whole)
-        except BaseException:
-            self._slab.blocks.give_back(feeds.offset)
-            raise
+        if model.waiting_rows and model.waiting_rows + count > self._queue_rows:
+            raise Overloaded(
+                f"{model.waiting_rows} inputs wait for this model already; the limit is {self._queue_rows} "
+                "(engine.queue_rows). Try again."
+            )
+        layout = link.layout_of(feeds, whole=whole)
         self._number += 1
         pending = _Pending(
             self._number,
             model,
             (model.handle, principal, priority, tuple(outputs)),
             layout,
-            _Rows(feeds.offset, count),
+            _Rows(feeds.take_over(), count),
             0,
             count,
             _NEVER if deadline is None else deadline,
             waiter,
         )
         self._keep(pending)
-        if self._stream is not None:
+        if model.is_available and self._stream is not None:
             self._send(pending)
         if self._look is None:
             self._look = self._loop.call_later(_LOOK_S, self._look_around)
@@ -509,12 +526,14 @@ class RemoteModel:
         self.batching = Batching(**described["batching"])
         self.waiting_rows = 0
         self.death: str | None = None
-        self._idle = asyncio.Event()
+        self.is_available = False
+        """Whether the engine that is there now has it; else what is submitted waits."""
+        engine.add(self)
 
     def prompt(self, rows: int) -> bool:
         """See `LoadedModel.prompt`: the engine runs it in the next turns of its loop."""
         inline = self.batching.inline_rows
-        return rows <= inline and self.waiting_rows + rows <= inline * _PROMPT_TURNS and self._link.up
+        return rows <= inline and self.waiting_rows + rows <= inline * _PROMPT_TURNS and self.is_available
 
     def join(self, rows: Sequence[Mapping[str, Array]]) -> Mapping[str, Array]:
         """See `LoadedModel.join`. Raises: Overloaded."""
@@ -542,6 +561,12 @@ class RemoteModel:
         """See `LoadedModel.submit_prompt`. Raises: Overloaded: there is no room in the slab."""
         joined = feeds if isinstance(feeds, Joined) else self._link.take([feeds])
         self._link.submit(self, waiter, joined, outputs, deadline, principal, 0)
+
+    def available(self) -> None:
+        """The engine has loaded it."""
+        if not self.is_available:
+            self.is_available = True
+            self._link.available(self)
 
     def give_up(self, reason: str) -> None:
         """It cannot run any more: what waits is told, and so is whoever comes."""

@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,16 @@ class Session:
 def version() -> str:
     """onnxruntime's version."""
     return str(ort.__version__)
+
+
+def canary(device: Device) -> None:
+    """Run a graph of one addition on the device. Raises: InferenceFailed, DeviceError: it cannot."""
+    _canary_session(device).run(["y"], {"x": np.ones((1,), np.float32)})
+
+
+@lru_cache(maxsize=1)
+def _canary_session(device: Device) -> Session:
+    return Session(_identity_graph(), Path(), device, 1)
 
 
 def resolve_device(wanted: str) -> Device:

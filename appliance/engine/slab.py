@@ -12,6 +12,7 @@ has been at rest for a while.
 import mmap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -51,12 +52,15 @@ class Blocks:
         self._free[order].add(0)
         self._kept: list[list[int]] = [[] for _ in range(_KEPT_WHOLE + 1)]
         self._taken: dict[int, int] = {}
+        self._returned: deque[int] = deque()
         self.used = 0
         """Bytes in blocks that are taken."""
 
     def take(self, size: int) -> int:
         """The offset of a free block of at least `size` bytes. Raises: Overloaded: there is none."""
         order = max(_SMALLEST, (size - 1).bit_length()) if size > 1 else _SMALLEST
+        while self._returned:
+            self.give_back(self._returned.popleft())
         with self._lock:
             if order <= _KEPT_WHOLE and self._kept[order]:
                 offset = self._kept[order].pop()
@@ -84,6 +88,10 @@ class Blocks:
                 self._kept[order].append(offset)
             else:
                 self._join(offset, order)
+
+    def give_back_later(self, offset: int) -> None:
+        """The block at `offset` is free from the next `take` on. For finalisers, which must not wait for a lock."""
+        self._returned.append(offset)
 
     def return_pages(self, give_back: Callable[[int, int], None]) -> None:
         """Have `give_back` called with offset and length of each large free block; none of them is taken meanwhile."""

@@ -70,6 +70,14 @@ class LoadedModel(Protocol):
     def prompt(self, rows: int) -> bool:
         """Whether so many rows that are submitted now are run soon, on the loop's own thread."""
 
+    def join(self, rows: Sequence[Mapping[str, Array]]) -> Mapping[str, Array]:
+        """Rows, each with an axis for them, as one array an input; may be called from any thread.
+
+        What it gives is submitted next, and once: it may lie in memory that the submission frees.
+
+        Raises: Overloaded: there is no memory for them now.
+        """
+
     def submit(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
     ) -> "asyncio.Future[Outcome]":

@@ -52,6 +52,10 @@ class LocalModel:
         """Whether so many rows that are submitted now are run soon, on the loop's own thread."""
         return self._lane is not None and self._lane.takes(rows)
 
+    def join(self, rows: Sequence[Mapping[str, Array]]) -> Mapping[str, Array]:
+        """See `LoadedModel.join`."""
+        return rows[0] if len(rows) == 1 else probes.join(rows)
+
     def submit(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
     ) -> "asyncio.Future[Outcome]":
