@@ -34,6 +34,7 @@ from appliance.core.ledger import SIZE as COUNTS_SIZE
 from appliance.core.machine import accelerators, usable_cpus
 from appliance.core.metrics import Metrics
 from appliance.core.shared import Segment
+from appliance.core.sharing import FrontsBoard
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.checks import memory_for_requests
 from appliance.daemon.front import native
@@ -235,6 +236,7 @@ class Supervisor:
         self.registry = self._fold.registry
         self.fronts = _fronts(config)
         self._fronts = [FrontChild(index) for index in range(self.fronts)]
+        self._board = FrontsBoard.create(self.fronts)
         self._engines: dict[str, Engine] = {}
         self._deployed: dict[int, Deployed] = {}
         self._loading: dict[int, Deployed] = {}
@@ -586,11 +588,12 @@ class Supervisor:
         child = Child(
             front.name, "appliance.daemon.front_process", listeners, lambda gone: self._front_ended(front, gone)
         )
-        order = max(26, (2 * memory_for_requests(self._config) - 1).bit_length())
+        order = max(26, (4 * memory_for_requests(self._config) - 1).bit_length())
         front.slab = Segment.create(f"{front.name} slab", Slab.size_for(order))
         front.prepared = set()
         try:
-            await child.start({"config": configuration.as_data(self._config)}, front.slab)
+            body = {"config": configuration.as_data(self._config), "index": front.index}
+            await child.start(body, front.slab, self._board.segment)
             front.child = child
             self._fold.attach(front.name, child.counts)
             for engine in self._engines.values():
@@ -643,6 +646,7 @@ class Supervisor:
             return  # it never started
         front.child, front.listens, front.problem = None, False, "is being replaced"
         gauges = self._fold.retire(front.name)
+        self._board.clear(front.index)
         child.forget()
         if front.slab is not None:
             front.slab.close()

@@ -9,6 +9,7 @@ row whose second run crashes the engine too is answered with an error, and its n
 import asyncio
 import json
 import logging
+import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -308,7 +309,7 @@ class EngineLink:
         size, offsets = 0, {}
         for name, array in first.items():
             offsets[name] = size
-            size += aligned(array.dtype.itemsize * _product(shapes[name]))
+            size += aligned(array.dtype.itemsize * math.prod(shapes[name]))
         block = self._slab.take(size)
         try:
             arrays = {
@@ -429,20 +430,18 @@ class EngineLink:
         if told:
             spoken = json.loads(bytes(body[start : start + told]))
             errors = {int(row): of_data(error) for row, error in spoken.items()}
-        placed = pending.place >= 0
-        if placed:
-            source: bytes | memoryview = self._slab.memory
-            offset = pending.place
-        else:
-            # A copy of its own: the message's memory is shared with its neighbours.
-            source, offset = bytes(body[start + told : start + told + here]), 0
+        # A copy of its own: the message's memory is shared with its neighbours, and the slab's is soon another's.
+        source, offset = bytearray(body[start + told : start + told + here]), max(0, pending.place)
         arrays: dict[str, Array] = {}
         if layout != link.NOTHING:
             whole, *parts = self._heard[layout]
-            for name, dtype, shape in parts:
-                array: Array = np.ndarray(shape if whole else (rows, *shape), dtype, source, offset)
-                arrays[name] = array.copy() if placed else array
-                offset += aligned(array.nbytes)
+            for name, dtype, rest in parts:
+                shape = rest if whole else (rows, *rest)
+                if pending.place >= 0:
+                    arrays[name] = self._slab.array(offset, shape, np.dtype(dtype)).copy()
+                else:
+                    arrays[name] = np.ndarray(shape, dtype, source, offset)
+                offset += aligned(arrays[name].nbytes)
         self._end(pending, Outcome(arrays, errors))
 
     def _give_room(self, number: int, size: int) -> None:
@@ -607,10 +606,3 @@ def _told(spec: TensorSpec) -> list[Any]:
 def _spec(told: Sequence[Any]) -> TensorSpec:
     name, dtype, shape = told
     return TensorSpec(name, None if dtype is None else np.dtype(dtype), tuple(shape))
-
-
-def _product(shape: Sequence[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count

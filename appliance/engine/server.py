@@ -7,6 +7,7 @@ slab at a place that the front gives. A front that is gone takes its submissions
 import asyncio
 import json
 import logging
+import math
 import socket
 import weakref
 from collections.abc import Callable, Mapping
@@ -44,7 +45,7 @@ class FrontLink:
         self._layouts: dict[int, list[Any]] = {}
         self._told: Definitions[tuple[Any, ...]] = Definitions(link.LAYOUTS)
         self._submissions: dict[int, _Submission] = {}
-        self._leaving: dict[int, weakref.ref[memoryview]] = {}
+        self._leaving: dict[int, weakref.ref[Array]] = {}
         self._stream = Stream(sock, self._receive, self._gone)
 
     def close(self) -> None:
@@ -115,15 +116,20 @@ class FrontLink:
     def _feeds(
         self, submission: "_Submission", layout: list[Any], rows: int, first: int, count: int, offset: int
     ) -> dict[str, Array]:
-        """The arrays, over the slab's memory. They all hang on one view, whose end tells that nobody reads them."""
+        """The arrays, over the slab's memory. They all hang on one, whose end tells that nobody reads them any more.
+
+        Raises: ValueError: they do not lie within the slab.
+        """
         whole, *parts = layout
-        memory = submission.rows = self._slab.memory[offset:]
+        shapes = [(name, np.dtype(dtype), rest if whole else (rows, *rest)) for name, dtype, rest in parts]
+        sizes = [dtype.itemsize * math.prod(shape) for _, dtype, shape in shapes]
+        memory = submission.rows = self._slab.bytes_at(offset, sum(map(aligned, sizes)))
         feeds: dict[str, Array] = {}
         at = 0
-        for name, dtype, shape in parts:
-            array: Array = np.ndarray(shape if whole else (rows, *shape), dtype, memory, at)
-            at += aligned(array.nbytes)
+        for (name, dtype, shape), size in zip(shapes, sizes, strict=True):
+            array = memory[at : at + size].view(dtype).reshape(shape)
             feeds[name] = array if whole or count == rows else array[first : first + count]
+            at += aligned(size)
         return feeds
 
     def _cancel(self, number: int) -> None:
@@ -196,7 +202,7 @@ class _Submission:
         self._over = False
         self.number = number
         self.slot = slot
-        self.rows: memoryview | None = None
+        self.rows: Array | None = None
         self.future: asyncio.Future[Outcome] | None = None
         self.outcome: Outcome | None = None  # waits for a place
 

@@ -9,6 +9,8 @@ power of two, but only pages that are written to cost memory; those of large blo
 has been at rest for a while.
 """
 
+import contextlib
+import math
 import mmap
 import threading
 import time
@@ -53,14 +55,18 @@ class Blocks:
         self._kept: list[list[int]] = [[] for _ in range(_KEPT_WHOLE + 1)]
         self._taken: dict[int, int] = {}
         self._returned: deque[int] = deque()
-        self.used = 0
+        self._used = 0
+
+    @property
+    def used(self) -> int:
         """Bytes in blocks that are taken."""
+        self._take_back()
+        return self._used
 
     def take(self, size: int) -> int:
         """The offset of a free block of at least `size` bytes. Raises: Overloaded: there is none."""
         order = max(_SMALLEST, (size - 1).bit_length()) if size > 1 else _SMALLEST
-        while self._returned:
-            self.give_back(self._returned.popleft())
+        self._take_back()
         with self._lock:
             if order <= _KEPT_WHOLE and self._kept[order]:
                 offset = self._kept[order].pop()
@@ -76,14 +82,14 @@ class Blocks:
                     )
                 offset = found
             self._taken[offset] = order
-            self.used += 1 << order
+            self._used += 1 << order
         return offset
 
     def give_back(self, offset: int) -> None:
         """The block at `offset` is free again."""
         with self._lock:
             order = self._taken.pop(offset)
-            self.used -= 1 << order
+            self._used -= 1 << order
             if order <= _KEPT_WHOLE and len(self._kept[order]) < _KEPT_COUNT:
                 self._kept[order].append(offset)
             else:
@@ -92,6 +98,10 @@ class Blocks:
     def give_back_later(self, offset: int) -> None:
         """The block at `offset` is free from the next `take` on. For finalisers, which must not wait for a lock."""
         self._returned.append(offset)
+
+    def _take_back(self) -> None:
+        while self._returned:
+            self.give_back(self._returned.popleft())
 
     def return_pages(self, give_back: Callable[[int, int], None]) -> None:
         """Have `give_back` called with offset and length of each large free block; none of them is taken meanwhile."""
@@ -144,19 +154,23 @@ class Slab:
         return len(self.memory).bit_length() - 1
 
     def array(self, offset: int, shape: Sequence[int], dtype: "np.dtype[np.generic]") -> Array:
-        """An array over the slab's own memory. Raises: ValueError: it does not lie within."""
-        if offset < 0:
-            raise ValueError("the array lies outside the slab")
-        return np.ndarray(shape, dtype, self.memory, offset)
+        """An array over the slab's own memory, which keeps it mapped. Raises: ValueError: it does not lie within."""
+        return self.bytes_at(offset, dtype.itemsize * math.prod(shape)).view(dtype).reshape(shape)
+
+    def bytes_at(self, offset: int, size: int) -> Array:
+        """The same as uint8 (size,). Raises: ValueError."""
+        # `frombuffer` holds the memory's buffer, where `ndarray` would let the mapping be closed under it.
+        return np.frombuffer(self.memory, np.uint8, size, offset) if size else np.empty(0, np.uint8)
 
     def give_pages_back(self, offset: int, length: int) -> None:
         """The pages of a free block cost no memory any more."""
         self.segment.give_back(self._base + offset, length)
 
     def close(self) -> None:
-        """Unmap it, once no array looks at it any more."""
-        del self.ledger
-        self.memory.release()
+        """Unmap it, once no array looks at it any more; idempotent."""
+        self.ledger = np.empty(0, np.uint64)
+        with contextlib.suppress(BufferError):  # an array does
+            self.memory.release()
         self.segment.close()
 
 
