@@ -71,7 +71,13 @@ class LoadedModel(Protocol):
         """Whether so many rows that are submitted now are run soon, on the loop's own thread."""
 
     def submit(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str],
+        deadline: float | None,
+        principal: str,
+        *,
+        priority: int = 0,
     ) -> "asyncio.Future[Outcome]":
         """Queue rows; see `Batcher.submit`."""
 
@@ -83,6 +89,8 @@ class LoadedModel(Protocol):
         rows: int,
         deadline: float | None,
         principal: str,
+        *,
+        priority: int = 0,
     ) -> None:
         """Run rows that `prompt` has just said yes to. The waiter is told once, later than now."""
 
