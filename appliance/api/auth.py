@@ -22,6 +22,7 @@ from appliance.pki.inspect import ClientIdentity, client_identity
 from appliance.pki.trust import Trust
 
 _SCHEMES = ("key", "bearer")
+_PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 _SESSION_HEADER = "x-clarifai-session-token"
 """Where the SDKs put what their user passes as `token=`, a PAT too (PROTOCOL 1.4)."""
 _ROUNDING = 1e-3
@@ -99,10 +100,13 @@ class Grant:
     key_id: str = ""
     name: str = field(init=False)
     """For logs and fair queues."""
+    priority: int = field(init=False)
+    """In queues, higher goes first; of two principals the lower one."""
     _allowed: dict[ModelKey, bool] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", "+".join(meter.principal.name for meter in self.meters))
+        object.__setattr__(self, "priority", min(_PRIORITIES[meter.principal.priority] for meter in self.meters))
 
     def user_id(self, default: str) -> str:
         """Who the caller is for GetUser("me")."""

@@ -25,6 +25,9 @@ class Context(Ticket):
     model: tuple[str, str] = ("", "")
     inputs: dict[int, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.priority = self.grant.priority
+
     def count(self, code: int) -> None:
         """One more output with that code."""
         self.inputs[code] = self.inputs.get(code, 0) + 1

@@ -356,6 +356,11 @@ class Principal(Section):
     )
     burst: int = Field(0, ge=0, description="Requests that may come at once; 0: one second's worth.")
     concurrency: int = Field(0, ge=0, description="Requests in flight at once; 0: no limit.")
+    priority: Literal["low", "normal", "high"] = Field(
+        "normal",
+        description="Whose inputs a model runs first when it has more than it can do. A lower priority that waits is "
+        "passed over for at most nine runs in a row. Principals of one priority take turns.",
+    )
 
     @field_validator("identities")
     @classmethod
@@ -487,6 +492,11 @@ class Engine(Section):
         4096,
         ge=1,
         description="Inputs that may wait for one model; more are refused as overload.",
+        json_schema_extra={"restart": True},
+    )
+    queue_size: Size = Field(
+        2**30,
+        description="Bytes that the inputs which wait for one model may have, decoded; more are refused as overload.",
         json_schema_extra={"restart": True},
     )
     load_timeout_s: float = Field(

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from appliance.catalog.bundle import BundleConfig, VersionFolder
@@ -18,12 +19,12 @@ from appliance.core.shared import Segment
 from appliance.daemon import child
 from appliance.engine import plan as plans
 from appliance.engine import session
-from appliance.engine.board import Board
+from appliance.engine.board import Board, VersionBoard
 from appliance.engine.plan import Plan
 from appliance.engine.remote import describe
 from appliance.engine.server import FrontLink
 from appliance.engine.slab import Slab
-from appliance.engine.transport import LoadedModel, LoadRequest
+from appliance.engine.transport import LoadRequest
 from appliance.engine.worker import LocalEngine, LocalModel
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
@@ -44,7 +45,7 @@ class EngineProcess:
             {"front": self._front, "configure": self._configure},
             on_close=lambda: child.leave(0),
         )
-        self._models: dict[int, LoadedModel] = {}
+        self._models: dict[int, LocalModel] = {}
         self._servables: dict[int, Servable] = {}
         self._fronts: set[FrontLink] = set()
         self._pool = DecodePool(1)
@@ -93,7 +94,7 @@ class EngineProcess:
     async def _load(self, body: Body, descriptors: list[int]) -> Body:
         """Load a version. Returns: what fronts must know of it. Raises: BundleInvalid, DeviceError."""
         number: int = body["number"]
-        engine = _Numbered(self._engine, number)
+        engine = _Numbered(self._engine, number, VersionBoard(self._board, number))
         recorded: list[Plan] = []
 
         def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int) -> Plan:
@@ -149,9 +150,10 @@ _HANDLES = 256
 class _Numbered:
     """The engine, as one load sees it: gives its graphs handles, the same ones in every process that loads it."""
 
-    def __init__(self, engine: LocalEngine, number: int) -> None:
+    def __init__(self, engine: LocalEngine, number: int, board: VersionBoard) -> None:
         self._engine = engine
         self._number = number
+        self._board = board
         self.device = engine.device
         self.models: dict[int, LocalModel] = {}
 
@@ -159,7 +161,7 @@ class _Numbered:
         """See `Engine.load`."""
         if len(self.models) == _HANDLES:
             raise NotReady(f"A version may have {_HANDLES} graphs.")
-        model = await self._engine.load(request)
+        model = await self._engine.load(replace(request, board=self._board))
         self.models[self._number * _HANDLES + len(self.models)] = model
         return model
 

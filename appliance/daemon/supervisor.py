@@ -530,7 +530,7 @@ class Supervisor:
         _log.critical(
             "the %s %s; it is replaced", engine.name, child.how_it_ended(), extra={"running": len(activities)}
         )
-        for number in {activity.handle >> 8 for activity in activities if not activity.loads}:
+        for number in {activity.number for activity in activities if not activity.loads}:
             self._count_crash(number)
         for deployed in self._deployed.values():
             if deployed.engine is engine:

@@ -17,7 +17,6 @@ _PLACES = 512
 
 _TURNED, _LONGEST, _FIRST = 0, 1, 8
 _LOADS = 1 << 32
-_ALONE = 1 << 33
 
 SIZE = (_FIRST + 2 * _PLACES) * 8
 """Bytes of the board's segment."""
@@ -25,11 +24,10 @@ SIZE = (_FIRST + 2 * _PLACES) * 8
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What an engine is doing: running or loading a model, since `time.monotonic_ns()`."""
+    """What an engine is doing: running or loading a version, since `time.monotonic_ns()`."""
 
-    handle: int
+    number: int
     loads: bool
-    alone: bool
     since_ns: int
 
 
@@ -48,7 +46,7 @@ class Board:
         """The engine's loop turns."""
         self._cells[_TURNED] = time.monotonic_ns()
 
-    def begin(self, handle: int, *, loads: bool = False, alone: bool = False) -> int:
+    def begin(self, number: int, *, loads: bool = False) -> int:
         """A run or a load of a model begins. Returns: what `end` wants. Called from any thread."""
         with self._lock:
             if not self._free:
@@ -56,7 +54,7 @@ class Board:
             place = self._free.pop()
         at = _FIRST + 2 * place
         self._cells[at + 1] = time.monotonic_ns()
-        self._cells[at] = handle + 1 + (_LOADS if loads else 0) + (_ALONE if alone else 0)
+        self._cells[at] = number + 1 + (_LOADS if loads else 0)
         return place
 
     def end(self, place: int) -> None:
@@ -92,6 +90,22 @@ class Board:
             at = _FIRST + 2 * place
             told = int(self._cells[at])
             if told:
-                handle = (told & 0xFFFFFFFF) - 1
-                found.append(Activity(handle, bool(told & _LOADS), bool(told & _ALONE), int(self._cells[at + 1])))
+                number = (told & 0xFFFFFFFF) - 1
+                found.append(Activity(number, bool(told & _LOADS), int(self._cells[at + 1])))
         return found
+
+
+class VersionBoard:
+    """The board as the runs of one version are told to it; a `RunBoard`."""
+
+    def __init__(self, board: Board, number: int) -> None:
+        self._board = board
+        self._number = number
+
+    def begin(self, rows: int) -> int:
+        """See `RunBoard.begin`."""
+        return self._board.begin(self._number)
+
+    def end(self, token: int) -> None:
+        """See `RunBoard.end`."""
+        self._board.end(token)

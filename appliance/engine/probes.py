@@ -11,7 +11,7 @@ import numpy as np
 
 from appliance.core.errors import InferenceFailed
 from appliance.core.types import Array
-from appliance.engine.batcher import Runs
+from appliance.engine.gate import Runs
 
 MAX_ROWS = 128
 """Rows in one run unless the bundle says otherwise; as many as one request may have inputs."""

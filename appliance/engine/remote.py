@@ -51,9 +51,14 @@ class Joined(dict[str, Array]):
         self._blocks = None
         return self.offset
 
-    def __del__(self) -> None:
+    def let_go(self) -> None:
+        """Free it, unless it was taken over."""
         if self._blocks is not None:
             self._blocks.give_back_later(self.offset)
+            self._blocks = None
+
+    def __del__(self) -> None:
+        self.let_go()
 
 
 class _Pending:
@@ -236,7 +241,7 @@ class EngineLink:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        for pending in list(self._pending.values()):
+        for pending in [*self._leaving.values(), *self._pending.values()]:
             self._end(pending, error)
         if self._look is not None:
             self._look.cancel()
@@ -340,11 +345,13 @@ class EngineLink:
 
         Returns: the submission's number. Raises: InferenceFailed, Overloaded: nothing was submitted.
         """
-        if model.death is not None:
-            raise InferenceFailed("The model cannot run any more; its operator is told why.", detail=model.death)
         whole = model.batching.mode == "whole"
         count = 1 if whole else len(next(iter(feeds.values())))
+        if model.death is not None:
+            feeds.let_go()
+            raise InferenceFailed("The model cannot run any more; its operator is told why.", detail=model.death)
         if model.waiting_rows and model.waiting_rows + count > self._queue_rows:
+            feeds.let_go()
             raise Overloaded(
                 f"{model.waiting_rows} inputs wait for this model already; the limit is {self._queue_rows} "
                 "(engine.queue_rows). Try again."
@@ -539,12 +546,18 @@ class RemoteModel:
         return self._link.take(rows)
 
     def submit(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str],
+        deadline: float | None,
+        principal: str,
+        *,
+        priority: int = 0,
     ) -> "asyncio.Future[Outcome]":
         """See `LoadedModel.submit`."""
         joined = feeds if isinstance(feeds, Joined) else self._link.take([feeds])
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        number = self._link.submit(self, future, joined, outputs, deadline, principal, 0)
+        number = self._link.submit(self, future, joined, outputs, deadline, principal, priority)
         future.add_done_callback(lambda done: self._link.cancel(number) if done.cancelled() else None)
         return future
 
@@ -556,10 +569,12 @@ class RemoteModel:
         rows: int,
         deadline: float | None,
         principal: str,
+        *,
+        priority: int = 0,
     ) -> None:
         """See `LoadedModel.submit_prompt`. Raises: Overloaded: there is no room in the slab."""
         joined = feeds if isinstance(feeds, Joined) else self._link.take([feeds])
-        self._link.submit(self, waiter, joined, outputs, deadline, principal, 0)
+        self._link.submit(self, waiter, joined, outputs, deadline, principal, priority)
 
     def available(self) -> None:
         """The engine has loaded it."""

@@ -21,7 +21,7 @@ from appliance.engine import link
 from appliance.engine.batcher import Outcome
 from appliance.engine.link import Definitions, Stream
 from appliance.engine.slab import Slab, aligned
-from appliance.engine.transport import LoadedModel
+from appliance.engine.worker import LocalModel
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class FrontLink:
         self,
         sock: socket.socket,
         slab: Slab,
-        models: Mapping[int, LoadedModel],
+        models: Mapping[int, LocalModel],
         on_close: "Callable[[FrontLink], None]" = lambda gone: None,
     ) -> None:
         """Args: models: by handle; those loaded later are found in it too."""
@@ -91,8 +91,8 @@ class FrontLink:
         deadline: float,
         flags: int,
     ) -> None:
-        handle, principal, _, outputs = self._asks[ask]
-        submission = _Submission(self, number, slot)
+        handle, principal, priority, outputs = self._asks[ask]
+        submission = _Submission(self, number, Marks(self._slab, slot))
         self._submissions[number] = submission
         try:
             model = self._models.get(handle)
@@ -100,10 +100,15 @@ class FrontLink:
                 raise Draining
             feeds = self._feeds(submission, self._layouts[layout], rows, first, count, offset)
             until = None if deadline == float("inf") else deadline
-            if not flags & link.ALONE and model.prompt(count):
-                model.submit_prompt(submission, feeds, outputs, count, until, principal)
+            alone = bool(flags & link.ALONE)
+            if not alone and model.prompt(count):
+                model.submit_prompt(
+                    submission, feeds, outputs, count, until, principal, priority=priority, ledger=submission.marks
+                )
             else:
-                future = model.submit(feeds, outputs, until, principal)
+                future = model.submit(
+                    feeds, outputs, until, principal, priority=priority, alone=alone, ledger=submission.marks
+                )
                 submission.future = future
                 future.add_done_callback(submission.take)
         except ApplianceError as error:
@@ -193,15 +198,15 @@ class FrontLink:
 
 
 class _Submission:
-    """A front's submission here; waits for its outcome, see `Waiter`, and is what the batcher tells of its runs."""
+    """A front's submission here; waits for its outcome, see `Waiter`."""
 
-    __slots__ = ("_front", "_over", "future", "number", "outcome", "rows", "slot")
+    __slots__ = ("_front", "_over", "future", "marks", "number", "outcome", "rows")
 
-    def __init__(self, front: FrontLink, number: int, slot: int) -> None:
+    def __init__(self, front: FrontLink, number: int, marks: "Marks") -> None:
         self._front = front
         self._over = False
         self.number = number
-        self.slot = slot
+        self.marks = marks
         self.rows: Array | None = None
         self.future: asyncio.Future[Outcome] | None = None
         self.outcome: Outcome | None = None  # waits for a place
@@ -244,6 +249,39 @@ class _Submission:
         if self.future is not None:
             self.future.cancel()
         self.rows = self.outcome = None
+
+
+class Marks:
+    """Shows in the slab which rows of a submission are in a run: a `Ledger` that outlives its process.
+
+    Of several runs at once it shows all rows from the first of them to the last.
+    """
+
+    __slots__ = ("_runs", "_slab", "_slot")
+
+    def __init__(self, slab: Slab, slot: int) -> None:
+        self._slab = slab
+        self._slot = slot
+        self._runs: tuple[tuple[int, int], ...] = ()
+
+    def running(self, start: int, count: int) -> None:
+        """See `Ledger.running`."""
+        self._show((*self._runs, (start, count)))
+
+    def idle(self, start: int, count: int) -> None:
+        """See `Ledger.idle`."""
+        self._show(tuple(run for run in self._runs if run != (start, count)))
+
+    def _show(self, runs: tuple[tuple[int, int], ...]) -> None:
+        self._runs = runs
+        if not self._slot:
+            return
+        mark = 0
+        if runs:
+            first = min(start for start, _ in runs)
+            mark = (first + 1) << 32 | (max(start + count for start, count in runs) - first)
+        # One store of eight aligned bytes: whoever reads it after a crash sees all of it or what was there before.
+        self._slab.ledger[self._slot] = mark
 
 
 def _common_rows(arrays: Mapping[str, Array]) -> tuple[int, bool]:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import io
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -112,7 +113,7 @@ class Session:
             )
         except Exception as error:  # onnxruntime raises classes of its own, and RuntimeError, for bad graphs
             raise BundleInvalid(f"onnxruntime {ort.__version__} cannot load the graph: {_first_line(error)}") from error
-        self._runs: set[Any] = set()
+        self._runs: dict[int, Any] = {}
         self._ended = False
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         if device.kind == "gpu" and self.providers[0] != "CUDAExecutionProvider":
@@ -126,7 +127,8 @@ class Session:
         Raises: OutOfMemory: fewer rows may fit. InferenceFailed: the graph cannot compute these inputs.
         """
         options = ort.RunOptions()
-        self._runs.add(options)
+        thread = threading.get_ident()
+        self._runs[thread] = options
         options.terminate = self._ended
         try:
             results: list[Array] = self._session.run(list(outputs), dict(feeds), options)
@@ -136,17 +138,20 @@ class Session:
                 raise OutOfMemory(text) from error
             raise InferenceFailed("The model failed on this input.", detail=text) from error
         finally:
-            self._runs.discard(options)
+            del self._runs[thread]
         return results
 
-    def terminate(self, *, for_good: bool = False) -> None:
+    def terminate(self, thread: int | None = None, *, for_good: bool = False) -> None:
         """End the runs in progress soon: they raise InferenceFailed. Called from any thread.
 
-        Args:    for_good: later runs fail at once too.
+        Args:
+            thread: only the run on this thread (`threading.get_ident`).
+            for_good: later runs fail at once too.
         """
         self._ended = self._ended or for_good
-        for options in tuple(self._runs):
-            options.terminate = True
+        for runner, options in tuple(self._runs.items()):
+            if thread is None or runner == thread:
+                options.terminate = True
 
 
 def version() -> str:

@@ -168,7 +168,6 @@ class Slab:
 
     def close(self) -> None:
         """Unmap it, once no array looks at it any more; idempotent."""
-        self.ledger = np.empty(0, np.uint64)
         with contextlib.suppress(BufferError):  # an array does
             self.memory.release()
         self.segment.close()

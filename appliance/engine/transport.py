@@ -7,6 +7,7 @@ from typing import Protocol
 
 from appliance.core.types import Array
 from appliance.engine.batcher import Outcome
+from appliance.engine.gate import RunBoard
 from appliance.engine.inline import Waiter
 from appliance.engine.plan import Plan
 from appliance.engine.session import Device, TensorSpec
@@ -24,6 +25,7 @@ class LoadRequest:
         max_rows: from the bundle; None measures it.
         examples: for each shape bucket four rows with a batch axis of 1, the last one an outlier, shortest bucket
             first; empty when the inputs have axes whose length only the caller knows.
+        board: told of every run, or None.
     """
 
     name: tuple[str, str]
@@ -33,6 +35,7 @@ class LoadRequest:
     served: tuple[str, ...]
     max_rows: int | None
     examples: Sequence[Sequence[Mapping[str, Array]]]
+    board: RunBoard | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,13 @@ class LoadedModel(Protocol):
         """
 
     def submit(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str],
+        deadline: float | None,
+        principal: str,
+        *,
+        priority: int = 0,
     ) -> "asyncio.Future[Outcome]":
         """Queue rows; see `Batcher.submit`."""
 
@@ -91,6 +100,8 @@ class LoadedModel(Protocol):
         rows: int,
         deadline: float | None,
         principal: str,
+        *,
+        priority: int = 0,
     ) -> None:
         """Run rows that `prompt` has just said yes to. The waiter is told once, later than now."""
 

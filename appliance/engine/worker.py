@@ -14,7 +14,8 @@ from appliance.core.machine import usable_cpus
 from appliance.core.metrics import Metrics
 from appliance.core.types import Array
 from appliance.engine import probes
-from appliance.engine.batcher import Batcher, Outcome, RunRecord
+from appliance.engine.batcher import Batcher, Outcome, RunRecord, powers_of_two
+from appliance.engine.gate import Ledger, RunGate
 from appliance.engine.inline import LONGEST_RUN_S, TURN_S, InlineLane, Waiter, Watchdog
 from appliance.engine.session import Device, Session, TensorSpec, resolve_device
 from appliance.engine.transport import Batching, LoadRequest
@@ -57,14 +58,22 @@ class LocalModel:
         return rows[0] if len(rows) == 1 else probes.join(rows)
 
     def submit(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str],
+        deadline: float | None,
+        principal: str,
+        *,
+        priority: int = 0,
+        alone: bool = False,
+        ledger: Ledger | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Run rows inline if that is quick, else queue them; see `Batcher.submit`."""
-        if self._lane is not None:
+        if self._lane is not None and not alone:
             count = len(next(iter(feeds.values())))
             if self._lane.takes(count):
-                return self._lane.submit(feeds, outputs, count, deadline, principal)
-        return self._batcher.submit(feeds, outputs, deadline, principal)
+                return self._lane.submit(feeds, outputs, count, deadline, principal, priority=priority, ledger=ledger)
+        return self._batcher.submit(feeds, outputs, deadline, principal, priority=priority, alone=alone, ledger=ledger)
 
     def submit_prompt(
         self,
@@ -74,10 +83,13 @@ class LocalModel:
         rows: int,
         deadline: float | None,
         principal: str,
+        *,
+        priority: int = 0,
+        ledger: Ledger | None = None,
     ) -> None:
         """Run rows inline; `prompt` has just said yes to them. The waiter is told once, later than now."""
         assert self._lane is not None, "not prompt"
-        self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal)
+        self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal, priority=priority, ledger=ledger)
 
     async def drain(self) -> None:
         """Return when everything accepted has ended."""
@@ -101,10 +113,12 @@ class LocalEngine:
         self.device = resolve_device(settings.device)
         self._threads = settings.threads or usable_cpus()
         self._queue_rows = settings.queue_rows
+        self._queue_bytes = settings.queue_size
         self._gpu_memory = settings.gpu_memory
         self._load_timeout_s = settings.load_timeout_s
         self._metrics = metrics
         self._watchdog = Watchdog()
+        self._gate = RunGate()
 
     async def load(self, request: LoadRequest) -> LocalModel:
         """Load, probe and warm up a graph; see `Engine.load`."""
@@ -125,9 +139,12 @@ class LocalEngine:
             session,
             max_rows=batching.max_rows,
             queue_rows=self._queue_rows,
+            queue_bytes=self._queue_bytes,
+            gate=self._gate,
+            board=request.board,
             separate=batching.mode == "separate",
             whole=batching.mode == "whole",
-            pad=device.kind == "gpu",
+            sizes=powers_of_two(batching.max_rows) if device.kind == "gpu" else (),
             on_run=on_run,
             on_death=lambda reason: _log.critical("model is not ready any more", extra=_fields(request, reason)),
         )

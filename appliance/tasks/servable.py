@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -59,11 +59,13 @@ class Ticket:
         principal: whose turn in the queue it uses.
         deadline: `time.monotonic()` seconds.
         memory: grows by what decoding needs.
+        priority: higher goes first.
     """
 
     principal: str
     deadline: float | None
     memory: Reservation
+    priority: int = field(default=0, kw_only=True)
 
 
 class DecodePool:
@@ -197,7 +199,9 @@ class Servable:
             return None
         self._decode_seconds.observe(time.perf_counter() - begun)
         outputs = self.task.outputs(options)
-        self.model.submit_prompt(waiter, row.feeds, outputs, row.rows, ticket.deadline, ticket.principal)
+        self.model.submit_prompt(
+            waiter, row.feeds, outputs, row.rows, ticket.deadline, ticket.principal, priority=ticket.priority
+        )
         return row
 
     def answer(self, row: Decoded, outcome: Outcome, options: PredictOptions, ticket: Ticket) -> Answer:
@@ -283,7 +287,9 @@ class Servable:
         try:
             for members in groups:
                 feeds = await self._joined(model, [decoded[index].feeds for index in members])
-                futures.append(model.submit(feeds, outputs, ticket.deadline, ticket.principal))
+                futures.append(
+                    model.submit(feeds, outputs, ticket.deadline, ticket.principal, priority=ticket.priority)
+                )
             if len(futures) == 1:
                 outcomes = [await futures[0]]
             else:

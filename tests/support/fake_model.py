@@ -42,7 +42,7 @@ class FakeModel:
         self._entered = threading.Semaphore(0)
         self._go = threading.Semaphore(0)
 
-    def terminate(self) -> None:
+    def terminate(self, thread: int | None = None) -> None:
         self.terminated += 1
         if self.gated and self.obeys:
             self.crash = InferenceFailed("The model failed on this input.", detail="terminated")

@@ -13,7 +13,7 @@ from support.fake_model import FakeModel, rows, submitter
 from support.waiting import eventually_async
 
 from appliance.core.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
-from appliance.engine.batcher import Batcher, RunRecord
+from appliance.engine.batcher import Batcher, RunRecord, powers_of_two
 from appliance.engine.session import OutOfMemory
 
 
@@ -89,9 +89,9 @@ async def test_a_cancellation_in_the_same_instant_is_honoured(model: FakeModel, 
     gone.cancel()
     model.open_gate()
     until = time.monotonic() + 5
-    while batcher._queues and time.monotonic() < until:  # the loop must not turn meanwhile
+    while batcher._levels and time.monotonic() < until:  # the loop must not turn meanwhile
         time.sleep(0.001)  # noqa: ASYNC251
-    assert not batcher._queues
+    assert not batcher._levels
     assert model.runs == [[-1.0]]
 
 
@@ -271,7 +271,7 @@ async def test_the_arrays_are_not_changed(model: FakeModel, make: Any) -> None:
     """The caller keeps its rows until it is answered; they may be shared memory."""
     feeds = rows(1, 2, 3)
     feeds["x"].flags.writeable = False
-    outcome = await make(pad=True).submit(feeds, ("double",), None, "ada")
+    outcome = await make(sizes=(4, 8)).submit(feeds, ("double",), None, "ada")
     assert doubled(outcome) == [2, 4, 6]
 
 
@@ -397,7 +397,7 @@ async def test_a_row_that_does_not_fit_alone_is_an_error_of_its_own(model: FakeM
 @pytest.mark.parametrize(("count", "padded"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 12), (12, 12)])
 async def test_runs_are_padded_to_a_power_of_two(model: FakeModel, make: Any, count: int, padded: int) -> None:
     """So that a GPU sees few shapes; never beyond max_rows, and nobody sees the padding."""
-    outcome = await submitter(make(max_rows=12, pad=True))(*range(count))
+    outcome = await submitter(make(max_rows=12, sizes=powers_of_two(12)))(*range(count))
     assert doubled(outcome) == [2.0 * i for i in range(count)]
     assert model.shapes[0]["x"] == (padded, 1)
 
@@ -588,7 +588,7 @@ async def test_the_arrays_of_answered_rows_are_let_go(model: FakeModel, make: An
     await asyncio.to_thread(lambda: None)
     gc.collect()
     assert batcher.waiting_rows == 0
-    assert not batcher._queues
+    assert not batcher._levels
     assert not batcher._unfinished
 
 
@@ -623,7 +623,13 @@ def test_every_accepted_submission_ends_exactly_once(events: Any, max_rows: int,
 
 async def _play(events: Any, max_rows: int, mode: str, end: str) -> None:
     model = FakeModel()
-    batcher = Batcher(model, max_rows=max_rows, queue_rows=40, separate=mode == "separate", pad=mode == "pad")
+    batcher = Batcher(
+        model,
+        max_rows=max_rows,
+        queue_rows=40,
+        separate=mode == "separate",
+        sizes=powers_of_two(max_rows) if mode == "pad" else (),
+    )
     accepted: list[tuple[asyncio.Future[Any], list[float], set[int], bool]] = []
     endings: list[int] = []
     value = 0.0
@@ -673,8 +679,9 @@ async def _play(events: Any, max_rows: int, mode: str, end: str) -> None:
             if row not in outcome.errors:
                 assert outcome.arrays["double"][row].tolist() == [2 * own] * outcome.arrays["double"].shape[1]
     batcher.close()
-    await asyncio.to_thread(batcher._thread.join, 5)
-    assert not batcher._thread.is_alive()
+    for worker in batcher._workers:
+        await asyncio.to_thread(worker.thread.join, 5)
+        assert not worker.thread.is_alive()
     assert batcher.waiting_rows == 0 or batcher.death is not None
 
 
@@ -724,8 +731,8 @@ async def test_a_run_that_somebody_waits_for_is_let_be(
     monkeypatch.setattr("appliance.engine.batcher._LOOK_S", 0.001)
     batcher = make()
     looks = []
-    look = batcher._end_run_for_nobody
-    monkeypatch.setattr(batcher, "_end_run_for_nobody", lambda: looks.append(look()))
+    look = batcher._end_runs_for_nobody
+    monkeypatch.setattr(batcher, "_end_runs_for_nobody", lambda: looks.append(look()))
     plug = await plugged(model, batcher)
     await eventually_async(lambda: len(looks) > 3)
     assert not model.terminated

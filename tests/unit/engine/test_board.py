@@ -15,17 +15,17 @@ def both() -> tuple[Board, Board]:
 
 
 def test_runs_and_loads_are_seen_while_they_last() -> None:
-    """With the model's handle, and since when."""
+    """With the version's number, and since when."""
     engine, supervisor = both()
     before = time.monotonic_ns()
     run = engine.begin(7)
     load = engine.begin(0, loads=True)
-    alone = engine.begin(9, alone=True)
-    found = {activity.handle: activity for activity in supervisor.activities()}
+    other = engine.begin(9)
+    found = {activity.number: activity for activity in supervisor.activities()}
     assert set(found) == {7, 0, 9}
-    assert (found[7].loads, found[0].loads, found[9].alone) == (False, True, True)
+    assert (found[7].loads, found[0].loads) == (False, True)
     assert before <= found[7].since_ns <= time.monotonic_ns()
-    for place in (run, load, alone):
+    for place in (run, load, other):
         engine.end(place)
     assert not supervisor.activities()
 

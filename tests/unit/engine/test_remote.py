@@ -91,6 +91,7 @@ class World:
         # As the kernel does when a process ends: nothing is answered, the stream is closed, the ledger stays.
         self.front._stream._out.clear()
         self.front._stream.close()
+        self.front._slab.ledger = np.zeros_like(self.slab.ledger)  # its threads go on here, and would write into ours
         for slot, mark in marks.items():
             self.slab.ledger[slot] = mark
         await until(lambda: not self.link.up)
@@ -227,11 +228,12 @@ async def test_all_rows_failing_is_an_outcome_without_arrays(world: World) -> No
 async def test_a_cancelled_submission_leaves_the_queue(world: World) -> None:
     """And its memory is free when no run reads it any more."""
     world.fake.gated = True
-    first, second = world.submit(1), world.submit(2)
+    first = world.submit(1)
     await world.fake.entered()
+    second = world.submit(2)
+    await until(lambda: world.models[1].waiting_rows)
     first.cancel()
     second.cancel()
-    await until(lambda: not world.model.waiting_rows)
     await until(lambda: len(world.link._leaving) == 1)  # the one in the run
     assert world.slab.blocks.used
     world.fake.open_gate()
@@ -310,7 +312,7 @@ async def test_rows_of_the_run_that_crashed_are_replayed_one_by_one(world: World
 async def test_a_row_that_crashes_a_second_engine_is_answered_with_an_error(world: World) -> None:
     """And its neighbours with their results."""
     world.fake.gated = True
-    future = world.submit(1, 2, 3)
+    future = world.submit(0, 1, 2)
     other = world.submit(9)
     await world.fake.entered()
     await world.kill((future, 0, 3))
@@ -318,13 +320,18 @@ async def test_a_row_that_crashes_a_second_engine_is_answered_with_an_error(worl
     world.fake.gated = True
     world.model.available()
     await world.fake.entered()
-    part = next(p for p in world.link._pending.values() if p.alone and p.first == 1)
-    await world.kill((part.waiter, 0, 1))  # type: ignore[arg-type]
+    alone = [run for run in world.fake.runs if run != [9]]
+    if not alone:  # the other one was quicker
+        world.fake.let_go()
+        await world.fake.entered()
+        alone = [run for run in world.fake.runs if run != [9]]
+    await world.kill()
     world.replace()
     outcome = await future
-    assert list(outcome.errors) == [1]
-    assert "crashed on this input, twice" in str(outcome.errors[1])
-    assert (firsts(outcome)[0], firsts(outcome)[2]) == (2, 6)
+    ((crashed,),) = alone
+    assert list(outcome.errors) == [int(crashed)]
+    assert "crashed on this input, twice" in str(outcome.errors[int(crashed)])
+    assert all(firsts(outcome)[row] == 2 * row for row in range(3) if row != crashed)
     assert firsts(await other) == [18]
 
 
@@ -402,8 +409,9 @@ async def test_whatever_happens_everybody_is_answered_once(seed: int) -> None:
         if future.cancelled():
             continue
         outcome = await asyncio.wait_for(future, WAIT_S)
-        assert not outcome.errors
-        assert firsts(outcome) == [2 * value for value in values]
+        assert all("twice" in str(error) for error in outcome.errors.values())
+        wanted = [(row, 2 * value) for row, value in enumerate(values) if row not in outcome.errors]
+        assert [(row, firsts(outcome)[row]) for row, _ in wanted] == wanted
     await until(lambda: not world.slab.blocks.used)
     assert not world.link._pending
     assert not world.link._leaving
