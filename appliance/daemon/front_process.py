@@ -201,6 +201,7 @@ class FrontProcess:
         self._workflows.settings = config.catalog
         self._workflows.wake()
         logs.set_level(config.log.level)
+        self._metrics.sample()
 
     async def _drain(self, body: Body, descriptors: list[int]) -> Body:
         """See `Serving.drain`."""

@@ -267,7 +267,8 @@ class EngineLink:
         """Rows of this submission were in the run that was on when the engine died."""
         if pending.alone:
             detail = "the engine died twice with this row in a run, the second time with nothing beside it"
-            self._end(pending, InferenceFailed("The model's process crashed on this input, twice.", detail=detail))
+            error = InferenceFailed("The model's process crashed on this input, twice.", detail=detail)
+            self._end(pending, Outcome({}, {0: error}))
             return
         if pending.count == 1 or pending.layout[0]:
             pending.alone = True

@@ -200,11 +200,12 @@ class FrontLink:
 class _Submission:
     """A front's submission here; waits for its outcome, see `Waiter`."""
 
-    __slots__ = ("_front", "_over", "future", "marks", "number", "outcome", "rows")
+    __slots__ = ("_front", "_over", "_then", "future", "marks", "number", "outcome", "rows")
 
     def __init__(self, front: FrontLink, number: int, marks: "Marks") -> None:
         self._front = front
         self._over = False
+        self._then: Callable[[object], object] | None = None
         self.number = number
         self.marks = marks
         self.rows: Array | None = None
@@ -215,15 +216,16 @@ class _Submission:
         """See `Waiter.done`."""
         return self._over
 
-    def set_result(self, outcome: Outcome, /) -> None:
+    def set_result(self, outcome: Outcome | BaseException, /) -> None:
         """See `Waiter.set_result`."""
         self._over = True
         self._front.ended(self, outcome)
+        if self._then is not None:
+            self._then(self)
 
     def set_exception(self, error: BaseException, /) -> None:
         """See `Waiter.set_exception`."""
-        self._over = True
-        self._front.ended(self, error)
+        self.set_result(error)
 
     def cancel(self) -> None:
         """See `Waiter.cancel`."""
@@ -231,7 +233,8 @@ class _Submission:
             self.set_exception(Draining())
 
     def add_done_callback(self, callback: Callable[[object], object], /) -> None:
-        """See `Waiter.add_done_callback`: nobody needs to know here."""
+        """See `Waiter.add_done_callback`; there is one at most."""
+        self._then = callback
 
     def take(self, future: "asyncio.Future[Outcome]") -> None:
         """The batcher's future is done."""
@@ -248,6 +251,8 @@ class _Submission:
         self._over = True
         if self.future is not None:
             self.future.cancel()
+        if self._then is not None:
+            self._then(self)
         self.rows = self.outcome = None
 
 
