@@ -36,8 +36,8 @@ class Meter:
 
     The rate is a token bucket (Turner 1986), kept as two numbers that fronts can add up without waiting for each other:
     requests admitted so far, and `idle`, those that were missed for good while the bucket was full. By the clock,
-    `clock() * rate` requests were due; what was admitted or missed beyond that is missing in the bucket. In the same
-    moment each front may admit one request too many; all see it in the next.
+    `clock() * rate` requests were due; what was admitted or missed beyond that is missing in the bucket. While
+    fronts decide at once, each may admit one request too many; it is missing afterwards.
     """
 
     def __init__(self, principal: Principal, clock: Callable[[], float], board: FrontsBoard | None = None) -> None:

@@ -23,10 +23,9 @@ class MemoryBudget:
     to take it, may not use the last eighth; of that, one principal may have three quarters of the limit, and all
     strangers together a sixteenth. Used from the event loop's thread only.
 
-    Fronts that share a limit each have a budget of that limit, and see what the others hold of it. In the same moment
-    each may give one request what is left: together they hold at most one request too many for every other front.
-    Shares are counted at each front by itself: a principal that calls at several has its share at each, and all
-    together still have no more than the limit.
+    Fronts that share a limit each have a budget of that limit, and see what the others hold of it. While they decide at
+    once, each may give one request too many. Shares are counted at each front by itself: a principal that calls at
+    several has its share at each, and all together still have no more than the limit.
     """
 
     def __init__(self, limit: int, shared: SharedUse | None = None) -> None:

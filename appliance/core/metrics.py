@@ -76,7 +76,7 @@ class Tally:
         self.cells = cells
         self.created = created
 
-    def inc(self, amount: float = 1) -> None:
+    def inc(self, amount: float = 1.0) -> None:
         """So many more."""
         self.cells[0] += amount
 
@@ -84,19 +84,21 @@ class Tally:
 class Spread:
     """One series of a histogram. Cells: each bucket's count, and the sum. Written by the event loop's thread only."""
 
-    __slots__ = ("_bounds", "cells", "created")
+    __slots__ = ("_bounds", "_last", "cells", "created")
 
     def __init__(self, cells: Cells, created: float, bounds: tuple[float, ...]) -> None:
         """Args: bounds: the upper ones of the buckets, included, ascending; one more bucket takes what is above."""
         self._bounds = bounds
+        self._last = len(cells) - 1
         self.cells = cells
         self.created = created
 
     def observe(self, value: float) -> None:
         """One more value."""
         cells = self.cells
-        cells[bisect_left(self._bounds, value)] += 1
-        cells[-1] += value
+        # Floats and no negative index: the interpreter has short cuts for these.
+        cells[bisect_left(self._bounds, value)] += 1.0
+        cells[self._last] += value
 
 
 class Level:

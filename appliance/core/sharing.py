@@ -1,8 +1,8 @@
 """What fronts know of each other, so that a limit holds for all of them together: one segment, made by the supervisor.
 
 Each front writes its own cells only, and sums up everybody's: no front ever waits for another, and one that died blocks
-nobody. A cell is 8 bytes, written and read as a whole. What two fronts decide in the same moment neither has seen: each
-limit may be passed by one request for every other front.
+nobody. A cell is 8 bytes, written and read as a whole. What a front decides while others do, it has not seen: a limit
+may be passed by one request for each front.
 
     header      fronts, slots, slots taken      int64 each
     memory      bytes held                      int64, a cell for each front

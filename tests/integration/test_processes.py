@@ -142,7 +142,7 @@ class TestEngine:
             appliance.wait(lambda: "moody:1" in appliance.admin("/readyz")["not_ready"], "given up")
             assert "crashed the engine 3 times" in appliance.admin("/readyz")["not_ready"]["moody:1"]
             refused = client.predict(request_for("moody", [array_input(np.ones((1, 2), np.float32))], user="", app=""))
-            assert refused.status.code == StatusCode.MODEL_LOADING_FAILED, refused.status
+            assert refused.status.code == StatusCode.MODEL_DEPLOYMENT_FAILED, refused.status
             assert client.predict(PREDICT).status.code == StatusCode.SUCCESS
             # Touched, it is tried again.
             os.utime(appliance.models / "moody" / "1" / "model.onnx")
