@@ -148,11 +148,13 @@ class _Worker:
     """A thread that runs batches.
 
     Attributes:
+        busy: whether it has rows that have not run, or no result yet.
         pieces: what it runs at this moment; None between runs, and while it waits to be let in.
         told_at: when that run was told to end, as nobody waits for it.
     """
 
     thread: threading.Thread = field(init=False)
+    busy: bool = False
     pieces: list[_Piece] | None = None
     told_at: float | None = None
 
@@ -259,11 +261,11 @@ class Batcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
-        self._busy = 0
         self._free = 0
         self._look: asyncio.TimerHandle | None = None
         self.death: str | None = None
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._rows_wait = threading.Condition(self._lock)
         self._workers: list[_Worker] = []
         for _ in range(parallel):
             worker = _Worker()
@@ -286,7 +288,7 @@ class Batcher:
     @property
     def at_rest(self) -> bool:
         """Whether it accepts rows, and has none."""
-        return not self._unfinished and not self._busy and not self._closing and self.death is None
+        return not self._unfinished and not self._busy() and not self._closing and self.death is None
 
     def submit(
         self,
@@ -343,7 +345,7 @@ class Batcher:
         self._idle.clear()
         if self._look is None:
             self._look = self._loop.call_later(_LOOK_S, self._look_at_runs)
-        with self._condition:
+        with self._lock:
             level = self._levels.get(priority)
             if level is None:
                 level = self._levels[priority] = _Level()
@@ -352,7 +354,7 @@ class Batcher:
             self._waiting += count
             self._waiting_bytes += count * submission.row_bytes
             if self._free and self._may_begin():
-                self._condition.notify()
+                self._rows_wait.notify()
         return submission.future
 
     def _check_room(self, rows: int, size: int) -> None:
@@ -374,12 +376,12 @@ class Batcher:
 
     def close(self, error: ApplianceError | None = None) -> None:
         """Accept no more and answer what waits with `error` (Draining by default); a run in progress finishes."""
-        with self._condition:
+        with self._lock:
             self._closing = True
             for submission in list(self._unfinished):
                 if submission.taken == 0:
                     self._fail(submission, error or Draining())
-            self._condition.notify_all()
+            self._rows_wait.notify_all()
 
         self._end_runs_for_nobody()
 
@@ -392,11 +394,11 @@ class Batcher:
         now = self._clock()
         if any(worker.told_at is not None and now - worker.told_at > _DEAF_S for worker in self._workers):
             self._die("a run cannot be ended")
-        elif self._unfinished or self._busy:
+        elif self._unfinished or self._busy():
             self._look = self._loop.call_later(_LOOK_S, self._look_at_runs)
 
     def _end_runs_for_nobody(self) -> None:
-        with self._condition:  # no worker goes on to its next run meanwhile: none is ended in place of another
+        with self._lock:  # no worker goes on to its next run meanwhile: none is ended in place of another
             for worker in self._workers:
                 if worker.pieces is not None and all(piece.submission.left for piece in worker.pieces):
                     self._model.terminate(worker.thread.ident)
@@ -405,7 +407,7 @@ class Batcher:
 
     def _forget(self, submission: _Submission) -> None:
         """The future is done: answered here, or its caller went away; what still waited makes room at once."""
-        with self._condition:
+        with self._lock:
             self._leave(submission)
             if not submission.taken:
                 submission.feeds = {}  # the queue lets go of the rest when it comes across it
@@ -455,9 +457,9 @@ class Batcher:
     def _die(self, reason: str) -> None:
         if self.death is not None:
             return
-        with self._condition:
+        with self._lock:
             self.death = reason
-            self._condition.notify_all()
+            self._rows_wait.notify_all()
         for submission in list(self._unfinished):
             self._fail(submission, InferenceFailed("The model's worker has died.", detail=reason))
         self._on_death(reason)
@@ -466,43 +468,49 @@ class Batcher:
 
     def _work(self, worker: _Worker) -> None:
         try:
-            while (pieces := self._next_batch()) is not None:
+            while (pieces := self._next_batch(worker)) is not None:
                 if pieces:
                     self._run(worker, pieces)
         except BaseException as error:  # whatever it is, callers must not wait for ever
             _log.critical("the batcher's worker died: %r", error, exc_info=error)
             self._to_loop(self._die, repr(error))
 
-    def _next_batch(self) -> list[_Piece] | None:
+    def _next_batch(self, worker: _Worker) -> list[_Piece] | None:
         """Wait for rows and take a batch of them; None when closed and nothing waits, or when the model died."""
-        with self._condition:
+        with self._lock:
             while not (self._levels and self._may_begin()) and self.death is None:
                 if self._closing and not self._levels:
                     return None
                 self._free += 1
-                self._condition.wait()
+                self._rows_wait.wait()
                 self._free -= 1
             if self.death is not None:
                 return None
             pieces = self._take()
-            self._busy += bool(pieces)
+            worker.busy = bool(pieces)
             if self._levels and self._free and self._may_begin():
-                self._condition.notify()
+                self._rows_wait.notify()
             return pieces
 
     def _may_begin(self) -> bool:
         """Whether one more run may begin beside those in progress; the lock is held."""
-        return self._spread or not self._busy or self._closing or self._waiting >= self._room.rows
+        return self._spread or not self._busy() or self._closing or self._waiting >= self._room.rows
+
+    def _busy(self) -> bool:
+        for worker in self._workers:  # noqa: SIM110  # a third of the time, and every call on the inline lane asks
+            if worker.busy:
+                return True
+        return False
 
     def _take(self) -> list[_Piece]:
         """The rows of the next run: of one shape, led by the priority and the principals whose turn it is."""
-        leading = self._leading()
-        shapes = self._levels[leading].shapes
+        order = self._order_of_levels()
+        shapes = self._levels[order[0]].shapes
         key = next(iter(shapes)) if len(shapes) == 1 else min(shapes, key=lambda key: self._urgency(shapes[key]))
         room = self._rows_of(key, next(iter(shapes[key].values()))[0][2].row_bytes)
         turn = next(self._batches)
         pieces: list[_Piece] = []
-        for priority in [leading, *sorted(self._levels.keys() - {leading}, reverse=True)]:
+        for priority in order:
             level = self._levels[priority]
             queues = level.shapes.get(key)
             if queues is not None and room:
@@ -512,16 +520,18 @@ class Batcher:
                     if not level.shapes:
                         del self._levels[priority]
             if pieces:
-                level.passed = 0 if priority == leading else level.passed + 1
+                level.passed = 0 if priority == order[0] else level.passed + 1
         return pieces
 
-    def _leading(self) -> int:
-        """The highest priority that waits, or one that was passed over for too long."""
-        if len(self._levels) > 1:
-            longest = max(self._levels, key=lambda priority: self._levels[priority].passed)
+    def _order_of_levels(self) -> list[int]:
+        """The priorities that wait, the highest first; before it one that was passed over for too long."""
+        order = sorted(self._levels, reverse=True)
+        if len(order) > 1:
+            longest = max(order, key=lambda priority: self._levels[priority].passed)
             if self._levels[longest].passed >= AGE:
-                return longest
-        return max(self._levels)
+                order.remove(longest)
+                order.insert(0, longest)
+        return order
 
     def _urgency(self, queues: Mapping[str, list[tuple[float, int, _Submission]]]) -> tuple[int, tuple[float, int]]:
         """Shapes are ordered by who waits longest for a turn, then by the nearest deadline."""
@@ -596,8 +606,7 @@ class Batcher:
         try:
             done = self._attempt(worker, pieces)
         finally:
-            with self._condition:
-                self._busy -= 1
+            worker.busy = False
         self._to_loop(self._deliver, done, RunRecord(rows, self._clock() - started, waits))
 
     def _attempt(self, worker: _Worker, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
@@ -605,7 +614,7 @@ class Batcher:
         alone = pieces[0].submission.key[0]
         self.gate.enter(alone)
         try:
-            with self._condition:
+            with self._lock:
                 pieces = [piece for piece in pieces if not piece.submission.left]
                 worker.pieces = pieces
             if not pieces:
@@ -615,7 +624,7 @@ class Batcher:
             failure = error
         finally:
             rows = sum(piece.count for piece in pieces)
-            with self._condition:
+            with self._lock:
                 worker.pieces = worker.told_at = None
                 if failure is None:
                     self._room.fitted(rows)

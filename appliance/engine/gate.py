@@ -56,7 +56,8 @@ class RunGate:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._inside = 0
         self._alone = 0
         self._taken = False
@@ -68,7 +69,7 @@ class RunGate:
 
     def try_enter(self) -> bool:
         """Let in a run beside others, unless that needs waiting. Returns: whether it is in; then call `leave`."""
-        with self._changed:
+        with self._lock:
             if self._alone:
                 return False
             self._inside += 1
@@ -76,7 +77,7 @@ class RunGate:
 
     def enter(self, alone: bool = False) -> None:
         """Let in a run, beside others or alone, as soon as that is possible; then call `leave`."""
-        with self._changed:
+        with self._lock:
             if not alone:
                 while self._alone:
                     self._changed.wait()
@@ -89,7 +90,7 @@ class RunGate:
 
     def leave(self, alone: bool = False) -> None:
         """The run is over."""
-        with self._changed:
+        with self._lock:
             if alone:
                 self._taken = False
                 self._alone -= 1

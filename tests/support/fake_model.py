@@ -98,7 +98,8 @@ def submitter(batcher: Batcher) -> Submit:
         deadline: float | None = None,
         principal: str = "ada",
         width: int = 1,
+        **more: Any,
     ) -> "asyncio.Future[Any]":
-        return batcher.submit(rows(*values, width=width), outputs, deadline, principal)
+        return batcher.submit(rows(*values, width=width), outputs, deadline, principal, **more)
 
     return submit

@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.api.auth import Authenticator, Grant, Meter
+from appliance.api.context import Context
 from appliance.api.keys import KeyStore, create_key, read_keys, revoke_key
 from appliance.core.config import Auth, Config, Principal
 from appliance.core.errors import ConfigError, CredentialsMissing, KeyInvalid, NotPermitted, RateLimited
+from appliance.core.memory import MemoryBudget
 from appliance.core.sharing import FrontsBoard
 from appliance.core.types import Call, ModelKey
 from appliance.pki.leaf import Subject, issue
@@ -369,6 +371,19 @@ def test_which_credentials_count(
     else:
         with pytest.raises(outcome):
             authenticator.grant(asked)
+
+
+@pytest.mark.parametrize(("mine", "yours", "both"), [("low", "high", -1), ("normal", "high", 0), ("high", "high", 1)])
+def test_with_both_the_lower_priority_counts(world: World, pem: Any, mine: str, yours: str, both: int) -> None:
+    """And the model's queue sees it."""
+    key = world.key("ada")
+    ada = Principal(name="ada", priority=mine)
+    line = Principal(name="line", identities=("cn:line-3",), priority=yours)
+    asked = call(f"Key {key}", pem())
+    grant = world.authenticator(ada, line, require="both").grant(asked)
+    assert grant.priority == both
+    context = Context(grant.name, 1.0, MemoryBudget(100).hold(0), asked, grant, "id")
+    assert context.priority == both
 
 
 def test_with_both_the_rights_intersect(world: World, pem: Any) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 from support import graphs
 from support.engine_graphs import CPU
+from support.waiting import eventually
 
 import appliance
 from appliance.core.errors import BundleInvalid, DeviceError, InferenceFailed
@@ -179,6 +181,29 @@ def test_running_out_of_memory_is_told_apart(text: str) -> None:
         session.run(["y"], {})
     assert text not in str(error.value)
     assert error.value.detail == text
+
+
+def test_only_the_run_on_that_thread_is_ended() -> None:
+    """Runs of one session on several threads: whoever waits for another one keeps it."""
+    session = session_of(graphs.endless_model())
+    ended: list[int] = []
+
+    def run() -> None:
+        with pytest.raises(InferenceFailed):
+            session.run(["y"], {"x": np.ones((1, 2), np.float32)})
+        ended.append(threading.get_ident())
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(session._runs) == 2)
+    session.terminate(threads[0].ident)
+    threads[0].join(20)
+    assert ended == [threads[0].ident]
+    assert threads[1].is_alive()
+    session.terminate()
+    threads[1].join(20)
+    assert ended == [thread.ident for thread in threads]
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
