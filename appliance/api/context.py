@@ -25,6 +25,6 @@ class Context(Ticket):
     model: tuple[str, str] = ("", "")
     inputs: dict[int, int] = field(default_factory=dict)
 
-    def count(self, code: int) -> None:
-        """One more output with that code."""
-        self.inputs[code] = self.inputs.get(code, 0) + 1
+    def count(self, code: int, outputs: int = 1) -> None:
+        """One more output with that code, or so many."""
+        self.inputs[code] = self.inputs.get(code, 0) + outputs

@@ -59,11 +59,11 @@ class Begun:
         req_id = self.context.req_id
         if isinstance(answer, ApplianceError):
             self.context.count(status.row_of(answer).code)
-            return replies.reply([replies.error_output(self.given, answer, req_id)], [answer], "", req_id)
+            return replies.reply(replies.error_output(self.given, answer, req_id), 1, [answer], "", req_id)
         self.context.count(status.SUCCESS.code)
         success = replies.success(req_id)
         output = self.writer.output(self.writer.head(self.brief, success), self.given, answer)
-        return replies.good_reply((output,), success)
+        return replies.good_reply(output, success)
 
     def let_go(self) -> None:
         """The servable is not needed any more."""
@@ -266,17 +266,19 @@ def _reply(
     unknown: Sequence[str],
 ) -> Reply:
     head = writer.head(brief, replies.success(context.req_id))
-    outputs, failures = [], []
-    for given, question, answer in zip(request.inputs, questions, answers, strict=True):
+    outputs: replies.Pieces = []
+    failures = []
+    for given, question, answer in zip(request.inputs, questions, writer.scored(answers), strict=True):
         if isinstance(answer, ApplianceError):
-            outputs.append(replies.error_output(given, answer, context.req_id))
+            outputs += replies.error_output(given, answer, context.req_id)
             failures.append(answer)
             context.count(status.row_of(answer).code)
         else:
-            outputs.append(writer.output(head, given, answer, question.method.returns, pythonic=question.pythonic))
-            context.count(status.SUCCESS.code)
+            outputs += writer.output(head, given, answer, question.method.returns, pythonic=question.pythonic)
+    if len(failures) < len(answers):
+        context.count(status.SUCCESS.code, len(answers) - len(failures))
     note = readable(f"The model has no concept {', '.join(unknown[:20])}.") if unknown else ""
-    return replies.reply(outputs, failures, note, context.req_id)
+    return replies.reply(outputs, len(answers), failures, note, context.req_id)
 
 
 def _elements(answer: Answer) -> Sequence[Answer]:

@@ -5,7 +5,7 @@ No protobuf here and no onnxruntime: `api/` turns messages into these, `tasks/` 
 
 import enum
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -224,15 +224,18 @@ class Concept:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ConceptScores:
-    """A classifier's answer, best first: indices into the model's concepts and their float32 values, equally long."""
+    """A classifier's answer, best first: places in the model's concepts, integers (n,), and their values, float32 (n,).
 
-    indices: Sequence[int]
-    values: Sequence[float]
+    Both may be views into the arrays of a whole batch.
+    """
+
+    indices: Array
+    values: Array
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Embedding:
     """An embedder's answer: float32 (dimensions,)."""
 
