@@ -173,7 +173,7 @@ class Predictions:
             context.grant.check_model(servable.key)
             if methods.method_name(request.inputs[0].data) == methods.GET_SIGNATURES:
                 return [_signatures(context, request, servable)]
-            given = (request, servable, self.config.limits, rpc, conversation)
+            given = (request, servable, self.config.limits, rpc, conversation, context.contents)
             if context.memory.count < _LARGE:
                 questions, unknown = understand(*given)
             else:  # lists of a million numbers take seconds

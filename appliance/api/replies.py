@@ -23,6 +23,7 @@ from clarifai_grpc.grpc.api.status import status_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from appliance.api import messages, status, values
+from appliance.api.varints import SMALL, varint
 from appliance.catalog.bundle import BundleConfig
 from appliance.catalog.repository import Version
 from appliance.core.errors import ApplianceError
@@ -60,37 +61,21 @@ class Reply:
     code: int
 
 
-def _varint(number: int) -> bytes:
-    if number < len(_SMALL):
-        return _SMALL[number]
-    groups = bytearray()
-    while number > 127:
-        groups.append(number & 127 | 128)
-        number >>= 7
-    groups.append(number)
-    return bytes(groups)
-
-
-_SMALL: list[bytes] = []
-_SMALL += [_varint(number) for number in range(1024)]
-"""What the lengths in most replies are."""
-
-
 def _key(message: Any, field: str, wire_type: int = _LENGTH) -> bytes:
     """What stands before a field's content."""
-    return _varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | wire_type)
+    return varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | wire_type)
 
 
 _RESPONSE_STATUS = _key(service_pb2.MultiOutputResponse, "status")
 _RESPONSE_OUTPUT = _key(service_pb2.MultiOutputResponse, "outputs")
-_NEW_OUTPUT_ID = _key(resources_pb2.Output, "id") + _varint(len(messages.new_id()))
+_NEW_OUTPUT_ID = _key(resources_pb2.Output, "id") + varint(len(messages.new_id()))
 _OUTPUT_STATUS = _key(resources_pb2.Output, "status")
 _OUTPUT_CREATED_AT = _key(resources_pb2.Output, "created_at")
 _OUTPUT_MODEL = _key(resources_pb2.Output, "model")
 _OUTPUT_INPUT = _key(resources_pb2.Output, "input")
 _OUTPUT_DATA = _key(resources_pb2.Output, "data")
 _INPUT_ID = _key(resources_pb2.Input, "id")
-_NEW_INPUT_ID = _INPUT_ID + _varint(len(messages.new_id()))
+_NEW_INPUT_ID = _INPUT_ID + varint(len(messages.new_id()))
 _DATA_CONCEPT = _key(resources_pb2.Data, "concepts")
 _DATA_EMBEDDING = _key(resources_pb2.Data, "embeddings")
 _DATA_NDARRAY = _key(resources_pb2.Data, "ndarray")
@@ -112,12 +97,12 @@ _now = Timestamp()
 def _field(key: bytes, content: bytes) -> bytes:
     """A field with its length."""
     size = len(content)
-    return key + (_SMALL[size] if size < 1024 else _varint(size)) + content
+    return key + (SMALL[size] if size < 1024 else varint(size)) + content
 
 
 def length_head(number: int, size: int) -> bytes:
     """What stands before `size` bytes of a field with that number."""
-    return _varint(number << 3 | _LENGTH) + _varint(size)
+    return varint(number << 3 | _LENGTH) + varint(size)
 
 
 def _enclosed(key: bytes, pieces: Pieces) -> Pieces:
@@ -125,7 +110,7 @@ def _enclosed(key: bytes, pieces: Pieces) -> Pieces:
     size = 0
     for piece in pieces:
         size += len(piece)
-    return [key + (_SMALL[size] if size < 1024 else _varint(size)), *pieces]
+    return [key + (SMALL[size] if size < 1024 else varint(size)), *pieces]
 
 
 def _present(key: bytes, pieces: Pieces) -> Pieces:
@@ -281,7 +266,7 @@ def _brief(version: Version[Servable]) -> bytes:
 def _concept(concept: resources_pb2.Concept) -> bytes:
     """A concept up to its value, which is the last of its fields; the length counts that too."""
     content = concept.SerializeToString()
-    return _DATA_CONCEPT + _varint(len(content) + len(_CONCEPT_VALUE) + 4) + content + _CONCEPT_VALUE
+    return _DATA_CONCEPT + varint(len(content) + len(_CONCEPT_VALUE) + 4) + content + _CONCEPT_VALUE
 
 
 def _tensors(tensors: Tensors) -> Pieces:
@@ -315,15 +300,15 @@ def _content(array: Array) -> bytes | memoryview:
 @lru_cache(maxsize=64)
 def _around_vector(count: int) -> tuple[bytes, bytes]:
     """What stands before and after the floats of an embedding, which are packed: the bytes of the array."""
-    start = _EMBEDDING_VECTOR + _varint(4 * count)
+    start = _EMBEDDING_VECTOR + varint(4 * count)
     after = resources_pb2.Embedding(num_dimensions=count).SerializeToString()
-    return _DATA_EMBEDDING + _varint(len(start) + 4 * count + len(after)) + start, after
+    return _DATA_EMBEDDING + varint(len(start) + 4 * count + len(after)) + start, after
 
 
 @lru_cache(maxsize=1024)
 def _around(shape: tuple[int, ...], dtype: "np.dtype[Any]") -> tuple[bytes, bytes]:
     """What stands before and after an array's bytes: shape and dtype are a few in a model's answers."""
     size = math.prod(shape) * dtype.itemsize
-    start = _NDARRAY_BUFFER + _varint(size)
+    start = _NDARRAY_BUFFER + varint(size)
     after = resources_pb2.NDArray(shape=shape, dtype=dtype.name).SerializeToString()
-    return _DATA_NDARRAY + _varint(len(start) + size + len(after)) + start, after
+    return _DATA_NDARRAY + varint(len(start) + size + len(after)) + start, after

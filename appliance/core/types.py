@@ -182,7 +182,7 @@ class Payload:
     """What one input of a request carries; the task takes the part it understands.
 
     Attributes:
-        image: encoded file bytes (JPEG, PNG, …).
+        image: encoded file bytes (JPEG, PNG, …); a view of the request's body must not outlive the request.
         text: decoded text.
         arrays: tensors by graph input name; "" for a tensor that came without a name.
         arguments: what a declared method is called with, by name; defaults are filled in.
@@ -190,7 +190,7 @@ class Payload:
         tokens: how many the text was for the model, once it is decoded; 0 for all else.
     """
 
-    image: bytes | None = None
+    image: bytes | memoryview | None = None
     text: str | None = None
     arrays: dict[str, Array] = field(default_factory=dict)
     arguments: Mapping[str, Value] = field(default_factory=dict)
