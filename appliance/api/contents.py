@@ -11,22 +11,24 @@ Source of the encoding: protobuf.dev/programming-guides/encoding.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 
-from appliance.api.varints import varint
+from appliance.api.varints import Pieces, varint
 
 HERE = -1
 """In place of a part's number: in the input's `data` itself."""
 
-Contents: TypeAlias = Mapping[int, Mapping[str, memoryview]]
-"""What was left out of one input: number of the part → field of its `data` ("image", "ndarray", …) → content."""
+Fields: TypeAlias = Mapping[str, memoryview]
+"""What was left out of one `data`: field ("image", "ndarray", …) → content."""
 
-Pieces: TypeAlias = "list[bytes | memoryview]"
+Contents: TypeAlias = Mapping[int, Fields]
+"""What was left out of one input: number of the part → what of its `data`."""
 
-NONE: Contents = {}
-NOTHING: Mapping[str, memoryview] = {}
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
+"""For inputs, parts and arguments of which nothing was."""
 
 _LEAST = 16 * 1024
 """Bytes of a content that is left out: to copy less twice is as cheap as to find it."""

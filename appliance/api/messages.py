@@ -10,7 +10,7 @@ from clarifai_grpc.grpc.api.status import status_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from appliance.api import arrays, methods, status
-from appliance.api.contents import HERE, NONE, NOTHING, Contents
+from appliance.api.contents import HERE, NOTHING, Contents, Fields
 from appliance.catalog.repository import Version
 from appliance.core.errors import ApplianceError, NotDeployed, NotReady
 from appliance.core.types import Array, FieldType, Payload
@@ -34,7 +34,7 @@ class UrlInput:
     kind: FieldType = FieldType.IMAGE
 
 
-def payload_of(kind: str, data: resources_pb2.Data, contents: Contents = NONE) -> Payload | UrlInput:
+def payload_of(kind: str, data: resources_pb2.Data, contents: Contents = NOTHING) -> Payload | UrlInput:
     """What a task of that kind ("image", "text", "ndarray") takes from `data`, in the old form.
 
     Args:    contents: what was left out of `data`.
@@ -48,7 +48,7 @@ def payload_of(kind: str, data: resources_pb2.Data, contents: Contents = NONE) -
 
 
 def payload_of_arguments(
-    kind: str, name: str, given: "Mapping[str, resources_pb2.Data]", contents: Mapping[str, Mapping[str, memoryview]]
+    kind: str, name: str, given: "Mapping[str, resources_pb2.Data]", contents: Mapping[str, Fields] = NOTHING
 ) -> Payload | UrlInput:
     """The same for a pythonic call.
 
@@ -66,16 +66,16 @@ def payload_of_arguments(
     )
 
 
-def _image(data: resources_pb2.Data, contents: Mapping[str, memoryview]) -> Payload | UrlInput:
+def _image(data: resources_pb2.Data, contents: Fields) -> Payload | UrlInput:
     if "image" in contents:
         return Payload(image=contents["image"])
     if not data.HasField("image"):
         return Payload(text=_raw_text(data))
-    if data.image.base64:
-        return Payload(image=data.image.base64)
-    if data.image.url:
-        return UrlInput(data.image.url, _image_behind)
-    return Payload(image=b"")
+    image = data.image
+    content = image.base64
+    if not content and image.url:
+        return UrlInput(image.url, _image_behind)
+    return Payload(image=content)
 
 
 def _text(data: resources_pb2.Data) -> Payload | UrlInput:

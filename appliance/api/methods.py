@@ -7,14 +7,13 @@ is of the old form, its content at the top of `data`. Both reach the same task (
 import json
 import math
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from clarifai_grpc.grpc.api import resources_pb2
 from google.protobuf import json_format, struct_pb2
 
 from appliance.api import values
-from appliance.api.contents import HERE, NONE, NOTHING, Contents
+from appliance.api.contents import HERE, NOTHING, Contents, Fields
 from appliance.api.limits import Asked
 from appliance.core.errors import InvalidArgument, InvalidInput
 from appliance.core.types import FieldType, Method, MethodField, Value
@@ -101,7 +100,7 @@ def check_complete(method: Method, given: Mapping[str, resources_pb2.Data]) -> N
 
 def contents_of(
     method: Method, data: resources_pb2.Data, given: Mapping[str, resources_pb2.Data], contents: Contents
-) -> Mapping[str, Mapping[str, memoryview]]:
+) -> Mapping[str, Fields]:
     """What was left out of the arguments, by their names; `given` is what `arguments` found in `data`."""
     named = {data.parts[part].id: found for part, found in contents.items() if part != HERE}
     if HERE in contents and method.arguments and given.get(method.arguments[0].name) is data:
@@ -112,7 +111,7 @@ def contents_of(
 def read_arguments(
     method: Method,
     given: Mapping[str, resources_pb2.Data],
-    contents: Mapping[str, Mapping[str, memoryview]] = MappingProxyType({}),
+    contents: Mapping[str, Fields] = NOTHING,
 ) -> dict[str, Value]:
     """Their values, defaults filled in.
 
@@ -128,7 +127,7 @@ def read_arguments(
 
 
 def read_old_form(
-    method: Method, data: resources_pb2.Data, params: struct_pb2.Struct, contents: Contents = NONE
+    method: Method, data: resources_pb2.Data, params: struct_pb2.Struct, contents: Contents = NOTHING
 ) -> dict[str, Value]:
     """The values of an input of the old form: each argument takes what is of its type, `params` the rest.
 

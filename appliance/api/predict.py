@@ -21,6 +21,7 @@ from appliance.api.limits import check_input_count
 from appliance.api.placement import Ids, chosen
 from appliance.api.questions import Conversation, Question, Rpc, options_of, understand
 from appliance.api.replies import Reply, ReplyWriter, Written
+from appliance.api.varints import Pieces
 from appliance.catalog.repository import Repository, Running
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, readable
@@ -266,7 +267,7 @@ def _reply(
     unknown: Sequence[str],
 ) -> Reply:
     head = writer.head(brief, replies.success(context.req_id))
-    outputs: replies.Pieces = []
+    outputs: Pieces = []
     failures = []
     for given, question, answer in zip(request.inputs, questions, writer.scored(answers), strict=True):
         if isinstance(answer, ApplianceError):

@@ -10,14 +10,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import MappingProxyType
 
 import numpy as np
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from google.protobuf import struct_pb2
 
 from appliance.api import messages, methods, values
-from appliance.api.contents import NONE, Contents
+from appliance.api.contents import NOTHING, Contents
 from appliance.api.limits import Asked, options_for
 from appliance.api.messages import UrlInput
 from appliance.core.config import Limits
@@ -125,7 +124,7 @@ def understand(
     limits: Limits,
     rpc: Rpc,
     conversation: Conversation | None = None,
-    contents: Mapping[int, Contents] = MappingProxyType({}),
+    contents: Mapping[int, Contents] = NOTHING,
 ) -> tuple[list[Question], list[str]]:
     """Each input as a question, and the selected concepts that the model does not have.
 
@@ -139,8 +138,9 @@ def understand(
     called: dict[str, Method] = {}
     in_old_form: dict[str, tuple[PredictOptions, list[str]]] = {}
     for number, given in enumerate(request.inputs):
-        pythonic = methods.is_pythonic(given.data)
-        name = methods.method_name(given.data) or usual
+        data = given.data
+        pythonic = methods.is_pythonic(data)
+        name = (methods.method_name(data) if pythonic else "") or usual
         method = called.get(name)
         if method is None:
             if name not in servable.offers:
@@ -155,12 +155,12 @@ def understand(
             if name not in in_old_form:
                 in_old_form[name] = options_of(request, servable, method, limits)
             question.options, missing = in_old_form[name]
-        apart = contents.get(number, NONE)
+        apart = contents.get(number, NOTHING)
         try:
             if pythonic:
-                missing = _ask_pythonic(question, given.data, apart, servable, limits, conversation)
+                missing = _ask_pythonic(question, data, apart, servable, limits, conversation)
             else:
-                _ask_in_old_form(question, given.data, apart, servable, request)
+                _ask_in_old_form(question, data, apart, servable, request)
         except RequestError as error:
             question.payload = error
         unknown += [text for text in missing if text not in unknown]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
@@ -23,7 +23,7 @@ from clarifai_grpc.grpc.api.status import status_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from appliance.api import messages, status, values
-from appliance.api.varints import SMALL, varint
+from appliance.api.varints import SMALL, Pieces, varint
 from appliance.catalog.bundle import BundleConfig
 from appliance.catalog.repository import Version
 from appliance.core.errors import ApplianceError
@@ -41,9 +41,6 @@ _MANY = 64
 """Concepts in a reply from which their values are written all at once."""
 
 _FLOAT: Callable[[float], bytes] = struct.Struct("<f").pack
-
-Pieces: TypeAlias = "list[bytes | memoryview]"
-"""What stands one after another in a reply; a memoryview's items are bytes."""
 
 
 @dataclass(slots=True)
@@ -275,26 +272,30 @@ def _tensors(tensors: Tensors) -> Pieces:
         return _ndarray(next(iter(tensors.arrays.values())))
     pieces: Pieces = []
     for name, array in tensors.arrays.items():
-        part = resources_pb2.Part(id=name).SerializeToString()
-        pieces += _enclosed(_DATA_PART, [part, *_enclosed(_PART_DATA, _ndarray(array))])
+        pieces += _enclosed(_DATA_PART, [_part(name), *_enclosed(_PART_DATA, _ndarray(array))])
     return pieces
+
+
+@lru_cache(maxsize=1024)
+def _part(name: str) -> bytes:
+    return resources_pb2.Part(id=name).SerializeToString()
 
 
 def _ndarray(array: Array) -> Pieces:
     before, after = _around(array.shape, array.dtype)
-    return [before, _content(array), after]
+    return _between(before, array, after)
 
 
 def _embedding(vector: Array) -> Pieces:
     before, after = _around_vector(len(vector))
-    return [before, _content(vector.astype("<f4", copy=False)), after]
+    return _between(before, vector.astype("<f4", copy=False), after)
 
 
-def _content(array: Array) -> bytes | memoryview:
-    """An array's bytes in C order."""
+def _between(before: bytes, array: Array, after: bytes) -> Pieces:
+    """An array's bytes in C order, between those two."""
     if array.nbytes < _LARGE:
-        return array.tobytes()
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        return [before + array.tobytes() + after]
+    return [before, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, after]
 
 
 @lru_cache(maxsize=64)

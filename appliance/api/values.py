@@ -16,7 +16,7 @@ from clarifai_grpc.grpc.api import resources_pb2
 from google.protobuf import json_format, struct_pb2
 
 from appliance.api import arrays, jsonbody
-from appliance.api.contents import NOTHING
+from appliance.api.contents import NOTHING, Fields
 from appliance.core.errors import InvalidInput, InvalidRequest
 from appliance.core.types import FieldType, Frame, Media, MethodField, Region, ScoredConcept, Value
 
@@ -39,7 +39,7 @@ _FEW = 500
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(field: MethodField, data: resources_pb2.Data, contents: Mapping[str, memoryview] = NOTHING) -> Value:
+def read(field: MethodField, data: resources_pb2.Data, contents: Fields = NOTHING) -> Value:
     """The value of a field's type; what is absent is zero, as proto3 has it.
 
     Args:    contents: what was left out of `data`.
@@ -49,7 +49,7 @@ def read(field: MethodField, data: resources_pb2.Data, contents: Mapping[str, me
     return _read(field, data, contents)
 
 
-def _read(field: MethodField, data: resources_pb2.Data, contents: Mapping[str, memoryview]) -> Value:
+def _read(field: MethodField, data: resources_pb2.Data, contents: Fields) -> Value:
     content = contents.get(_LARGE.get(field.type, ""))
     if content is None:
         value = _READERS[field.type](field, data)
@@ -61,9 +61,7 @@ def _read(field: MethodField, data: resources_pb2.Data, contents: Mapping[str, m
     return value
 
 
-def read_from(
-    field: MethodField, data: resources_pb2.Data, source: str, contents: Mapping[str, memoryview] = NOTHING
-) -> Value:
+def read_from(field: MethodField, data: resources_pb2.Data, source: str, contents: Fields = NOTHING) -> Value:
     """The same of an input of the old form, from one of the field's `sources`: `data` holds other arguments too.
 
     Raises:  InvalidInput: likewise.

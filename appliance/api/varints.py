@@ -1,7 +1,12 @@
-"""Numbers as protobuf writes them: seven bits a byte, the lowest first.
+"""Numbers as protobuf writes them, seven bits a byte, the lowest first; and what a message is joined from.
 
 Source: protobuf.dev/programming-guides/encoding.
 """
+
+from typing import TypeAlias
+
+Pieces: TypeAlias = list[bytes | memoryview]
+"""What stands one after another in a message, to be joined once; a memoryview's items are bytes."""
 
 
 def _written(number: int) -> bytes:

@@ -15,6 +15,7 @@ from support import reference_replies
 
 from appliance.api import messages, replies
 from appliance.api.replies import ReplyWriter
+from appliance.api.varints import Pieces
 from appliance.catalog.repository import Running, Version
 from appliance.core.errors import ApplianceError, InferenceFailed, InvalidInput
 from appliance.core.types import Concept, ConceptScores, Embedding, ModelKey, Tensors
@@ -42,7 +43,7 @@ def written(
 ) -> service_pb2.MultiOutputResponse:
     """The joined reply, parsed; its code is checked on the way."""
     head = writer.head(writer.brief(version), replies.success("req"))
-    outputs: replies.Pieces = []
+    outputs: Pieces = []
     for asked, answer in zip(inputs, writer.scored(answers), strict=True):
         if isinstance(answer, ApplianceError):
             outputs += replies.error_output(asked, answer, "req")
