@@ -99,7 +99,7 @@ async def test_every_input_is_answered_in_its_place(tmp_path: Path, load: Any, t
     assert kinds[5] is InputTooLarge
     alone = [(await servable.predict([payloads[i]], OPTIONS, ticket, LIMITS))[0] for i in (0, 3, 8)]
     for index, single in zip((0, 3, 8), alone, strict=True):
-        assert answers[index].indices == single.indices
+        np.testing.assert_array_equal(answers[index].indices, single.indices)
         np.testing.assert_allclose(answers[index].values, single.values, atol=1e-6)
 
 
