@@ -83,7 +83,13 @@ class Session:
     """One loaded graph on one device. `run` may be called from any thread; it releases the interpreter lock."""
 
     def __init__(
-        self, model: bytes | Path, external_folder: Path, device: Device, threads: int, gpu_memory: int | None = None
+        self,
+        model: bytes | Path,
+        external_folder: Path,
+        device: Device,
+        threads: int,
+        gpu_memory: int | None = None,
+        weights: Mapping[str, bytes] | None = None,
     ) -> None:
         """Load a graph.
 
@@ -92,6 +98,8 @@ class Session:
             external_folder: where tensors stored outside the graph lie.
             threads: CPU threads for one run.
             gpu_memory: bound of the session's GPU arena, bytes.
+            weights: content of files that tensors are stored in, by the name that the graph gives them; not read from
+                the folder then, and not needed any more once the session is there.
         Raises:
             BundleInvalid: onnxruntime cannot load the graph.
             DeviceError: the graph did not get the GPU it must have.
@@ -105,6 +113,9 @@ class Session:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(external_folder)
             )
+        if weights:
+            sizes = [len(content) for content in weights.values()]
+            options.add_external_initializers_from_files_in_memory(list(weights), list(weights.values()), sizes)
         try:
             self._session = ort.InferenceSession(
                 model if isinstance(model, bytes) else str(model), options, providers=_providers(device, gpu_memory)

@@ -142,7 +142,8 @@ class LocalEngine:
     def _prepare(self, request: LoadRequest, device: Device, loading: "_Loading") -> tuple[Session, Batching]:
         """The slow part, on a thread of its own: session, probes, warm-up of every bucket."""
         plan = request.plan
-        session = Session(plan.model or plan.file, plan.file.parent, device, self._threads, self._gpu_memory)
+        assert plan.model is not None, "a description cannot be loaded"
+        session = Session(plan.model, plan.file.parent, device, self._threads, self._gpu_memory, weights=plan.weights)
         loading.take(session)
         buckets = request.examples
         batching = _batching(session, request)
