@@ -4,9 +4,9 @@ In front, uint8 NHWC pixels are cast, normalised and transposed; behind, scores 
 are picked. So the host moves a quarter of the bytes in and a few hundred out, and what a model means by its input and
 output is defined in one place. `plan: raw` leaves the graph alone: the task then does the same on the host.
 
-Weights stay where they are. The graph refers to the bytes of the bundle's files, which are read once: what is hashed,
-what the plan is made of and what onnxruntime loads are the same bytes, whatever becomes of the files meanwhile. (Left to
-itself, onnxruntime maps files with weights for as long as it serves: to write into one would kill the process.)
+Weights stay where they are. The graph refers to the bytes of the bundle's files, which are read once: what is
+hashed, what the plan is made of and what onnxruntime loads are the same, whatever becomes of the files meanwhile. (Left
+to itself, onnxruntime maps files with weights for as long as it serves: writing into one would kill the process.)
 """
 
 import hashlib
@@ -21,8 +21,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from appliance.catalog.bundle import BundleConfig, OnnxSection, VersionFolder, check_inside
 from appliance.catalog import graph as graphs
+from appliance.catalog.bundle import BundleConfig, OnnxSection, VersionFolder, check_inside
 from appliance.catalog.graph import axes, every_node, graph_inputs, locations, parse_graph, read_file
 from appliance.catalog.sections import EmbeddingOutput, ImageInput
 from appliance.core.errors import BundleInvalid
