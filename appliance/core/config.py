@@ -469,6 +469,13 @@ class Engine(Section):
         description="Seconds in which a model must be loaded and warmed up.",
         json_schema_extra={"restart": True},
     )
+    run_memory: Size | None = Field(
+        None,
+        examples=["2GiB"],
+        description="Bytes of memory that all runs on the CPU may take together, their results included; a run that "
+        "needs more fails. Unset: a third of the memory we may use.",
+        json_schema_extra={"restart": True},
+    )
     gpu_memory: Size | None = Field(
         None,
         examples=["4GiB"],

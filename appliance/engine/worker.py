@@ -10,13 +10,13 @@ from typing import TypeVar
 
 from appliance.core.config import Engine as EngineSettings
 from appliance.core.errors import BundleInvalid, InferenceFailed
-from appliance.core.machine import usable_cpus
+from appliance.core.machine import usable_cpus, usable_memory
 from appliance.core.metrics import Metrics
 from appliance.core.types import Array
 from appliance.engine import probes
 from appliance.engine.batcher import Batcher, Outcome, RunRecord
 from appliance.engine.inline import LONGEST_RUN_S, TURN_S, InlineLane, Waiter, Watchdog
-from appliance.engine.session import Device, Session, TensorSpec, resolve_device
+from appliance.engine.session import Device, Session, TensorSpec, bound_runs, resolve_device
 from appliance.engine.transport import Batching, LoadRequest
 
 _log = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class LocalEngine:
 
         Raises:  DeviceError: the device is required and cannot be used.
         """
+        bound_runs(settings.run_memory or usable_memory() // 3)
         self.device = resolve_device(settings.device)
         self._threads = settings.threads or usable_cpus()
         self._queue_rows = settings.queue_rows
