@@ -450,6 +450,13 @@ class Engine(Section):
         description="CPU threads a model may use for one run; 0: as many as the CPUs we may use.",
         json_schema_extra={"restart": True},
     )
+    parallel: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Runs of one model at a time; 0: as many as are measured to give most, one if that gains little.",
+        json_schema_extra={"restart": True},
+    )
     decode_threads: int = Field(
         0,
         ge=0,

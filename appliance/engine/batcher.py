@@ -139,6 +139,8 @@ class Batcher:
         separate: bool = False,
         whole: bool = False,
         pad: bool = False,
+        parallel: int = 1,
+        shapes: Mapping[ShapeKey, int] | None = None,
         on_run: Callable[[RunRecord], None] = lambda record: None,
         on_death: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], float] = time.monotonic,
@@ -151,10 +153,13 @@ class Batcher:
             separate: one row a run (rows are not proven independent).
             whole: a submission is one run as it is (the graph has no batch axis).
             pad: rows are filled up to a power of two, so that a GPU sees few shapes.
+            parallel: runs at a time. (Not yet.)
+            shapes: rows in one run of those shapes, where they may be fewer.
             on_run, on_death: called on the loop's thread.
         """
         self._model = model
         self.max_rows = 1 if separate or whole else max_rows
+        self._shapes = shapes or {}
         self.queue_rows = queue_rows
         self._whole = whole
         self._pad = pad
@@ -221,7 +226,7 @@ class Batcher:
             outputs=tuple(outputs),
             deadline=_NEVER if deadline is None else deadline,
             principal=principal,
-            key=_shape_key(feeds, self._whole),
+            key=shape_key(feeds, self._whole),
             future=self._loop.create_future(),
             queued_at=self._clock(),
             open=count,
@@ -352,7 +357,7 @@ class Batcher:
     def _take(self, key: ShapeKey) -> list[_Piece]:
         """Up to `max_rows` rows of one shape, in turns of the principals."""
         queues = self._queues[key]
-        room = self.max_rows
+        room = min(self.max_rows, self._shapes.get(key, self.max_rows))
         turn = next(self._batches)
         pieces: list[_Piece] = []
         while room and queues:
@@ -451,7 +456,7 @@ class Batcher:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def _shape_key(feeds: Mapping[str, Array], whole: bool) -> ShapeKey:
+def shape_key(feeds: Mapping[str, Array], whole: bool = False) -> ShapeKey:
     """Rows of equal keys can be put into one run."""
     skipped = 0 if whole else 1
     return tuple((name, array.shape[skipped:], array.dtype.str) for name, array in sorted(feeds.items()))

@@ -146,7 +146,7 @@ class Session:
             if not _bound:
                 raise
         # What the arena keeps for runs of other shapes may be what is missing.
-        _give_memory_back()
+        give_memory_back()
         return self._run(outputs, feeds)
 
     def _run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
@@ -189,11 +189,13 @@ def bound_runs(size: int) -> None:
     # Extended as requested: doubling would meet the bound at half of it.
     ort.create_and_register_allocator(info, ort.OrtArenaCfg({"max_mem": size, "arena_extend_strategy": 1}))
     _bound.append(size)
-    _give_memory_back()  # an arena never gives its first piece back: let that be a small one
+    give_memory_back()  # an arena never gives its first piece back: let that be a small one
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Have the arena of `bound_runs` give back what no run holds; takes some tens of microseconds."""
+    if not _bound:
+        return
     options = ort.RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     _small_session().run(None, {"x": np.ones((1,), np.float32)}, options)
