@@ -308,9 +308,7 @@ def test_operators_see_the_curve_and_where_it_comes_from() -> None:
         at_a_time=((1, 67.0), (2, 80.0)),
         measured_at=0.5,
     )
-    text = (
-        "measured 1970-01-01 00:00 UTC; rows a run 1: 50/s 3 MiB, 2: 66.67/s 5 MiB; runs at a time 1: 66.7/s, 2: 80/s"
-    )
+    text = "measured 1970-01-01 00:00 UTC; rows a run 1: 50/s 3 MiB, 2: 66.67/s 5 MiB; runs at a time 1: 67/s, 2: 80/s"
     assert curves.told(found, kept=False) == text
     assert curves.told(found, kept=True) == text.replace("UTC;", "UTC, kept;")
     two = replace(found, curves=found.curves * 2, at_a_time=())
