@@ -13,7 +13,7 @@ from support import graphs
 from support.engine_graphs import CPU, SIZE, constant_model, opened, pixel_model, plain, planned, write_pixels
 
 from appliance.catalog.bundle import Batching, concepts_of, find_versions, read_config
-from appliance.core.errors import BundleInvalid
+from appliance.core.errors import BundleInvalid, InferenceFailed
 from appliance.core.types import PredictOptions
 from appliance.engine import plan as plans
 from appliance.engine.cache import FileCache
@@ -183,6 +183,19 @@ def test_equal_scores_keep_the_order_of_the_concepts(tmp_path: Path) -> None:
     session = opened(write_pixels(tmp_path / "b", constant_model(scores), concepts=300, activation="none")).session
     indices = session.run([plans.TOP_INDICES], {plans.IMAGE: pictures()})[0]
     assert indices[0].tolist() == [40, 250, *[i for i in range(200) if i != 40][:198]]
+
+
+def test_outputs_that_the_task_does_not_read_are_not_computed(tmp_path: Path) -> None:
+    """Here one that fails whenever it is: of a wrapped graph only what the task reads is left."""
+    model = pixel_model(5)
+    model.graph.node.append(helper.make_node("Gather", ["scores", "far"], ["broken"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([99]), "far"))
+    model.graph.output.append(helper.make_tensor_value_info("broken", TensorProto.FLOAT, ["rows", 5]))
+    folder = write_pixels(tmp_path / "b", model)
+    with pytest.raises(InferenceFailed):
+        plain(folder).run(["broken"], {"image": np.zeros((1, 3, *SIZE), np.float32)})
+    check(folder, "softmax", {})
+    assert [spec.name for spec in planned(folder)[3].outputs] == [plans.SCORES, plans.TOP_VALUES, plans.TOP_INDICES]
 
 
 @pytest.mark.parametrize("scores", [[1e4, -1e4, 0], [-1e4, -1e4, -1e4], [88.8, 88.7, -88.8]])
