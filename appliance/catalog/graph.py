@@ -183,6 +183,12 @@ def every_node(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
             yield from every_node(graph.node)
 
 
+def every_body(node: NodeProto) -> Iterator[GraphProto]:
+    """The bodies of an If, Loop or Scan, and those of the nodes in there."""
+    for inner in every_node((node,)):
+        yield from _bodies(inner)
+
+
 def _bodies(node: NodeProto) -> Iterator[GraphProto]:
     for attribute in node.attribute:
         yield from (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs

@@ -11,7 +11,7 @@ to itself, onnxruntime maps files with weights for as long as it serves: writing
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from appliance.catalog import graph as graphs
 from appliance.catalog.bundle import BundleConfig, OnnxSection, VersionFolder, check_inside
-from appliance.catalog.graph import axes, every_node, graph_inputs, locations, parse_graph, read_file
+from appliance.catalog.graph import axes, every_body, every_node, graph_inputs, locations, parse_graph, read_file
 from appliance.catalog.sections import EmbeddingOutput, ImageInput
 from appliance.core.errors import BundleInvalid
 from appliance.engine import session
@@ -207,6 +207,7 @@ def _made(bundle: Path, file: Path, content: bytes, section: OnnxSection, concep
         _wrap_pooling(model, section, file)
     elif section.embedding:
         _check_embedding(model, section.embedding, file)
+    _prune(model)
     plan = Plan(
         model=model.SerializeToString(),
         file=file,
@@ -249,6 +250,53 @@ def _pools(section: OnnxSection) -> bool:
 
 def _nodes(model: ModelProto) -> Iterator[NodeProto]:
     return every_node((*model.graph.node, *(node for function in model.functions for node in function.node)))
+
+
+def only(model: bytes, outputs: Collection[str]) -> bytes:
+    """A serialised graph without the outputs that are not named, and without what only they need.
+
+    onnxruntime computes every node at every run, whichever outputs are asked for.
+    """
+    read = ModelProto.FromString(model)
+    kept = [value for value in read.graph.output if value.name in outputs]
+    if len(kept) == len(read.graph.output):
+        return model
+    del read.graph.output[:]
+    read.graph.output.extend(kept)
+    _prune(read)
+    return read.SerializeToString()
+
+
+def _prune(model: ModelProto) -> None:
+    """Take nodes and weights out that no output needs."""
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    needed: set[str] = set()
+    waiting = [value.name for value in graph.output]
+    while waiting:
+        name = waiting.pop()
+        if name and name not in needed:
+            needed.add(name)
+            if name in makers:
+                waiting += _read_by(makers[name])
+    dead = {tensor.name for tensor in graph.initializer} - needed
+    _keep(graph.node, lambda node: needed.intersection(node.output))
+    _keep(graph.initializer, lambda tensor: tensor.name not in dead)
+    _keep(graph.input, lambda value: value.name not in dead)  # where old exporters list weights too
+
+
+def _keep(field: Any, wanted: Callable[[Any], object]) -> None:
+    """Take the messages out of a repeated field that are not wanted."""
+    kept = [message for message in field if wanted(message)]
+    if len(kept) < len(field):
+        del field[:]
+        field.extend(kept)
+
+
+def _read_by(node: NodeProto) -> list[str]:
+    """The values that a node reads, those of its bodies included."""
+    names = [name for inner in every_node((node,)) for name in inner.input]
+    return [*names, *(value.name for body in every_body(node) for value in body.output)]
 
 
 def _mixes_rows(model: ModelProto) -> str:

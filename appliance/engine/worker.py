@@ -20,6 +20,7 @@ from appliance.engine.batcher import Batcher, Outcome, RunRecord, shape_key
 from appliance.engine.cache import FileCache
 from appliance.engine.curves import Idle, Measured, Subject
 from appliance.engine.inline import LONGEST_RUN_S, TURN_S, InlineLane, Waiter, Watchdog
+from appliance.engine.plan import only
 from appliance.engine.session import Device, Session, TensorSpec, bound_runs, resolve_device
 from appliance.engine.threads import on_own_thread
 from appliance.engine.transport import Batching, LoadRequest
@@ -228,7 +229,8 @@ class LocalEngine:
         plan = request.plan
         assert plan.model is not None, "a description cannot be loaded"
         threads = request.threads or self._threads
-        session = Session(plan.model, plan.file.parent, device, threads, self._gpu_memory, weights=plan.weights)
+        graph = only(plan.model, {*request.served, *request.compared})
+        session = Session(graph, plan.file.parent, device, threads, self._gpu_memory, weights=plan.weights)
         loading.take(session)
         _first_runs(session, request)
         mode, reason = _mode(session, request)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from support import graphs
 from support.engine_graphs import CPU, SIZE, constant_model, opened, pixel_model, plain, planned, write_pixels
 
@@ -194,8 +194,46 @@ def test_outputs_that_the_task_does_not_read_are_not_computed(tmp_path: Path) ->
     folder = write_pixels(tmp_path / "b", model)
     with pytest.raises(InferenceFailed):
         plain(folder).run(["broken"], {"image": np.zeros((1, 3, *SIZE), np.float32)})
-    check(folder, "softmax", {})
-    assert [spec.name for spec in planned(folder)[3].outputs] == [plans.SCORES, plans.TOP_VALUES, plans.TOP_INDICES]
+    bundle, sound = opened(folder), opened(write_pixels(tmp_path / "sound", pixel_model(5)))
+    assert bundle.plan.outputs == sound.plan.outputs
+    names, feeds = [plans.SCORES, plans.TOP_INDICES], {plans.IMAGE: pictures()}
+    for one, other in zip(bundle.session.run(names, feeds), sound.session.run(names, feeds), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def forked_model() -> Any:
+    """`x` → `y` = x + 1, by way of a branch that reads a value from outside, and `z`, which fails."""
+    model = graphs.if_model()
+    model.graph.node.append(helper.make_node("Gather", ["x", "far"], ["z"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.full(500, 99), "far"))
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["rows", 3]))
+    then = next(each.g for each in model.graph.node[0].attribute if each.name == "then_branch")
+    del then.initializer[:]
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "outer"))
+    model.graph.node.insert(0, helper.make_node("Identity", ["outer"], ["one"]))
+    return model
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_graph_is_cut_down_to_some_outputs(listed: bool) -> None:
+    """onnxruntime computes every node, whatever is asked for. What a branch reads from outside is kept."""
+    model = forked_model()
+    if listed:  # among the inputs, as old exporters do
+        model.graph.input.extend(
+            helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            for tensor in model.graph.initializer
+        )
+    content = model.SerializeToString()
+    feeds = {"x": np.zeros((1, 3), np.float32)}
+    with pytest.raises(InferenceFailed):
+        Session(content, Path("/nowhere"), CPU, 1).run(["y"], feeds)
+    assert plans.only(content, {"y", "z"}) == content
+    less = plans.only(content, {"y", "w"})
+    session = Session(less, Path("/nowhere"), CPU, 1)
+    assert session.run(["y"], feeds)[0].tolist() == [[1, 1, 1]]
+    assert [spec.name for spec in session.outputs] == ["y"]
+    assert [spec.name for spec in session.inputs] == ["x"]
+    assert {tensor.name for tensor in ModelProto.FromString(less).graph.initializer} == {"yes", "outer"}
 
 
 @pytest.mark.parametrize("scores", [[1e4, -1e4, 0], [-1e4, -1e4, -1e4], [88.8, 88.7, -88.8]])

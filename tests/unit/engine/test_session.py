@@ -138,30 +138,6 @@ def test_only_the_outputs_asked_for_are_computed() -> None:
     assert len(session.run(("sum",), feeds)) == 1
 
 
-def test_what_nobody_asked_for_is_not_computed() -> None:
-    """A branch that would fail, and one that would take all the memory there is, cost nothing."""
-    model = graphs.make(
-        [
-            helper.make_node("Identity", ["x"], ["y"]),
-            helper.make_node("Gather", ["x", "far"], ["broken"]),
-            helper.make_node("ConstantOfShape", ["size"], ["endless"]),
-        ],
-        {"x": (TensorProto.FLOAT, ["batch", 3]), "size": (TensorProto.INT64, [1])},
-        {
-            "y": (TensorProto.FLOAT, ["batch", 3]),
-            "broken": (TensorProto.FLOAT, ["rows", 3]),
-            "endless": (TensorProto.FLOAT, ["n"]),
-        },
-        {"far": np.array([99], np.int64)},
-    )
-    session = session_of(model)
-    feeds = {"x": np.ones((2, 3), np.float32), "size": np.array([2**40])}
-    assert session.run(["y"], feeds)[0].tolist() == [[1, 1, 1], [1, 1, 1]]
-    for output in ("broken", "endless"):
-        with pytest.raises(InferenceFailed):
-            session.run([output], feeds)
-
-
 @pytest.mark.parametrize(
     ("outputs", "feeds"),
     [

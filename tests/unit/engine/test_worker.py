@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from support import graphs
 from support.engine_graphs import engine, pixel_model, planned, write_pixels
 
@@ -87,6 +87,18 @@ async def test_a_graph_that_mixes_rows_runs_one_at_a_time(tmp_path: Path, graph:
     assert together.tobytes() == alone.tobytes()
     assert np.concatenate(singles).tobytes() == alone.tobytes()
     model.close()
+
+
+async def test_outputs_that_nobody_reads_are_not_computed(tmp_path: Path) -> None:
+    """A declared method may read one of several; here the other one fails at every run."""
+    model = graphs.identity_model()
+    model.graph.node.append(helper.make_node("Gather", ["x", "far"], ["broken"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([99]), "far"))
+    model.graph.output.append(helper.make_tensor_value_info("broken", TensorProto.FLOAT, ["rows", 3]))
+    request = raw_request(graphs.write_raw(tmp_path / "b", model))
+    loaded = await engine().load(replace(request, compared=("y",), served=("y",)))
+    assert (await ask(loaded, np.ones((2, 3), np.float32))).tolist() == [[1, 1, 1], [1, 1, 1]]
+    loaded.close()
 
 
 async def test_a_neighbour_cannot_change_an_answer(tmp_path: Path) -> None:
