@@ -482,6 +482,13 @@ class Engine(Section):
         description="CPU threads a model may use for one run; 0: as many as the CPUs we may use.",
         json_schema_extra={"restart": True},
     )
+    parallel: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Runs of one model at a time; 0: as many as are measured to give most, one if that gains little.",
+        json_schema_extra={"restart": True},
+    )
     decode_threads: int = Field(
         0,
         ge=0,
@@ -504,6 +511,13 @@ class Engine(Section):
         gt=0,
         le=86400,
         description="Seconds in which a model must be loaded and warmed up.",
+        json_schema_extra={"restart": True},
+    )
+    run_memory: Size | None = Field(
+        None,
+        examples=["2GiB"],
+        description="Bytes of memory that all runs on the CPU may take together, their results included; a run that "
+        "needs more fails. Unset: a third of the memory we may use.",
         json_schema_extra={"restart": True},
     )
     gpu_memory: Size | None = Field(

@@ -217,6 +217,7 @@ class Batcher:
         sizes: tuple[int, ...] = (),
         gate: RunGate | None = None,
         board: RunBoard | None = None,
+        shapes: Mapping[ShapeKey, int] | None = None,
         on_run: Callable[[RunRecord], None] = lambda record: None,
         on_death: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], float] = time.monotonic,
@@ -233,12 +234,14 @@ class Batcher:
             separate: one row a run (rows are not proven independent).
             whole: a submission is one run as it is (the graph has no batch axis).
             sizes: ascending; rows are filled up to one of these, so that a GPU sees few shapes. Empty: they are not.
+            shapes: rows in one run of those shapes, where they may be fewer.
             gate: the engine's; None: no other model shares the process.
             board: told of every run of this model.
             on_run, on_death: called on the loop's thread.
         """
         self._model = model
         self._room = _Room(1 if separate or whole else max_rows, clock)
+        self._shapes = shapes or {}
         self.queue_rows = queue_rows
         self._queue_bytes = queue_bytes
         self._max_bytes = max_bytes
@@ -333,7 +336,7 @@ class Batcher:
             deadline=_NEVER if deadline is None else deadline,
             principal=principal,
             priority=priority,
-            key=_shape_key(feeds, self._whole, alone),
+            key=shape_key(feeds, self._whole, alone),
             row_bytes=size // count,
             ledger=ledger,
             future=self._loop.create_future(),
@@ -543,6 +546,7 @@ class Batcher:
     def _rows_of(self, key: ShapeKey, row_bytes: int) -> int:
         """How many rows of that shape the next run may have."""
         rows = self._room.look()
+        rows = min(rows, self._shapes.get(key, rows))
         if key[0]:
             return 1
         if self._max_bytes is not None and row_bytes:
@@ -673,7 +677,7 @@ def powers_of_two(most: int) -> tuple[int, ...]:
     return (*(1 << power for power in range((most - 1).bit_length())), most)
 
 
-def _shape_key(feeds: Mapping[str, Array], whole: bool, alone: bool) -> ShapeKey:
+def shape_key(feeds: Mapping[str, Array], whole: bool = False, alone: bool = False) -> ShapeKey:
     """Rows of equal keys can be put into one run."""
     skipped = 0 if whole else 1
     return alone, tuple((name, array.shape[skipped:], array.dtype.str) for name, array in sorted(feeds.items()))

@@ -6,6 +6,7 @@ database otherwise, and `disable_telemetry_events()` comes too late to prevent t
 
 import contextlib
 import ctypes
+import functools
 import io
 import os
 import threading
@@ -85,7 +86,13 @@ class Session:
     """One loaded graph on one device. `run` may be called from any thread; it releases the interpreter lock."""
 
     def __init__(
-        self, model: bytes | Path, external_folder: Path, device: Device, threads: int, gpu_memory: int | None = None
+        self,
+        model: bytes | Path,
+        external_folder: Path,
+        device: Device,
+        threads: int,
+        gpu_memory: int | None = None,
+        weights: Mapping[str, bytes] | None = None,
     ) -> None:
         """Load a graph.
 
@@ -94,6 +101,8 @@ class Session:
             external_folder: where tensors stored outside the graph lie.
             threads: CPU threads for one run.
             gpu_memory: bound of the session's GPU arena, bytes.
+            weights: content of files that tensors are stored in, by the name that the graph gives them; not read from
+                the folder then, and not needed any more once the session is there.
         Raises:
             BundleInvalid: onnxruntime cannot load the graph.
             DeviceError: the graph did not get the GPU it must have.
@@ -107,6 +116,13 @@ class Session:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(external_folder)
             )
+        if _bound:
+            # Weights are not what runs take.
+            options.add_session_config_entry("session.use_env_allocators", "1")
+            options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        if weights:
+            sizes = [len(content) for content in weights.values()]
+            options.add_external_initializers_from_files_in_memory(list(weights), list(weights.values()), sizes)
         try:
             self._session = ort.InferenceSession(
                 model if isinstance(model, bytes) else str(model), options, providers=_providers(device, gpu_memory)
@@ -126,6 +142,16 @@ class Session:
 
         Raises: OutOfMemory: fewer rows may fit. InferenceFailed: the graph cannot compute these inputs.
         """
+        try:
+            return self._run(outputs, feeds)
+        except OutOfMemory:
+            if not _bound:
+                raise
+        # What the arena keeps for runs of other shapes may be what is missing.
+        give_memory_back()
+        return self._run(outputs, feeds)
+
+    def _run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         options = ort.RunOptions()
         thread = threading.get_ident()
         self._runs[thread] = options
@@ -152,6 +178,41 @@ class Session:
         for runner, options in tuple(self._runs.items()):
             if thread is None or runner == thread:
                 options.terminate = True
+
+
+_bound: list[int] = []
+
+
+def bound_runs(size: int) -> None:
+    """Bound the bytes of the CPU's memory that all runs of this process take at once, results included.
+
+    A graph may make more of its input than anybody reserved: a shape that a caller chooses, say. Weights do not count.
+    The first call is the one that counts, for sessions that are made after it.
+    """
+    if _bound:
+        return
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    # Extended as requested: doubling would meet the bound at half of it.
+    ort.create_and_register_allocator(info, ort.OrtArenaCfg({"max_mem": size, "arena_extend_strategy": 1}))
+    _bound.append(size)
+    give_memory_back()  # an arena never gives its first piece back: let that be a small one
+
+
+def give_memory_back() -> None:
+    """Have the arena of `bound_runs` give back what no run holds; takes some tens of microseconds."""
+    if not _bound:
+        return
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    _small_session().run(None, {"x": np.ones((1,), np.float32)}, options)
+
+
+@functools.cache
+def _small_session() -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return ort.InferenceSession(_identity_graph(), options, providers=["CPUExecutionProvider"])
 
 
 def version() -> str:

@@ -22,7 +22,8 @@ class LoadRequest:
         device: overrides the engine's own; None follows it.
         compared: outputs whose values the independence probe may compare.
         served: the outputs that most requests ask for; used to warm up.
-        max_rows: from the bundle; None measures it.
+        max_rows, parallel: rows in one run, and runs at a time, from the bundle; None measures it.
+        threads: for one run on the CPU, from the bundle; None: as the engine is configured.
         examples: for each shape bucket four rows with a batch axis of 1, the last one an outlier, shortest bucket
             first; empty when the inputs have axes whose length only the caller knows.
         board: told of every run, or None.
@@ -36,6 +37,8 @@ class LoadRequest:
     max_rows: int | None
     examples: Sequence[Sequence[Mapping[str, Array]]]
     board: RunBoard | None = None
+    parallel: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +47,20 @@ class Batching:
 
     Attributes:
         mode: "rows" (merged), "separate" (one a run) or "whole" (no batch axis).
+        max_rows: in one run, of the shape that may have most.
         inline_rows: how many may be run in one turn of the loop by the loop itself; 0: none, the runs are too long.
+        buckets: rows in one run for each shape bucket, shortest first; empty: `max_rows` for each.
+        parallel: runs at a time.
+        curve: what was measured, for operators.
     """
 
     mode: str
     max_rows: int
     reason: str = ""
     inline_rows: int = 0
+    buckets: tuple[int, ...] = ()
+    parallel: int = 1
+    curve: str = ""
 
 
 class LoadedModel(Protocol):

@@ -377,6 +377,8 @@ def _load_request(config: BundleConfig, version: VersionFolder, plan: Plan, task
         served=_union([task.outputs(PredictOptions()) for task in tasks]),
         max_rows=config.onnx.batching.max_rows,
         examples=next((found for task in tasks if (found := task.examples())), []),
+        parallel=config.onnx.batching.parallel,
+        threads=config.onnx.batching.threads,
     )
 
 
