@@ -62,7 +62,7 @@ class EngineProcess:
         self._board = Board(Segment.attach(descriptors[0]))
         self._metrics = Metrics(Segment.attach(descriptors[1]))
         settings = config.engine.model_copy(update={"device": body["device"]})
-        self._engine = await asyncio.to_thread(LocalEngine, settings, self._metrics)
+        self._engine = await asyncio.to_thread(LocalEngine, settings, self._metrics, config.catalog.state_dir)
         self._beating = asyncio.create_task(self._beat())
         device = self._engine.device
         return {"device": str(device), "reason": device.reason, "onnxruntime": session.version()}

@@ -37,7 +37,7 @@ class Single:
 
     async def open(self) -> None:
         """See `Staff.open`."""
-        self._engine = LocalEngine(self._config.engine, self._metrics)
+        self._engine = LocalEngine(self._config.engine, self._metrics, self._config.catalog.state_dir)
         _log.info("device %s: %s", self._engine.device, self._engine.device.reason)
 
     async def load(self, path: Path, config: BundleConfig, version: VersionFolder) -> Servable:

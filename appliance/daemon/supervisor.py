@@ -212,6 +212,8 @@ class FrontChild:
         self.index = index
         self.name = f"front {index}"
         self.child: Child | None = None
+        self.next: Child | None = None
+        """A process that was started ahead of time."""
         self.slab: Segment | None = None
         self.prepared: set[int] = set()
         self.listens = False
@@ -255,6 +257,8 @@ class Supervisor:
     async def open(self) -> None:
         """See `Staff.open`: every engine that is wanted from the start is there."""
         self._spawn(self._watch())
+        for front in self._fronts:  # what they import takes as long as the engines' start
+            front.next = self._front_process(front)
         for engine in _engines(self._config):
             self._engines[engine.name] = engine
             await self._start_engine(engine)
@@ -349,6 +353,7 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         children = [member.child for member in self._members() if member.child is not None]
+        children += [front.next for front in self._fronts if front.next is not None]
         for child in children:
             child.channel.close()  # it ends when it hears that
         for child in children:
@@ -510,6 +515,7 @@ class Supervisor:
             engine.facts = await child.start(body)
         except (ApplianceError, ChannelClosed, TimeoutError) as error:
             child.kill()
+            await child.gone.wait()
             if isinstance(error, ApplianceError):
                 raise
             raise ConfigError(f"The {engine.name} did not start: its process {child.how_it_ended()}.") from error
@@ -583,11 +589,7 @@ class Supervisor:
 
     async def _start_front(self, front: FrontChild) -> None:
         """Raises: ConfigError: what the operator must change."""
-        assert self._sockets is not None, "ports are bound"
-        listeners = {"shut": lambda body, descriptors: self._front_shut(front)}
-        child = Child(
-            front.name, "appliance.daemon.front_process", listeners, lambda gone: self._front_ended(front, gone)
-        )
+        child, front.next = front.next or self._front_process(front), None
         order = max(26, (4 * memory_for_requests(self._config) - 1).bit_length())
         front.slab = Segment.create(f"{front.name} slab", Slab.size_for(order))
         front.prepared = set()
@@ -616,10 +618,17 @@ class Supervisor:
         except (ApplianceError, ChannelClosed, TimeoutError) as error:
             front.listens = False
             child.kill()
+            await child.gone.wait()
             if isinstance(error, ApplianceError):
                 raise
             raise ConfigError(f"The {front.name} did not start: its process {child.how_it_ended()}.") from error
         front.problem = None
+
+    def _front_process(self, front: FrontChild) -> Child:
+        listeners = {"shut": lambda body, descriptors: self._front_shut(front)}
+        return Child(
+            front.name, "appliance.daemon.front_process", listeners, lambda gone: self._front_ended(front, gone)
+        )
 
     def _own_sockets(self, front: FrontChild) -> tuple[list[str], list[socket.socket]]:
         """The sockets that this front serves: of each port and address its own, or the one that all share."""

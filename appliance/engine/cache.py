@@ -64,7 +64,7 @@ class FileCache:
 
     def _make_room(self) -> None:
         files = []
-        for path in self._folder.iterdir():
+        for path in self._folder.glob("[!.]*"):  # what another process is writing is none of ours
             with contextlib.suppress(FileNotFoundError):  # another process made room
                 found = path.stat()
                 files.append((found.st_mtime_ns, found.st_size, path))
