@@ -84,10 +84,10 @@ class SharedMeter:
 class FrontsBoard:
     """The segment; the supervisor makes it, each front attaches to it."""
 
-    def __init__(self, segment: Segment, index: int) -> None:
+    def __init__(self, segment: Segment, index: int | None) -> None:
         """Use `create` or `attach`."""
         self.segment = segment
-        self._index = index
+        self._index = index  # None: the supervisor's, which holds and admits nothing itself
         self._header = segment.view[:_HEADER].cast("q")
         self.fronts, self._slots = self._header[0], self._header[1]
         self._names = _HEADER + self.fronts * _CELL
@@ -105,7 +105,7 @@ class FrontsBoard:
         segment = Segment.create("fronts", _HEADER + fronts * _CELL + slots * (_NAME + fronts * _KINDS * _CELL))
         header = segment.view[:_HEADER].cast("q")
         header[0], header[1] = fronts, slots
-        return cls(segment, -1)
+        return cls(segment, None)
 
     @classmethod
     def attach(cls, descriptor: int, index: int) -> Self:
@@ -126,10 +126,12 @@ class FrontsBoard:
 
     def memory(self) -> SharedUse:
         """What this front holds of the memory budget, and the others."""
+        assert self._index is not None
         return SharedUse(self._memory, self._index)
 
     def meter(self, name: str) -> SharedMeter | None:
         """What counts the requests of that name; None when there is no slot left, which the log says once."""
+        assert self._index is not None
         slot = self._claimed(hashlib.blake2b(name.encode(), digest_size=_NAME).digest())
         if slot is not None:
             return SharedMeter(self._slot(slot), self.fronts, self._index)
@@ -144,10 +146,9 @@ class FrontsBoard:
         try:
             taken = self._header[2]
             end = self._names + taken * _NAME
-            names = bytes(self.segment.view[self._names : end])
-            for slot in range(taken):
-                if names[slot * _NAME : (slot + 1) * _NAME] == name:
-                    return slot
+            place = bytes(self.segment.view[self._names : end]).find(name)
+            if place >= 0:
+                return place // _NAME
             if taken == self._slots:
                 return None
             self.segment.view[end : end + _NAME] = name
