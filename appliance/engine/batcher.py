@@ -525,12 +525,13 @@ class Batcher:
 
     def _order_of_levels(self) -> list[int]:
         """The priorities that wait, the highest first; before it one that was passed over for too long."""
+        if len(self._levels) == 1:
+            return list(self._levels)
         order = sorted(self._levels, reverse=True)
-        if len(order) > 1:
-            longest = max(order, key=lambda priority: self._levels[priority].passed)
-            if self._levels[longest].passed >= AGE:
-                order.remove(longest)
-                order.insert(0, longest)
+        longest = max(order, key=lambda priority: self._levels[priority].passed)
+        if self._levels[longest].passed >= AGE:
+            order.remove(longest)
+            order.insert(0, longest)
         return order
 
     def _urgency(self, queues: Mapping[str, list[tuple[float, int, _Submission]]]) -> tuple[int, tuple[float, int]]:
@@ -547,7 +548,8 @@ class Batcher:
             return 1
         if self._max_bytes is not None and row_bytes:
             rows = max(1, min(rows, self._max_bytes // row_bytes))
-        rows = max((size for size in self._sizes if size <= rows), default=rows)
+        if self._sizes:
+            rows = max((size for size in self._sizes if size <= rows), default=rows)
         if self._spread:
             rows = max(1, min(rows, -(-self._waiting // (self._free + 1))))
         return rows
@@ -639,27 +641,30 @@ class Batcher:
         return self._attempt(worker, first) + self._attempt(worker, second)
 
     def _compute(self, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
-        names = tuple(dict.fromkeys(name for piece in pieces for name in piece.submission.outputs))
+        names = pieces[0].submission.outputs
+        if len(pieces) > 1:
+            names = tuple(dict.fromkeys(name for piece in pieces for name in piece.submission.outputs))
         marks = [(p.submission.ledger, p.start, p.count) for p in pieces if p.submission.ledger is not None]
         if self._whole:
             results = gates.run(self._model, names, pieces[0].submission.feeds, 1, marks, self.board)
             return [(pieces[0], dict(zip(names, results, strict=True)))]
         rows = sum(piece.count for piece in pieces)
         try:
-            feeds = _gather(pieces, next((size for size in self._sizes if size >= rows), rows))
+            feeds = _gather(pieces, rows, next((size for size in self._sizes if size >= rows), rows))
         except MemoryError as error:
             raise OutOfMemory(f"no memory to put {rows} rows together") from error
         results = gates.run(self._model, names, feeds, rows, marks, self.board)
-        for name, result in zip(names, results, strict=True):
+        named = list(zip(names, results, strict=True))
+        for name, result in named:
             if not isinstance(result, np.ndarray) or result.ndim == 0 or len(result) < rows:
                 raise InferenceFailed(f"The output {name!r} does not have one entry for each row.")
         done: list[tuple[_Piece, dict[str, Array] | ApplianceError]] = []
         offset = 0
         for piece in pieces:
-            span = slice(offset, offset + piece.count)
-            wanted = set(piece.submission.outputs)
-            done.append((piece, {n: r[span] for n, r in zip(names, results, strict=True) if n in wanted}))
-            offset += piece.count
+            end = offset + piece.count
+            wanted = piece.submission.outputs
+            done.append((piece, {name: result[offset:end] for name, result in named if name in wanted}))
+            offset = end
         return done
 
     def _to_loop(self, function: Callable[..., None], *arguments: object) -> None:
@@ -679,14 +684,13 @@ def _shape_key(feeds: Mapping[str, Array], whole: bool, alone: bool) -> ShapeKey
     return alone, tuple((name, array.shape[skipped:], array.dtype.str) for name, array in sorted(feeds.items()))
 
 
-def _gather(pieces: list[_Piece], rows: int) -> dict[str, Array]:
-    """The rows of all pieces as one array an input, filled up to `rows` with copies of the first row."""
+def _gather(pieces: list[_Piece], rows: int, size: int) -> dict[str, Array]:
+    """The `rows` rows of all pieces as one array an input, filled up to `size` with copies of the first row."""
     feeds = {}
     for name in pieces[0].submission.feeds:
         parts = [p.submission.feeds[name][p.start : p.start + p.count] for p in pieces]
-        missing = rows - sum(len(part) for part in parts)
-        if missing:
-            parts.append(np.repeat(parts[0][:1], missing, axis=0))
+        if size > rows:
+            parts.append(np.repeat(parts[0][:1], size - rows, axis=0))
         feeds[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return feeds
 
