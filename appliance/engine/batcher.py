@@ -148,13 +148,11 @@ class _Worker:
     """A thread that runs batches.
 
     Attributes:
-        busy: whether it has rows that have not run, or no result yet.
         pieces: what it runs at this moment; None between runs, and while it waits to be let in.
         told_at: when that run was told to end, as nobody waits for it.
     """
 
     thread: threading.Thread = field(init=False)
-    busy: bool = False
     pieces: list[_Piece] | None = None
     told_at: float | None = None
 
@@ -261,6 +259,7 @@ class Batcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
+        self._busy = 0
         self._free = 0
         self._look: asyncio.TimerHandle | None = None
         self.death: str | None = None
@@ -288,7 +287,7 @@ class Batcher:
     @property
     def at_rest(self) -> bool:
         """Whether it accepts rows, and has none."""
-        return not self._unfinished and not self._busy() and not self._closing and self.death is None
+        return not self._unfinished and not self._busy and not self._closing and self.death is None
 
     def submit(
         self,
@@ -394,7 +393,7 @@ class Batcher:
         now = self._clock()
         if any(worker.told_at is not None and now - worker.told_at > _DEAF_S for worker in self._workers):
             self._die("a run cannot be ended")
-        elif self._unfinished or self._busy():
+        elif self._unfinished or self._busy:
             self._look = self._loop.call_later(_LOOK_S, self._look_at_runs)
 
     def _end_runs_for_nobody(self) -> None:
@@ -468,14 +467,14 @@ class Batcher:
 
     def _work(self, worker: _Worker) -> None:
         try:
-            while (pieces := self._next_batch(worker)) is not None:
+            while (pieces := self._next_batch()) is not None:
                 if pieces:
                     self._run(worker, pieces)
         except BaseException as error:  # whatever it is, callers must not wait for ever
             _log.critical("the batcher's worker died: %r", error, exc_info=error)
             self._to_loop(self._die, repr(error))
 
-    def _next_batch(self, worker: _Worker) -> list[_Piece] | None:
+    def _next_batch(self) -> list[_Piece] | None:
         """Wait for rows and take a batch of them; None when closed and nothing waits, or when the model died."""
         with self._lock:
             while not (self._levels and self._may_begin()) and self.death is None:
@@ -487,20 +486,14 @@ class Batcher:
             if self.death is not None:
                 return None
             pieces = self._take()
-            worker.busy = bool(pieces)
+            self._busy += bool(pieces)
             if self._levels and self._free and self._may_begin():
                 self._rows_wait.notify()
             return pieces
 
     def _may_begin(self) -> bool:
         """Whether one more run may begin beside those in progress; the lock is held."""
-        return self._spread or not self._busy() or self._closing or self._waiting >= self._room.rows
-
-    def _busy(self) -> bool:
-        for worker in self._workers:  # noqa: SIM110  # a third of the time, and every call on the inline lane asks
-            if worker.busy:
-                return True
-        return False
+        return self._spread or not self._busy or self._closing or self._waiting >= self._room.rows
 
     def _take(self) -> list[_Piece]:
         """The rows of the next run: of one shape, led by the priority and the principals whose turn it is."""
@@ -608,7 +601,8 @@ class Batcher:
         try:
             done = self._attempt(worker, pieces)
         finally:
-            worker.busy = False
+            with self._lock:
+                self._busy -= 1
         self._to_loop(self._deliver, done, RunRecord(rows, self._clock() - started, waits))
 
     def _attempt(self, worker: _Worker, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
