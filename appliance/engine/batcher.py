@@ -148,13 +148,11 @@ class _Worker:
     """A thread that runs batches.
 
     Attributes:
-        busy: whether it has rows that have not run, or no result yet.
         pieces: what it runs at this moment; None between runs, and while it waits to be let in.
         told_at: when that run was told to end, as nobody waits for it.
     """
 
     thread: threading.Thread = field(init=False)
-    busy: bool = False
     pieces: list[_Piece] | None = None
     told_at: float | None = None
 
@@ -264,6 +262,7 @@ class Batcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
+        self._busy = 0
         self._free = 0
         self._look: asyncio.TimerHandle | None = None
         self.death: str | None = None
@@ -291,7 +290,7 @@ class Batcher:
     @property
     def at_rest(self) -> bool:
         """Whether it accepts rows, and has none."""
-        return not self._unfinished and not self._busy() and not self._closing and self.death is None
+        return not self._unfinished and not self._busy and not self._closing and self.death is None
 
     def submit(
         self,
@@ -397,7 +396,7 @@ class Batcher:
         now = self._clock()
         if any(worker.told_at is not None and now - worker.told_at > _DEAF_S for worker in self._workers):
             self._die("a run cannot be ended")
-        elif self._unfinished or self._busy():
+        elif self._unfinished or self._busy:
             self._look = self._loop.call_later(_LOOK_S, self._look_at_runs)
 
     def _end_runs_for_nobody(self) -> None:
@@ -471,14 +470,14 @@ class Batcher:
 
     def _work(self, worker: _Worker) -> None:
         try:
-            while (pieces := self._next_batch(worker)) is not None:
+            while (pieces := self._next_batch()) is not None:
                 if pieces:
                     self._run(worker, pieces)
         except BaseException as error:  # whatever it is, callers must not wait for ever
             _log.critical("the batcher's worker died: %r", error, exc_info=error)
             self._to_loop(self._die, repr(error))
 
-    def _next_batch(self, worker: _Worker) -> list[_Piece] | None:
+    def _next_batch(self) -> list[_Piece] | None:
         """Wait for rows and take a batch of them; None when closed and nothing waits, or when the model died."""
         with self._lock:
             while not (self._levels and self._may_begin()) and self.death is None:
@@ -490,20 +489,14 @@ class Batcher:
             if self.death is not None:
                 return None
             pieces = self._take()
-            worker.busy = bool(pieces)
+            self._busy += bool(pieces)
             if self._levels and self._free and self._may_begin():
                 self._rows_wait.notify()
             return pieces
 
     def _may_begin(self) -> bool:
         """Whether one more run may begin beside those in progress; the lock is held."""
-        return self._spread or not self._busy() or self._closing or self._waiting >= self._room.rows
-
-    def _busy(self) -> bool:
-        for worker in self._workers:  # noqa: SIM110  # a third of the time, and every call on the inline lane asks
-            if worker.busy:
-                return True
-        return False
+        return self._spread or not self._busy or self._closing or self._waiting >= self._room.rows
 
     def _take(self) -> list[_Piece]:
         """The rows of the next run: of one shape, led by the priority and the principals whose turn it is."""
@@ -528,12 +521,13 @@ class Batcher:
 
     def _order_of_levels(self) -> list[int]:
         """The priorities that wait, the highest first; before it one that was passed over for too long."""
+        if len(self._levels) == 1:
+            return list(self._levels)
         order = sorted(self._levels, reverse=True)
-        if len(order) > 1:
-            longest = max(order, key=lambda priority: self._levels[priority].passed)
-            if self._levels[longest].passed >= AGE:
-                order.remove(longest)
-                order.insert(0, longest)
+        longest = max(order, key=lambda priority: self._levels[priority].passed)
+        if self._levels[longest].passed >= AGE:
+            order.remove(longest)
+            order.insert(0, longest)
         return order
 
     def _urgency(self, queues: Mapping[str, list[tuple[float, int, _Submission]]]) -> tuple[int, tuple[float, int]]:
@@ -551,7 +545,8 @@ class Batcher:
             return 1
         if self._max_bytes is not None and row_bytes:
             rows = max(1, min(rows, self._max_bytes // row_bytes))
-        rows = max((size for size in self._sizes if size <= rows), default=rows)
+        if self._sizes:
+            rows = max((size for size in self._sizes if size <= rows), default=rows)
         if self._spread:
             rows = max(1, min(rows, -(-self._waiting // (self._free + 1))))
         return rows
@@ -610,7 +605,8 @@ class Batcher:
         try:
             done = self._attempt(worker, pieces)
         finally:
-            worker.busy = False
+            with self._lock:
+                self._busy -= 1
         self._to_loop(self._deliver, done, RunRecord(rows, self._clock() - started, waits))
 
     def _attempt(self, worker: _Worker, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
@@ -643,27 +639,30 @@ class Batcher:
         return self._attempt(worker, first) + self._attempt(worker, second)
 
     def _compute(self, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
-        names = tuple(dict.fromkeys(name for piece in pieces for name in piece.submission.outputs))
+        names = pieces[0].submission.outputs
+        if len(pieces) > 1:
+            names = tuple(dict.fromkeys(name for piece in pieces for name in piece.submission.outputs))
         marks = [(p.submission.ledger, p.start, p.count) for p in pieces if p.submission.ledger is not None]
         if self._whole:
             results = gates.run(self._model, names, pieces[0].submission.feeds, 1, marks, self.board)
             return [(pieces[0], dict(zip(names, results, strict=True)))]
         rows = sum(piece.count for piece in pieces)
         try:
-            feeds = _gather(pieces, next((size for size in self._sizes if size >= rows), rows))
+            feeds = _gather(pieces, rows, next((size for size in self._sizes if size >= rows), rows))
         except MemoryError as error:
             raise OutOfMemory(f"no memory to put {rows} rows together") from error
         results = gates.run(self._model, names, feeds, rows, marks, self.board)
-        for name, result in zip(names, results, strict=True):
+        named = list(zip(names, results, strict=True))
+        for name, result in named:
             if not isinstance(result, np.ndarray) or result.ndim == 0 or len(result) < rows:
                 raise InferenceFailed(f"The output {name!r} does not have one entry for each row.")
         done: list[tuple[_Piece, dict[str, Array] | ApplianceError]] = []
         offset = 0
         for piece in pieces:
-            span = slice(offset, offset + piece.count)
-            wanted = set(piece.submission.outputs)
-            done.append((piece, {n: r[span] for n, r in zip(names, results, strict=True) if n in wanted}))
-            offset += piece.count
+            end = offset + piece.count
+            wanted = piece.submission.outputs
+            done.append((piece, {name: result[offset:end] for name, result in named if name in wanted}))
+            offset = end
         return done
 
     def _to_loop(self, function: Callable[..., None], *arguments: object) -> None:
@@ -683,14 +682,13 @@ def shape_key(feeds: Mapping[str, Array], whole: bool = False, alone: bool = Fal
     return alone, tuple((name, array.shape[skipped:], array.dtype.str) for name, array in sorted(feeds.items()))
 
 
-def _gather(pieces: list[_Piece], rows: int) -> dict[str, Array]:
-    """The rows of all pieces as one array an input, filled up to `rows` with copies of the first row."""
+def _gather(pieces: list[_Piece], rows: int, size: int) -> dict[str, Array]:
+    """The `rows` rows of all pieces as one array an input, filled up to `size` with copies of the first row."""
     feeds = {}
     for name in pieces[0].submission.feeds:
         parts = [p.submission.feeds[name][p.start : p.start + p.count] for p in pieces]
-        missing = rows - sum(len(part) for part in parts)
-        if missing:
-            parts.append(np.repeat(parts[0][:1], missing, axis=0))
+        if size > rows:
+            parts.append(np.repeat(parts[0][:1], size - rows, axis=0))
         feeds[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return feeds
 

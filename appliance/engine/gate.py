@@ -50,27 +50,25 @@ Mark: TypeAlias = tuple[Ledger, int, int]
 
 
 class RunGate:
-    """Lets runs of one engine in: any number at once, or one alone.
+    """Lets runs of one engine in: any number at once, or one alone, which goes before those that come after it.
 
-    A run that is to be alone goes before those that come after it. Any thread may call.
+    Any thread may call.
+
+    Attributes:
+        shut: how many runs that are to be alone are in progress or wait.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._inside = 0
-        self._alone = 0
+        self.shut = 0
         self._taken = False
-
-    @property
-    def shut(self) -> bool:
-        """Whether a run that is to be alone is on, or waits."""
-        return self._alone > 0
 
     def try_enter(self) -> bool:
         """Let in a run beside others, unless that needs waiting. Returns: whether it is in; then call `leave`."""
         with self._lock:
-            if self._alone:
+            if self.shut:
                 return False
             self._inside += 1
             return True
@@ -79,11 +77,11 @@ class RunGate:
         """Let in a run, beside others or alone, as soon as that is possible; then call `leave`."""
         with self._lock:
             if not alone:
-                while self._alone:
+                while self.shut:
                     self._changed.wait()
                 self._inside += 1
                 return
-            self._alone += 1
+            self.shut += 1
             while self._inside or self._taken:
                 self._changed.wait()
             self._taken = True
@@ -93,10 +91,10 @@ class RunGate:
         with self._lock:
             if alone:
                 self._taken = False
-                self._alone -= 1
+                self.shut -= 1
             else:
                 self._inside -= 1
-            if alone or (self._alone and not self._inside):
+            if alone or (self.shut and not self._inside):
                 self._changed.notify_all()
 
 

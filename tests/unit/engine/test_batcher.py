@@ -1125,7 +1125,7 @@ async def _play(events: Any, configuration: dict[str, Any], end: str) -> None:
         assert not worker.thread.is_alive()
     assert all(ledger.now == [] for *_, ledger in accepted)
     assert not model.broken
-    assert (batcher.waiting_rows, batcher._waiting_bytes, batcher._busy()) == (0, 0, False) or batcher.death is not None
+    assert (batcher.waiting_rows, batcher._waiting_bytes, batcher._busy) == (0, 0, 0) or batcher.death is not None
 
 
 # ---- runs that do not end --------------------------------------------------------------------------------------------
