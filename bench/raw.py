@@ -73,6 +73,8 @@ def _measure_here(bundle: Path, pictures: list[bytes], seconds: float) -> dict[s
 
     plan = plans.make_plan(bundle, config, version, len(concepts))
     assert plan.model is not None
+    sizes = [len(content) for content in plan.weights.values()]
+    options.add_external_initializers_from_files_in_memory(list(plan.weights), list(plan.weights.values()), sizes)
     plain, wrapped = session(str(version.model_file)), session(plan.model)
     floats_side, pixels_side = ImageSide(config.onnx.image, wrapped=False), ImageSide(config.onnx.image, wrapped=True)
     payloads = [Payload(image=picture) for picture in pictures]

@@ -43,8 +43,8 @@ _GOOD_ENOUGH = 0.97
 _WINS = 1.1
 """How much better several runs at a time must be than one: each of them takes longer."""
 
-_VISIT_S = 0.02
-"""Seconds of runs that are measured at once; at least one run."""
+_VISIT_S, _LONG_VISIT_S = 0.02, 0.1
+"""Seconds of runs that are measured at once: of three runs, and of fewer."""
 
 _VISITS = 3
 """How often a point is measured: what disturbs a run only makes it slower, so the fastest counts."""
@@ -306,14 +306,15 @@ def shortest_run(
     left_off: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Seconds of the fastest of a few runs, which take some 20 ms together or are one. Raises: InferenceFailed."""
+    """Seconds of the fastest of a few runs: three at least, unless they are long. Raises: InferenceFailed."""
     shortest = float("inf")
     started = before = clock()
-    for _ in range(50):
+    for repeat in range(50):
         model.run(outputs, feeds)
         after = clock()
         shortest, before = min(shortest, after - before), after
-        if after - started > _VISIT_S or left_off():
+        spent = after - started
+        if spent > _LONG_VISIT_S or (repeat >= 2 and spent > _VISIT_S) or left_off():
             break
     return max(shortest, 1e-9)
 
@@ -374,8 +375,14 @@ def told(measured: Measured, kept: bool) -> str:
     parts = [f"measured {when}" + (", kept" if kept else "")]
     for number, curve in enumerate(measured.curves, 1):
         name = f"bucket {number}: " if len(measured.curves) > 1 else ""
-        points = (f"{p.rows}: {p.rows / p.seconds:.4g}/s {p.memory / 2**20:.3g} MiB" for p in curve)
-        parts.append(f"{name}rows a run {', '.join(points)}")
+        rates = ", ".join(f"{point.rows}: {_short(point.rows / point.seconds)}/s" for point in curve)
+        parts.append(f"{name}rows a run {rates} ({curve[-1].memory / 2**20:.1f} MiB)")
     if measured.at_a_time:
-        parts.append("runs at a time " + ", ".join(f"{runs}: {rate:.4g}/s" for runs, rate in measured.at_a_time))
+        rates = ", ".join(f"{runs}: {_short(rate)}/s" for runs, rate in measured.at_a_time)
+        parts.append(f"runs at a time {rates}")
     return "; ".join(parts)
+
+
+def _short(rate: float) -> str:
+    """A rate in three digits or so."""
+    return f"{rate / 1000:.3g}k" if rate >= 1000 else f"{rate:.3g}"

@@ -42,6 +42,9 @@ EMBEDDING = "appliance_embedding"
 _OLDEST_TOP_K = 10
 """The first operator set whose TopK takes K as an input (onnx/onnx docs/Changelog.md)."""
 
+_CACHE_SIZE = 64 * 2**20
+"""Bytes of all wrapped graphs that are kept; without weights one has some ten or hundred thousand."""
+
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
 
 _MIXES_ROWS = {
@@ -124,6 +127,11 @@ class Plan:
             finds_rows=bool(described["finds_rows"]),
             key=str(described["key"]),
         )
+
+
+def cache_in(state_dir: Path) -> FileCache:
+    """Where wrapped graphs are kept, below the folder of the appliance's state."""
+    return FileCache(state_dir / "cache" / "plans", _CACHE_SIZE)
 
 
 def make_plan(

@@ -197,10 +197,12 @@ class LocalEngine:
         finally:
             self._loads -= 1
             loading.end()
+        # What is kept for as long as the model is there must not keep the files' content.
+        request = replace(request, plan=replace(request.plan, model=None, weights={}))
         model = LocalModel(session, device, batching, self._builder(request, session, device), self._idle)
         self._models.add(model)
         if unmeasured is not None:
-            model.unmeasured = unmeasured
+            model.unmeasured = replace(unmeasured, request=request)
             self._unmeasured.append(weakref.ref(model))
             if self._measuring is None or self._measuring.done():
                 self._measuring = asyncio.create_task(self._measure_all(), name="curves")

@@ -200,6 +200,22 @@ def test_the_steps_measure_a_real_model() -> None:
     assert [runs for runs, rate in found.at_a_time if rate > 0] == [1, 2]
 
 
+def test_a_long_run_is_not_repeated() -> None:
+    """A trifle is run fifty times, a usual one three times, one of a tenth of a second once."""
+    for seconds, wanted in ((1e-5, 50), (0.003, 7), (0.015, 3), (0.2, 1)):
+        now = 0.0
+
+        class Timed(FakeModel):
+            def compute(self, name: str, x: Any, seconds: float = seconds) -> Any:
+                nonlocal now
+                now += seconds
+                return x
+
+        model = Timed()
+        assert curves.shortest_run(model, ["double"], row(2), clock=lambda: now) == pytest.approx(seconds)  # noqa: B023
+        assert len(model.runs) == wanted
+
+
 def test_memory_is_what_a_run_and_its_results_take() -> None:
     """Asked before and after, while the results are there."""
     figures = iter([100, 350] * 100)
@@ -305,10 +321,10 @@ def test_operators_see_the_curve_and_where_it_comes_from() -> None:
     found = replace(
         KNOWN,
         curves=((Point(1, 0.02, 3 * MEGABYTE), Point(2, 0.03, 5 * MEGABYTE)),),
-        at_a_time=((1, 67.0), (2, 80.0)),
+        at_a_time=((1, 67.0), (2, 1200.0)),
         measured_at=0.5,
     )
-    text = "measured 1970-01-01 00:00 UTC; rows a run 1: 50/s 3 MiB, 2: 66.67/s 5 MiB; runs at a time 1: 67/s, 2: 80/s"
+    text = "measured 1970-01-01 00:00 UTC; rows a run 1: 50/s, 2: 66.7/s (5.0 MiB); runs at a time 1: 67/s, 2: 1.2k/s"
     assert curves.told(found, kept=False) == text
     assert curves.told(found, kept=True) == text.replace("UTC;", "UTC, kept;")
     two = replace(found, curves=found.curves * 2, at_a_time=())

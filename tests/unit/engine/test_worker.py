@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -324,6 +325,21 @@ async def test_a_model_that_goes_is_not_measured(tmp_path: Path) -> None:
     del first
     gc.collect()
     assert gone() is None
+
+
+async def test_what_was_read_of_the_files_goes_once_it_is_loaded(tmp_path: Path) -> None:
+    """A model has its weights once: not those of the file beside those of the session."""
+    folder = write_pixels(tmp_path / "b", pixel_model(50), concepts=50)
+    request = image_request(folder, max_rows=None)
+    (content,) = request.plan.weights.values()
+    model = await engine().load(request)
+    assert model.unmeasured is not None
+    del request
+    await asyncio.sleep(0)  # the loop has its result in its hands still
+    gc.collect()
+    holders = sys.getrefcount(content)
+    assert holders == 2  # the name, and the argument
+    model.close()
 
 
 @pytest.mark.usefixtures("hasty")
