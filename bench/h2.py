@@ -143,6 +143,10 @@ class Connection:
         """Calls that have not ended."""
         return len(self._calls) + len(self.waiting)
 
+    def unanswered(self) -> list[Pending]:
+        """Calls that have not ended."""
+        return [*self._calls.values(), *(Pending(kind, due, due) for kind, due in self.waiting)]
+
     def fileno(self) -> int:
         """For epoll."""
         return self.socket.fileno()
@@ -159,7 +163,7 @@ class Connection:
             self.waiting.append((kind, due))
             return
         stream, self._stream = self._stream, self._stream + 2
-        call = self._calls[stream] = Pending(kind, due, time.perf_counter(), [] if self._keep else None)
+        call = self._calls[stream] = Pending(kind, due, time.perf_counter(), body=[] if self._keep else None)
         short, size = self._short[kind], len(self._bodies[kind])
         if stream > 1 and short and size <= self._window and size <= self._stream_window and not self._blocked:
             number = stream.to_bytes(4, "big")
@@ -204,15 +208,19 @@ class Connection:
         if self._out:
             self._out += data
             return
-        try:
-            sent = self.socket.send(data)
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-            sent = 0
-        except OSError as error:
-            self._lost(f"connection lost: {type(error).__name__}")
-            return
+        sent = self._take(data)
         if sent < len(data):
             self._out += data[sent:]
+
+    def _take(self, data: bytes) -> int:
+        """How many bytes the socket took."""
+        try:
+            return self.socket.send(data)
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            return 0
+        except OSError as error:
+            self._lost(f"connection lost: {type(error).__name__}")
+            return 0
 
     @property
     def wants_to_write(self) -> bool:
@@ -221,27 +229,11 @@ class Connection:
 
     def write(self) -> None:
         """The socket takes more."""
-        while self._out:
-            data, self._out = bytes(self._out[:_READ]), self._out[_READ:]
-            self._send_first(data)
-            if self._out and len(self._out) and self._stuck:
+        while self._out and self.open:
+            sent = self._take(bytes(self._out[:_READ]))
+            if not sent:
                 return
-
-    _stuck = False
-
-    def _send_first(self, data: bytes) -> None:
-        """Send, and put what the socket did not take back in front."""
-        self._stuck = False
-        try:
-            sent = self.socket.send(data)
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-            sent = 0
-        except OSError as error:
-            self._lost(f"connection lost: {type(error).__name__}")
-            return
-        if sent < len(data):
-            self._out[:0] = data[sent:]
-            self._stuck = True
+            del self._out[:sent]
 
     # ---- in
 
@@ -383,7 +375,7 @@ class Connection:
         self.open = False
         with contextlib.suppress(OSError):
             self.socket.close()
-        calls = [*self._calls.values(), *(Pending(kind, due, due) for kind, due in self.waiting)]
+        calls = self.unanswered()
         self._calls.clear()
         self.waiting.clear()
         for call in calls:

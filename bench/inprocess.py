@@ -31,7 +31,7 @@ from appliance.core.types import Call, Endpoint
 from appliance.engine.worker import LocalEngine
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
-from bench.graphs import mlp, write_bundle
+from bench.models.tiny import mlp, write_bundle
 from bench.workload import METHOD, ROOT
 
 _BURST = 64

@@ -23,7 +23,7 @@ import grpc
 from hpack import Encoder
 
 from bench import workload
-from bench.cpu import tree_seconds
+from bench.cpu import choose_cpus, tree_seconds
 from bench.server import Server, serving
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -266,7 +266,7 @@ def main() -> None:
     body = digit_request()
     _BODY.append(b"\0" + struct.pack(">I", len(body)) + body)
     honest, attacks, stop = Honest(), Counter[str](), threading.Event()
-    with serving(digits, 0) as server:
+    with serving(digits, choose_cpus().server) as server:
         threads = [threading.Thread(target=call_over_http, args=(server, honest, stop))]
         threads += [
             threading.Thread(target=call_over_grpc, args=(server, body, honest, stop)) for _ in range(arguments.honest)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.cpu import Cpus, choose_cpus
-from bench.report import machine_facts
+from bench.common import machine_facts
 from bench.wire import build, certificates, digits, report, workload
 from bench.wire.load import H2load
 from bench.wire.plan import Bench, Results, cases
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = _arguments()
     cpus = choose_cpus()
     facts = machine_facts(cpus) | report.wire_facts()
-    os.sched_setaffinity(0, {cpus.load})  # this process reads clocks while the server runs; not on its CPU
+    os.sched_setaffinity(0, cpus.load)  # this process reads clocks while the server runs; not on its CPU
     rounds = arguments.rounds or (1 if arguments.quick else 3)
     seconds = arguments.seconds or (0.1 if arguments.quick else 0.5)
     try:
