@@ -39,7 +39,7 @@ def main() -> None:
         sys.exit(f"bench: {error}")
 
 
-_MODULES = {"open": "fixed_rate", "models": "write_models", "wire": "wire.__main__"}
+_MODULES = {"open": "fixed_rate", "models": "write_models", "wire": "wire.__main__", "peers": "peers.run"}
 
 
 if __name__ == "__main__":

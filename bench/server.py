@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import socket
@@ -130,7 +131,7 @@ def serving(
         for bundle in [bundles] if isinstance(bundles, Path) else bundles:
             shutil.copytree(bundle, folder / "models" / bundle.name, copy_function=_link)
         (folder / "state").mkdir()
-        port, plain_port, admin_port = _free_ports(3)
+        port, plain_port, admin_port = free_ports(3)
         config = folder / "appliance.toml"
         text = _config(folder, port, plain_port, admin_port)
         text += f'[processes]\nmode = "{mode}"\n' if mode != "default" else ""
@@ -196,13 +197,15 @@ def _appliance(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for bound in sockets:
-            bound.bind((_HOST, 0))
-        return [bound.getsockname()[1] for bound in sockets]
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now, below those that the kernel gives to outgoing connections."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(12_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as bound:
+            bound.bind((_HOST, port))
+            found.append(port)
+    return found
 
 
 def _wait_ready(process: "subprocess.Popen[bytes]", admin_port: int, log: Path) -> None:

@@ -63,8 +63,11 @@ def read_tensors(file: Path) -> dict[str, NDArray[np.float32]]:
     return tensors
 
 
-def graph(file: Path) -> onnx.ModelProto:
-    """`last_hidden_state` (batch, sequence, 384) for ids, mask and types, int64 (batch, sequence)."""
+def graph(file: Path, *, pooled: bool = False) -> onnx.ModelProto:
+    """`last_hidden_state` (batch, sequence, 384) for ids, mask and types, int64 (batch, sequence).
+
+    Args: pooled: instead, `embedding` (batch, 384), the mean over all tokens, for ids alone.
+    """
     tensors = read_tensors(file)
     net = Network(0)
 
@@ -78,10 +81,12 @@ def graph(file: Path) -> onnx.ModelProto:
     sequence = net.node("Gather", net.node("Shape", "input_ids"), net.numbers(1), axis=0)
     places = net.node("Slice", net.constant(tensors["embeddings.position_embeddings.weight"]), net.numbers(0), sequence)
     words = net.node("Gather", net.constant(tensors["embeddings.word_embeddings.weight"]), "input_ids")
-    types = net.node("Gather", net.constant(tensors["embeddings.token_type_embeddings.weight"]), "token_type_ids")
+    types = net.constant(tensors["embeddings.token_type_embeddings.weight"][0])
+    if not pooled:
+        types = net.constant(tensors["embeddings.token_type_embeddings.weight"])
+        types = net.node("Gather", types, "token_type_ids")
     x = encoder.normal(net.node("Add", net.node("Add", words, types), places), "embeddings.LayerNorm")
-    mask = net.node("Unsqueeze", net.node("Cast", "attention_mask", to=TensorProto.FLOAT), net.numbers(1, 2))
-    mask = net.node("Mul", net.node("Sub", net.constant(np.float32(1)), mask), net.constant(np.float32(-10_000)))
+    mask = "" if pooled else _mask(net)
     for block in range(_BLOCKS):
         at = f"encoder.layer.{block}."
         own = tuple(f"{at}attention.self.{part}" for part in ("query", "key", "value"))
@@ -89,7 +94,16 @@ def graph(file: Path) -> onnx.ModelProto:
         x = encoder.normal(net.node("Add", y, x), f"{at}attention.output.LayerNorm")
         y = encoder.feed_forward(x, f"{at}intermediate.dense", f"{at}output.dense")
         x = encoder.normal(net.node("Add", y, x), f"{at}output.LayerNorm")
-    net.node("Identity", x, output="last_hidden_state")
     shape: list[object] = ["batch", "sequence"]
+    if pooled:
+        net.node("ReduceMean", x, output="embedding", axes=[1], keepdims=0)
+        return net.model("minilm", {"input_ids": (TensorProto.INT64, shape)}, {"embedding": ["batch", _WIDTH]})
+    net.node("Identity", x, output="last_hidden_state")
     inputs = {name: (int(TensorProto.INT64), shape) for name in ("input_ids", "attention_mask", "token_type_ids")}
     return net.model("all-MiniLM-L6-v2", inputs, {"last_hidden_state": ["batch", "sequence", _WIDTH]})
+
+
+def _mask(net: Network) -> str:
+    """What is added to the scores: 0 where a token is, very little elsewhere."""
+    mask = net.node("Unsqueeze", net.node("Cast", "attention_mask", to=TensorProto.FLOAT), net.numbers(1, 2))
+    return net.node("Mul", net.node("Sub", net.constant(np.float32(1)), mask), net.constant(np.float32(-10_000)))
