@@ -145,7 +145,7 @@ def _litserve(model: Model, folder: Path, ports: Sequence[int]) -> tuple[list[st
 
 
 def _triton(model: Model, folder: Path, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
-    """The binary alone, without pytriton's proxy. Its Python backend loads libpython and finds packages by what we say."""
+    """The binary alone, without pytriton's proxy. Its Python backend loads the libpython that it finds by name."""
     site = _site("triton")
     server = site / "pytriton/tritonserver"
     version = ".".join(site.parent.name.removeprefix("python").split(".")[:2])
@@ -171,8 +171,11 @@ instance_group [{{ kind: KIND_CPU count: 1 }}]
     command += ["--backend-directory", str(backends), "--grpc-port", str(ports[0]), "--http-port", str(ports[1])]
     command += ["--metrics-port", str(ports[2]), "--log-info", "false", "--cache-directory", str(server / "caches")]
     command += ["--backend-config", f"python,shm-region-prefix-name=bench{os.getpid()}-{ports[0]}"]
-    home = Path(os.path.realpath(_python("triton"))).parent.parent
-    return command, {"LD_LIBRARY_PATH": str(home / "lib"), "BENCH_SITE": str(site), "PYTHONHOME": str(home)}
+    # The backend heeds no PYTHONPATH: it takes the packages of the first python3 on PATH. It needs numpy 1, as the
+    # environment has: with another every output would have no bytes.
+    real, own = Path(os.path.realpath(_python("triton"))), Path(_python("triton")).parent
+    path = f"{own}:{os.environ['PATH']}"
+    return command, {"LD_LIBRARY_PATH": str(real.parent.parent / "lib"), "PATH": path}
 
 
 PEERS = (

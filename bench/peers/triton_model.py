@@ -1,16 +1,10 @@
-"""A model for Triton's Python backend; copied into its model repository.
-
-The environment says what: BENCH_MODEL the ONNX file, BENCH_SITE where packages lie (the backend takes no PYTHONPATH).
-"""
+"""A model for Triton's Python backend; copied into its model repository. BENCH_MODEL is the ONNX file."""
 
 import os
-import sys
 
-sys.path.append(os.environ["BENCH_SITE"])
-
-import numpy as np  # noqa: E402
-import onnxruntime  # noqa: E402
-import triton_python_backend_utils as utils  # noqa: E402
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as utils
 
 
 class TritonPythonModel:
@@ -21,12 +15,12 @@ class TritonPythonModel:
         self._input = self._session.get_inputs()[0].name
         self._output = self._session.get_outputs()[0].name
 
-    def execute(self, requests: list) -> None:
+    def execute(self, requests: list) -> list:
         rows = [utils.get_input_tensor_by_name(request, self._input).as_numpy() for request in requests]
         array = self._session.run(None, {self._input: np.concatenate(rows)})[0]
-        begin = 0
-        for request, row in zip(requests, rows, strict=True):
-            part = utils.Tensor(self._output, np.array(array[begin : begin + len(row)], np.float32))
+        replies, begin = [], 0
+        for row in rows:
+            part = array[begin : begin + len(row)]
             begin += len(row)
-            reply = utils.InferenceResponse([part])
-            request.get_response_sender().send(reply, utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            replies.append(utils.InferenceResponse([utils.Tensor(self._output, part)]))
+        return replies
