@@ -25,6 +25,8 @@ _KEPT = 64
 """Replies that are kept whole, at most, of each kind of message."""
 _SUCCESS = b"\x08\x90\x4e"
 """How the status of a Clarifai reply begins when its code is 10000: field 1, varint."""
+_UNANSWERED = ("connection", "stream reset", "refused by GOAWAY", "no ")
+"""How the ends of calls begin that got neither a result nor a status."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Job:
         rate: calls a second over all connections, whether replies come or not; 0: a closed loop, one call in flight
             on each connection.
         idle: connections more that say nothing.
-        clarifai: whether replies must hold Clarifai's success code.
+        clarifai: whether replies must hold Clarifai's success code, 10000.
         reconnect: whether a lost connection is opened again.
         wait_s: how long the last replies are waited for; what has not come by then is lost.
     """
@@ -89,6 +91,11 @@ class Outcome:
     def problems(self) -> dict[str, int]:
         """All other ends."""
         return {sentence: number for sentence, number in self.ends.items() if sentence}
+
+    @property
+    def lost(self) -> int:
+        """Calls that got neither a result nor a status."""
+        return sum(number for sentence, number in self.ends.items() if sentence.startswith(_UNANSWERED))
 
     @property
     def per_s(self) -> float:
@@ -279,7 +286,7 @@ class _Generator:
         now = time.perf_counter()
         head = call.body[0] if call.body else call.head
         if not problem and self._job.clarifai and _SUCCESS not in head[:24]:
-            problem = "a reply whose status is not SUCCESS"
+            problem = _status(head)
         if call.due >= self._counted_from and (call.due < self._until):
             self._ends[problem] += 1
             if not problem:
@@ -302,6 +309,20 @@ class _Generator:
         fresh = self._connect()
         self._connections[self._connections.index(connection)] = fresh
         self._next(fresh, now)
+
+
+def _status(head: bytes) -> str:
+    """The status code of a Clarifai reply, from its first bytes: prefix, field 1, its length, field 1, varint."""
+    place = 6
+    while place < len(head) and head[place] & 0x80:
+        place += 1
+    code = shift = 0
+    for byte in head[place + 2 : place + 6]:
+        code |= (byte & 0x7F) << shift
+        shift += 7
+        if not byte & 0x80:
+            break
+    return f"status {code}"
 
 
 def _cpu_s() -> float:

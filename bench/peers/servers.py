@@ -140,8 +140,8 @@ def _kserve(model: Model, folder: Path, ports: Sequence[int]) -> tuple[list[str]
 
 def _litserve(model: Model, folder: Path, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
     shape = ",".join(map(str, model.row.shape))
-    command = [_python("litserve"), str(HERE / "litserve_server.py"), str(model.file), str(ports[0])]
-    return [*command, model.row.dtype.name, shape], {}
+    variables = {"BENCH_PORT": str(ports[0]), "BENCH_TYPE": model.row.dtype.name, "BENCH_SHAPE": shape}
+    return [_python("litserve"), str(HERE / "litserve_server.py")], variables
 
 
 def _triton(model: Model, folder: Path, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
