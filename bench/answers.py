@@ -33,7 +33,9 @@ def problem(reply: bytes, expected: Sequence[Expected]) -> str:
 def _wrong(data: Any, wanted: Expected) -> str:
     if "concept" in wanted:
         found = data.concepts
-        return "" if found and found[0].id == wanted["concept"] else "an output whose best concept is not the model's own"
+        return (
+            "" if found and found[0].id == wanted["concept"] else "an output whose best concept is not the model's own"
+        )
     if "regions" in wanted:
         # A score on the threshold may fall on either side when rows share a run.
         near = abs(len(data.regions) - wanted["regions"]) <= 1 + wanted["regions"] // 50

@@ -75,7 +75,9 @@ class _Axis:
     def ticks(self) -> list[float]:
         if self._log:
             first, last = math.floor(math.log10(self._low)), math.ceil(math.log10(self._high))
-            found = [m * 10.0**power for power in range(first, last + 1) for m in ((1, 2, 5) if last - first < 3 else (1,))]
+            found = [
+                m * 10.0**power for power in range(first, last + 1) for m in ((1, 2, 5) if last - first < 3 else (1,))
+            ]
             return [value for value in found if self._low <= value <= self._high]
         step = 10 ** math.floor(math.log10((self._high - self._low) / 4))
         step *= next(m for m in (1, 2, 5, 10) if (self._high - self._low) / (m * step) <= 6)
@@ -85,7 +87,9 @@ class _Axis:
 
 def _tick_x(axis: _Axis, value: float) -> str:
     x, y = axis.place(value), _HEIGHT - _BOTTOM
-    return f'<path d="M{x:.1f} {y}v5" stroke="black"/><text x="{x:.1f}" y="{y + 18}" text-anchor="middle">{value:g}</text>'
+    return (
+        f'<path d="M{x:.1f} {y}v5" stroke="black"/><text x="{x:.1f}" y="{y + 18}" text-anchor="middle">{value:g}</text>'
+    )
 
 
 def _tick_y(axis: _Axis, value: float) -> str:

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,9 @@ def parser(name: str, text: str, *, seconds: float, repeat: int = 3) -> argparse
     made.add_argument("--quick", action="store_true", help="one short repetition, to see that it works")
     made.add_argument("--seconds", type=float, help=f"length of one measurement; default {seconds:g}")
     made.add_argument("--repeat", type=int, help=f"repetitions; default {repeat}")
-    made.add_argument("--mode", choices=MODES, default="default", help="processes of the daemon; default: its own choice")
+    made.add_argument(
+        "--mode", choices=MODES, default="default", help="processes of the daemon; default: its own choice"
+    )
     made.add_argument("--server-cpus", type=int, default=1, metavar="N", help="CPUs of the server; the others load it")
     made.add_argument("--settings", default="", metavar="TOML", help="more of the daemon's configuration")
     made.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for the results")
@@ -52,8 +54,18 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in names(text))
 
 
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What must be shown, and what was."""
+
+    name: str
+    wanted: str
+    measured: str
+    met: bool
+
+
 class Run:
-    """One run of a command: its options, and what it writes."""
+    """One run of a command: its options, what it writes, and the bars that it can tell of."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -63,6 +75,7 @@ class Run:
         self.repeat: int = options.repeat or (1 if options.quick else options.default_repeat)
         self.cpus = choose_cpus(options.server_cpus)
         self.facts = machine_facts(self.cpus) | {"mode": self.mode, "command": options.name}
+        self.bars: list[Bar] = []
         self._begun = time.monotonic()
 
     def say(self, sentence: str) -> None:
@@ -73,9 +86,17 @@ class Run:
         """Say how long this will take."""
         self.say(f"this takes about {max(1, round(seconds / 60))} min")
 
+    def _whole(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        return {"machine": self.facts, "bars": [asdict(bar) for bar in self.bars], **content}
+
     def head(self, title: str, *more: str) -> list[str]:
         """The first lines of every result."""
         return head(self.facts, title, f"Medians of {self.repeat} repetitions.", *more)
+
+    def bar(self, name: str, wanted: str, measured: str, met: bool) -> str:
+        """Keep a bar. Returns: a sentence about it."""
+        self.bars.append(Bar(name, wanted, measured, met))
+        return f"The bar, {name} {wanted}: {measured}, {'met' if met else 'MISSED'}."
 
     def write(self, text: str, content: Mapping[str, Any], charts: Mapping[str, str] | None = None) -> None:
         """Print the text; write it, the content as JSON, and the charts."""
@@ -83,8 +104,14 @@ class Run:
         parts = [f"{datetime.now(UTC):%Y-%m-%d}-{self.options.name}"]
         parts += [self.mode] if self.mode != "default" else []
         parts += ["quick"] if self.options.quick else []
-        for file in write(self.options.out, "-".join(parts), text, {"machine": self.facts, **content}, charts or {}):
+        for file in write(self.options.out, "-".join(parts), text, self._whole(content), charts or {}):
             print(f"written: {file.name}")
+
+
+def bars_table(bars: Sequence[Bar]) -> str:
+    """For a report."""
+    rows = [[bar.name, bar.wanted, bar.measured, "met" if bar.met else "MISSED"] for bar in bars]
+    return table(["bar", "wanted", "measured", ""], rows)
 
 
 def head(facts: Mapping[str, Any], title: str, *more: str) -> list[str]:

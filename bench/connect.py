@@ -30,8 +30,8 @@ from appliance.core.memory import MemoryBudget
 from appliance.core.types import Call, Endpoint
 from appliance.wire.server import WireServer
 from appliance.wire.settings import WireSettings
-from bench.cpu import Cpus, choose_cpus, pin_to
 from bench.common import machine_facts
+from bench.cpu import Cpus, choose_cpus, pin_to
 from bench.server import serving
 from bench.wire.process import cpu_ns, memory_bytes
 from bench.workload import METHOD, ROOT, digits
@@ -72,9 +72,9 @@ class Figures:
         return statistics.median(getattr(self, name))
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Measure, print, write."""
-    arguments = _arguments()
+    arguments = _arguments(given)
     if arguments.serve:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(arguments.serve))
@@ -88,13 +88,13 @@ def main() -> None:
     print(f"written: {file.name}")
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.connect", description="appliance connect beside direct TLS.")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement, default 3")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions, default 3")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="where the result goes")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def _run(arguments: argparse.Namespace, cpus: Cpus) -> str:

@@ -233,5 +233,3 @@ def ask(server: Server, request: Request, cpus: tuple[int, ...]) -> None:
     wrong = answers.problem(replies[0], request.expected) if replies else str(outcome.problems or "no reply")
     if wrong:
         raise RuntimeError(f"a first request is not answered rightly: {wrong}")
-
-

@@ -255,13 +255,13 @@ def memory_kib(pid: int) -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Run it, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--honest", type=int, default=3)
     parser.add_argument("--hostile", type=int, default=4)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     digits = workload.ROOT / "models" / "digits"
     body = digit_request()
     _BODY.append(b"\0" + struct.pack(">I", len(body)) + body)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import charts, flame
-from bench.common import Run, number, of_workloads, parser, table
+from bench.common import Bar, Run, number, of_workloads, parser, table
 from bench.generator import Job, begin
 from bench.peers.servers import install
 from bench.server import Server, serving
@@ -25,16 +25,20 @@ _LEAD_S = 3.0
 _THREAD = re.compile(r"thread \((?P<id>\d+)\): ?(?P<name>.*)")
 _FRAME = re.compile(r"(?P<function>.+) \((?P<file>[^():]+):?(?P<line>\d*)\)")
 
+_REPLY = "reply: arrays to bytes"
+_REPLY_SIDE = re.compile(r"(encode|answer|_squeezed) \(appliance/tasks/|appliance/api/replies\.py")
+"""Whatever is called from there belongs to making the reply."""
+_REPLY_BAR_US = 7.0
+
 _STAGES = (
     ("wire: TLS, HTTP/2, gRPC", re.compile(r"appliance/wire/|ssl\.py")),
     ("caller: key, rights, limits", re.compile(r"appliance/api/(auth|limits|keys|context)\.py")),
     ("parse: message to questions", re.compile(r"appliance/api/(parsing|messages|questions|oip|kserve|values|arrays)")),
-    ("reply: results to bytes", re.compile(r"appliance/api/replies\.py")),
     ("api: the rest", re.compile(r"appliance/api/")),
     ("decode: inputs to rows", re.compile(r"appliance/media/|tokenizers|PIL/")),
     ("model: session.run", re.compile(r"appliance/engine/session\.py|onnxruntime")),
     ("batcher, plan, transport", re.compile(r"appliance/engine/")),
-    ("tasks: decode and encode", re.compile(r"appliance/tasks/")),
+    ("tasks: the rest", re.compile(r"appliance/tasks/")),
     ("catalog", re.compile(r"appliance/catalog/")),
     ("metrics, memory budget, logs", re.compile(r"appliance/core/")),
     ("processes", re.compile(r"appliance/daemon/")),
@@ -42,7 +46,7 @@ _STAGES = (
 _NONE = "loop, interpreter"
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> list[Bar]:
     """Measure, print, write."""
     made = of_workloads(parser("stages", __doc__, seconds=8.0, repeat=1), ("digits", "mlp", "minilm", "resnet50"))
     made.add_argument("--batch", type=int, default=1, help="inputs of a request; default 1")
@@ -61,7 +65,12 @@ def main(arguments: list[str]) -> None:
         by_stage, by_place = _sorted(stacks)
         total = sum(by_stage.values())
         rows = [
-            [stage, f"{count / total:.1%}", number(cpu_us * count / total), number(cpu_us * count / total / shape.inputs)]
+            [
+                stage,
+                f"{count / total:.1%}",
+                number(cpu_us * count / total),
+                number(cpu_us * count / total / shape.inputs),
+            ]
             for stage, count in by_stage.most_common()
         ]
         places = [
@@ -73,12 +82,20 @@ def main(arguments: list[str]) -> None:
         content[name] = {"cpu_us": cpu_us, "stages": dict(by_stage), "places": dict(by_place.most_common(60))}
         drawn[f"flame-{name}-{shape.inputs}"] = flame.draw(f"{name}, {shape.name}: {cpu_us:.0f} µs a request", stacks)
         stages[name] = {stage: 100 * count / total for stage, count in by_stage.items()}
+        if shape.inputs == 128 and name == "digits":
+            reply_us = cpu_us * by_stage[_REPLY] / total / shape.inputs
+            met = reply_us <= _REPLY_BAR_US
+            what = f"{name}, batch 128: CPU µs an output for making the reply (of {cpu_us / shape.inputs:.0f} in all)"
+            lines += ["", run.bar(what, f"≤ {_REPLY_BAR_US:g}", f"{reply_us:.1f}", met)]
         run.say(name)
     drawn["shares"] = charts.bars("CPU time by stage", "per cent", stages)
     run.write("\n".join(lines), {"stages": content}, drawn)
+    return run.bars
 
 
-def record(server: Server, spy: str, seconds: float, cpus: tuple[int, ...], folder: Path) -> dict[tuple[str, ...], float]:
+def record(
+    server: Server, spy: str, seconds: float, cpus: tuple[int, ...], folder: Path
+) -> dict[tuple[str, ...], float]:
     """Sample the daemon's processes for so many seconds. Returns: stack, its thread first → CPU seconds.
 
     The profiler takes some waiting threads for running ones; so a thread's samples share what the scheduler counted for it.
@@ -87,7 +104,9 @@ def record(server: Server, spy: str, seconds: float, cpus: tuple[int, ...], fold
     command = [spy, "record", "--pid", str(server.pid), "--subprocesses", "--threads", "--rate", str(_RATE)]
     command += ["--format", "raw", "--duration", str(max(1, round(seconds))), "--output", str(file)]
     before = _thread_cpu(server)
-    done = subprocess.run(["taskset", "-c", ",".join(map(str, cpus)), *command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["taskset", "-c", ",".join(map(str, cpus)), *command], capture_output=True, text=True, check=False
+    )
     after = _thread_cpu(server)
     if not file.exists():
         raise RuntimeError(f"py-spy failed: {done.stderr[-500:]}")
@@ -159,10 +178,11 @@ def _sorted(stacks: dict[tuple[str, ...], float]) -> tuple["Counter[str]", "Coun
     by_place: Counter[str] = Counter()
     for frames, count in stacks.items():
         stage, place = _NONE, frames[-1] if frames else "?"
+        replying = any(_REPLY_SIDE.search(frame) for frame in frames)
         for frame in reversed(frames):
             found = next((name for name, pattern in _STAGES if pattern.search(frame)), None)
             if found is not None:
-                stage, place = found, frame
+                stage, place = _REPLY if replying else found, frame
                 break
         by_stage[stage] += count  # type: ignore[assignment]
         by_place[place] += count  # type: ignore[assignment]

@@ -69,7 +69,9 @@ class Network:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def write_bundle(bundle: Path, model: onnx.ModelProto | bytes, section: dict[str, object], kind: str, **more: object) -> Path:
+def write_bundle(
+    bundle: Path, model: onnx.ModelProto | bytes, section: dict[str, object], kind: str, **more: object
+) -> Path:
     """Write `config.yaml` and `1/model.onnx`; the folder's name is the model's id.
 
     Args: section: under `onnx:`. kind: model_type_id. more: other keys of the config.

@@ -41,4 +41,10 @@ class Model(litserve.LitAPI):
 
 if __name__ == "__main__":
     server = litserve.LitServer(Model(max_batch_size=32, batch_timeout=0.002), accelerator="cpu", workers_per_device=1)
-    server.run(port=int(os.environ["BENCH_PORT"]), host="127.0.0.1", num_api_servers=1, generate_client_file=False, log_level="warning")
+    server.run(
+        port=int(os.environ["BENCH_PORT"]),
+        host="127.0.0.1",
+        num_api_servers=1,
+        generate_client_file=False,
+        log_level="warning",
+    )

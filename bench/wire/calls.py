@@ -39,7 +39,14 @@ def check(checks: Sequence[dict[str, Any]], folder: Path, cpu: tuple[int, ...]) 
 
 
 def measure(
-    address: str, mode: str, method: str, payload: Path, folder: Path, pids: Sequence[int], cpu: tuple[int, ...], seconds: float
+    address: str,
+    mode: str,
+    method: str,
+    payload: Path,
+    folder: Path,
+    pids: Sequence[int],
+    cpu: tuple[int, ...],
+    seconds: float,
 ) -> Figures:
     """Load for so many seconds. Args: payload: path of the request's files without the suffix."""
     job = {

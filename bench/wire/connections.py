@@ -63,7 +63,9 @@ class Idle:
 # ---- in the benchmark's own process ----------------------------------------------------------------------------------
 
 
-def measure_handshakes(port: int, mode: str, folder: Path, pids: Sequence[int], cpu: tuple[int, ...], seconds: float) -> Handshakes:
+def measure_handshakes(
+    port: int, mode: str, folder: Path, pids: Sequence[int], cpu: tuple[int, ...], seconds: float
+) -> Handshakes:
     """Open and close connections for so many seconds."""
     job = {"do": "handshakes", "port": port, "mode": mode, "folder": str(folder), "seconds": seconds}
     client = Client("bench.wire.connections", cpu, job)
