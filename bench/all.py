@@ -1,6 +1,6 @@
 """Everything that the bars stand on, one after the other, and a table of the bars. On a quiet machine: about two hours.
 
-With --quick half an hour, to see that all of it works; its figures are rough. What a command writes is beside the table.
+With --quick half an hour, to see that all of it works; its figures are rough. What each command writes is there too.
 """
 
 import importlib
@@ -15,7 +15,7 @@ _STEPS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "stages of 128": ("stages", ("--models", "digits", "--batch", "128", "--connections", "8"), ("--seconds", "4")),
     "growth": ("growth", (), ()),
     "loading": ("loading", (), ("--seconds", "4", "--repeat", "2")),
-    "kill": ("kill", (), ("--seconds", "5", "--repeat", "4")),
+    "kill": ("kill", (), ("--seconds", "8", "--repeat", "1")),
     "peers": ("peers.run", (), ("--models", "m1,m3")),
     "memory": ("memory", (), ()),
 }

@@ -100,7 +100,8 @@ def _tick_y(axis: _Axis, value: float) -> str:
 
 def _legend(index: int, name: str, colour: str) -> str:
     x, y = _WIDTH - _RIGHT + 14, _TOP + 10 + 20 * index
-    return f'<path d="M{x} {y}h18" stroke="{colour}" stroke-width="4"/><text x="{x + 24}" y="{y + 4}">{escape(name)}</text>'
+    mark = f'<path d="M{x} {y}h18" stroke="{colour}" stroke-width="4"/>'
+    return f'{mark}<text x="{x + 24}" y="{y + 4}">{escape(name)}</text>'
 
 
 def _frame(title: str, x_name: str, y_name: str, parts: list[str]) -> str:

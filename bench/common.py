@@ -6,12 +6,11 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from bench.cpu import Cpus, choose_cpus
@@ -183,19 +182,6 @@ def number(value: float) -> str:
     if value >= 100 or value == 0:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of a table over repetitions: the median of one figure. Attributes: of: figures of one repetition → it."""
-
-    name: str
-    of: Callable[[dict[str, Any]], float]
-    show: Callable[[float], str] = number
-
-    def cell(self, repetitions: Sequence[dict[str, Any]]) -> str:
-        """For a table."""
-        return self.show(median(self.of(figures) for figures in repetitions))
 
 
 def _cpu_model() -> str:

@@ -1,4 +1,4 @@
-"""Open loop: requests at a fixed rate, whether replies come or not; latency counts from when a request should have left.
+"""Open loop: requests at a fixed rate, whether replies come or not; latency counts from when a request was due.
 
 The rates are parts of what a closed loop of the same requests reached just before on the most connections. A caller
 who waits while the server is slow would not be seen in a closed loop (coordinated omission); here it is.
@@ -106,8 +106,8 @@ def _inputs(request: str) -> int:
 
 def _notes(cells: dict[Cell, list[dict[str, Any]]]) -> list[str]:
     notes = [
-        "* p99.9 of fewer than 1000 requests is the slowest one. late: what 99 % of the calls left later than due at most; "
-        f"from {_LATE_MS:g} ms on, the generator's CPU was taken from it, and the latencies hold that too."
+        "* p99.9 of fewer than 1000 requests is the slowest one. late: 99 % of the calls left at most so much after "
+        f"they were due; from {_LATE_MS:g} ms on, the generator's CPU was taken from it, and the latencies hold that too."
     ]
     for (name, request, connections, part), figures in cells.items():
         problems = {problem for one in figures for problem in one["problems"]}

@@ -1,7 +1,7 @@
 """What more of everything costs: connections, idle and busy; models loaded; concepts; inputs of a request.
 
-Each figure is CPU microseconds of all the daemon's processes for a request, in a closed loop on 8 connections where nothing
-else is said, and the memory that it holds (PSS). Tiny models, so that what grows is the appliance's own.
+Each figure is CPU microseconds of all the daemon's processes for a request, in a closed loop on 8 connections where
+nothing else is said, and the memory that it holds (PSS). Tiny models, so that what grows is the appliance's own.
 """
 
 import shutil

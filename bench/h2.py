@@ -1,7 +1,7 @@
 """A small HTTP/2 client for gRPC calls, cheap enough to stand in for many callers on one CPU.
 
-Nothing waits: whoever runs the loop says when a request is to leave, and is told when its reply is complete. One thread,
-no event loop library, because those count time in milliseconds.
+Nothing waits: whoever runs the loop says when a request is to leave, and is told when its reply is complete. One
+thread, no event loop library, because those count time in milliseconds.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Target:
 
 
 class Heads:
-    """The header blocks of the calls of one connection: the first one teaches the server's table, the rest point at it."""
+    """The header blocks of a connection's calls: the first one teaches the server's table, the rest point at it."""
 
     def __init__(self, target: Target) -> None:
         host = target.address.partition(":")[0]
@@ -78,7 +78,7 @@ def _text(value: str) -> bytes:
 
 @dataclass(slots=True)
 class Pending:
-    """One call. Attributes: due: when it should have left. sent: when it did. size: bytes of its reply. head: their begin."""
+    """One call. Attributes: due: when it should leave. sent: when it left. size, head: of its reply, how it begins."""
 
     kind: int
     due: float
@@ -383,7 +383,7 @@ class Connection:
 
 
 class Poller:
-    """Waits for sockets with microseconds' precision. epoll alone counts in milliseconds, select alone has 1024 files."""
+    """Waits for sockets to the microsecond. epoll alone counts in milliseconds, select alone has 1024 files."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()

@@ -1,7 +1,7 @@
 """Latency of light requests while a heavy model loads, to the same when all is quiet, in the same run.
 
-Digits at a fixed rate. Again and again the bundle of a heavy model appears among the daemon's models, is loaded, and goes
-away. Calls that were due while the daemon's log says it was loading stand against those due in the quiet before.
+Digits at a fixed rate. Again and again the bundle of a heavy model appears among the daemon's models, is loaded, and
+goes away. Calls that were due while the daemon's log says it was loading stand against those due in the quiet before.
 """
 
 import re

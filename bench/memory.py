@@ -1,6 +1,6 @@
 """Memory over a million mixed requests: does it grow after the warm-up.
 
-Kinds and sizes are mixed: pictures, tensors of many lengths, texts, requests of many inputs, and such as must be refused.
+Kinds and sizes are mixed: pictures, tensors of many lengths, texts, requests of many inputs, and such as are refused.
 The memory is that of all the daemon's processes (PSS), read every few seconds. The first tenth of the requests is the
 warm-up: what the daemon holds then (the median over the twentieth after it) stands against the last twentieth.
 """

@@ -1,7 +1,7 @@
 """CPU microseconds of the server for a request, stage by stage, and a flame graph of all its processes.
 
-py-spy, in an environment of its own, samples all threads of all the daemon's processes. A sample belongs to the innermost
-frame of ours in its stack, and so to a stage; it weighs what the kernel counts for its thread.
+py-spy, in an environment of its own, samples all threads of all the daemon's processes. A sample belongs to the
+innermost frame of ours in its stack, and so to a stage; it weighs what the kernel counts for its thread.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ def record(
 ) -> dict[tuple[str, ...], float]:
     """Sample the daemon's processes for so many seconds. Returns: stack, its thread first → CPU seconds.
 
-    The profiler takes some waiting threads for running ones; so a thread's samples share what the scheduler counted for it.
+    The profiler takes some waiting threads for running ones; so a thread's samples share what the kernel counted.
     """
     file = folder / "stacks"
     command = [spy, "record", "--pid", str(server.pid), "--subprocesses", "--threads", "--rate", str(_RATE)]

@@ -1,1 +1,1 @@
-"""The models that are measured, written as bundles by `python -m bench models`; all but digits and MiniLM of random weights."""
+"""The models that are measured, written as bundles; all but digits and MiniLM have random weights."""

@@ -40,7 +40,7 @@ class Network:
         return self.constant(np.array(values, np.int64))
 
     def convolution(self, x: str, inputs: int, outputs: int, kernel: int, stride: int = 1, scale: float = 1.0) -> str:
-        """With bias, padded to keep the size. Source: He et al. 2015, Delving Deep into Rectifiers: variance 2 / fan-in."""
+        """With bias, padded to keep the size. Source: He et al. 2015, Delving Deep into Rectifiers."""
         deviation = scale * (2 / (inputs * kernel * kernel)) ** 0.5
         weight = self.weight((outputs, inputs, kernel, kernel), deviation)
         bias = self.weight((outputs,), 0.01)

@@ -52,7 +52,7 @@ class Cell:
 
 @dataclass(slots=True)
 class Pair:
-    """A peer and ours on one model. Attributes: cells: (ours?, connections) → repetitions. start_s, memory: by ours?."""
+    """A peer and ours on one model. Attributes: cells: (ours?, connections) → repetitions. start_s, memory: by ours?"""
 
     peer: Peer
     model: Model

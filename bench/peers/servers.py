@@ -23,7 +23,7 @@ _STOP_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A server that was started. Attributes: address: host:port without TLS. headers: what calls must bring. ended: did it?"""
+    """A server that was started. Attributes: address: without TLS. headers: what calls must bring. ended: did it?"""
 
     pid: int
     address: str
@@ -34,7 +34,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another server. Attributes: surface: which of `surfaces` it speaks. command: model, folder, ports → what to run."""
+    """Another server. Attributes: surface: a key of `SURFACES`. command: model, folder, ports → what to run."""
 
     name: str
     surface: str
