@@ -107,7 +107,7 @@ def _inputs(request: str) -> int:
 def _notes(cells: dict[Cell, list[dict[str, Any]]]) -> list[str]:
     notes = [
         "* p99.9 of fewer than 1000 requests is the slowest one. late: 99 % of the calls left at most so much after "
-        f"they were due; from {_LATE_MS:g} ms on, the generator's CPU was taken from it, and the latencies hold that too."
+        f"they were due; from {_LATE_MS:g} ms on the generator lacked CPU, and the latencies hold that too."
     ]
     for (name, request, connections, part), figures in cells.items():
         problems = {problem for one in figures for problem in one["problems"]}

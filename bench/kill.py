@@ -1,7 +1,6 @@
 """kill -9 of engine processes under load: every call must end with a result or a status, and soon as before.
 
-Two loads at a fixed rate, each call once (no retries): texts for MiniLM, which takes the engine milliseconds, and digits.
-In each round a fresh daemon's engine is killed twice: a third crash in five minutes would rightly take the model out of
+Two loads at a fixed rate, each call once (no retries): texts for MiniLM, which take milliseconds each, and digits. In each round a fresh daemon's engine is killed twice: a third crash in five minutes would rightly take the model out of
 service. lost: calls that got neither a result nor a gRPC or API status.
 """
 
@@ -29,7 +28,7 @@ _START_S = 60.0
 
 @dataclass(slots=True)
 class Side:
-    """What became of one load over all rounds. Attributes: gaps: seconds from a kill to the next result of a new call."""
+    """What became of one load. Attributes: gaps: seconds from a kill to the next result of a call made after it."""
 
     ends: Counter[str] = field(default_factory=Counter)
     lost: int = 0
@@ -37,14 +36,14 @@ class Side:
     gaps: list[float] = field(default_factory=list)
     first: list[tuple[float, float]] = field(default_factory=list)
 
-    def add(self, outcome: Outcome, kills: list[float]) -> None:
-        """One round. Args: kills: when, seconds since the epoch."""
+    def add(self, outcome: Outcome, kills: list[float], length: float) -> None:
+        """One round. Args: kills: when, seconds since the epoch. length: seconds of the load, the gap if none came."""
         self.ends.update(outcome.ends)
         self.lost += outcome.lost
         self.latencies += outcome.latencies
         for at in kills:
             after = [due + took for due, took in outcome.moments if outcome.begun + due > at]
-            self.gaps.append(outcome.begun + min(after, default=outcome.ended - outcome.begun) - at)
+            self.gaps.append(outcome.begun + min(after, default=length) - at)
         self.first = self.first or [(due, took * 1e3) for due, took in sorted(outcome.moments)]
 
 
@@ -107,7 +106,7 @@ def _round(run: Run, sides: dict[str, Side], replaced: list[float]) -> str:
             run.say(f"killed; another engine after {replaced[-1]:.2f} s")
             time.sleep(0.3 * run.seconds)
         for name, load in zip(sides, loads, strict=True):
-            sides[name].add(load.wait(), kills)
+            sides[name].add(load.wait(), kills, (_KILLS + 1) * run.seconds)
         return _lost_by_the_daemon(server)
 
 
