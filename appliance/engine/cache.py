@@ -8,12 +8,17 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
 _DIGEST = 64
 """Characters of a SHA-256 in hexadecimal: the first line of every file, over all that follows."""
+
+_NEW = ".new-"
+_ABANDONED_S = 3600.0
+"""Seconds after which a file that is still being written belongs to nobody: its process was killed."""
 
 
 class FileCache:
@@ -48,7 +53,7 @@ class FileCache:
         temporary = ""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".new-")
+            handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=_NEW)
             with os.fdopen(handle, "wb") as file:
                 file.write(_first_line(content) + content)
             os.replace(temporary, self._folder / key)
@@ -64,10 +69,13 @@ class FileCache:
 
     def _make_room(self) -> None:
         files = []
-        for path in self._folder.glob("[!.]*"):  # what another process is writing is none of ours
+        for path in self._folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process made room
                 found = path.stat()
-                files.append((found.st_mtime_ns, found.st_size, path))
+                if not path.name.startswith(_NEW):
+                    files.append((found.st_mtime_ns, found.st_size, path))
+                elif time.time() - found.st_mtime > _ABANDONED_S:
+                    path.unlink()
         room = self._most_bytes
         for _, size, path in sorted(files, reverse=True):
             room -= size
