@@ -65,6 +65,7 @@ class _Subject:
 
     Attributes:
         plain, wrapped: graph (a file's name, or bytes), outputs to ask for, rows: input name → array of all inputs.
+        weights: file name → content, for the wrapped graph.
         decode: the product's own decoding of all inputs.
         answer: outputs of the plain graph → what `answers.problem` expects for each input.
     """
@@ -84,7 +85,7 @@ class _Subject:
         concepts = concepts_of(config, version)
         plan = plans.make_plan(bundle, config, version, len(concepts))
         file = str(version.model_file)
-        graph = plan.model or file
+        graph, self.weights = plan.model or file, plan.weights
         image = section.image or _declared_picture(section)
         if kind == "tensor":
             rows = {plan.inputs[0].name: np.stack([np.frombuffer(given, np.float32) for given in inputs])}
@@ -157,6 +158,9 @@ def _measure_here(bundle: Path, kind: str, inputs: list[bytes], batches: list[in
     def sessions(model: str | bytes, count: int) -> list[Any]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = cpus // count
+        if isinstance(model, bytes) and subject.weights:  # they lie in the bundle's file
+            names, contents = list(subject.weights), list(subject.weights.values())
+            options.add_external_initializers_from_files_in_memory(names, contents, [len(each) for each in contents])
         return [onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"]) for _ in range(count)]
 
     figures: dict[str, Any] = {"plain": {}, "wrapped": {}}
