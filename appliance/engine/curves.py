@@ -54,6 +54,9 @@ _QUIET_S = 1.0
 
 _LOOK_S = 0.25
 
+_LEAVE_S = 2.0
+"""Seconds in which a run that is measured ends when the process does."""
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -277,7 +280,7 @@ class Idle:
                 if ended():
                     return None
                 begun = self._clock()
-                failure, found = await on_own_thread(partial(_taken, step, lambda: self.asked), "measure")
+                failure, found = await self._take(step)
                 spent = self._clock() - begun
                 if not self.asked and not self._busy():
                     step = measurement.send(found) if failure is None else measurement.throw(failure)
@@ -285,6 +288,16 @@ class Idle:
         except StopIteration as end:
             result: Measured = end.value
             return result
+
+    async def _take(self, step: Step) -> tuple[InferenceFailed | None, float]:
+        """What a step gives. Cancelled, it is left off first: no thread may be in a run when the process ends."""
+        taking = on_own_thread(partial(_taken, step, lambda: self.asked), "measure")
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            self.asked = True
+            await asyncio.wait({taking}, timeout=_LEAVE_S)
+            raise
 
 
 def _taken(step: Step, left_off: Callable[[], bool]) -> tuple[InferenceFailed | None, float]:

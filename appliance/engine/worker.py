@@ -120,6 +120,8 @@ class LocalModel:
     def close(self) -> None:
         """Answer what waits; the session goes when the worker lets go of it."""
         self.closed = True
+        if self.unmeasured is not None and self.at_rest:
+            self.unmeasured.subject.model.terminate()  # what runs now, if anything, is measured
         self.unmeasured = None
         self._batcher.close()
 
@@ -183,6 +185,7 @@ class LocalEngine:
         request = replace(request, plan=replace(request.plan, model=None, weights={}))
         model = LocalModel(session, device, batching, self._builder(request, session, device), self._idle)
         self._models.add(model)
+        self._idle.asked = True
         if unmeasured is not None:
             model.unmeasured = replace(unmeasured, request=request)
             self._unmeasured.append(weakref.ref(model))

@@ -1,6 +1,7 @@
 """The curves: what is chosen from them, how they are kept, and that measuring them is in nobody's way."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -308,6 +309,29 @@ async def test_a_model_that_is_not_wanted_any_more_ends_it() -> None:
     await asyncio.sleep(0.01)
     ended = True
     assert await asyncio.wait_for(task, 10) is None
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_step_is_over_before_the_loop_is() -> None:
+    """A thread that is in a run when the process ends would abort it."""
+    begun, over = threading.Event(), threading.Event()
+
+    def step(leave_off: Callable[[], bool]) -> float:
+        begun.set()
+        while not leave_off():
+            pass
+        over.set()
+        return 1.0
+
+    async def run() -> "asyncio.Task[Any]":
+        idle = Idle(lambda: False)
+        task = asyncio.create_task(idle.measure(one_step(step, []), lambda: False))
+        await asyncio.to_thread(begun.wait, 10)
+        return task  # whoever ends the loop cancels it
+
+    task = asyncio.run(run())
+    assert over.is_set()
+    assert task.cancelled()
 
 
 # ---- telling ---------------------------------------------------------------------------------------------------------
