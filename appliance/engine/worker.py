@@ -90,7 +90,8 @@ class LocalModel:
         self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
     ) -> "asyncio.Future[Outcome]":
         """Run rows inline if that is quick, else queue them; see `Batcher.submit`."""
-        self._idle.asked = True
+        if not self._idle.asked:
+            self._idle.ask()
         if self._lane is not None:
             count = len(next(iter(feeds.values())))
             if self._lane.takes(count):
@@ -108,7 +109,8 @@ class LocalModel:
     ) -> None:
         """Run rows inline; `prompt` has just said yes to them. The waiter is told once, later than now."""
         assert self._lane is not None, "not prompt"
-        self._idle.asked = True
+        if not self._idle.asked:
+            self._idle.ask()
         self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal)
 
     async def drain(self) -> None:
@@ -120,9 +122,8 @@ class LocalModel:
     def close(self) -> None:
         """Answer what waits; the session goes when the worker lets go of it."""
         self.closed = True
-        if self.unmeasured is not None and self.at_rest:
-            self.unmeasured.subject.model.terminate()  # what runs now, if anything, is measured
         self.unmeasured = None
+        self._idle.ask()  # it may be this one that is measured
         self._batcher.close()
 
 
@@ -168,6 +169,7 @@ class LocalEngine:
         device = self.device if request.device in (None, "auto") else resolve_device(request.device or "auto")
         loading = _Loading()
         self._loads += 1
+        self._idle.ask()
         try:
             async with asyncio.timeout(self._load_timeout_s):
                 session, batching, unmeasured = await on_own_thread(
@@ -185,7 +187,7 @@ class LocalEngine:
         request = replace(request, plan=replace(request.plan, model=None, weights={}))
         model = LocalModel(session, device, batching, self._builder(request, session, device), self._idle)
         self._models.add(model)
-        self._idle.asked = True
+        self._idle.ask()
         if unmeasured is not None:
             model.unmeasured = replace(unmeasured, request=request)
             self._unmeasured.append(weakref.ref(model))
@@ -321,7 +323,9 @@ class LocalEngine:
         if work is None:
             return
         try:
-            measured = await self._idle.measure(curves.steps(work.subject, work.measured), lambda: model.ended)
+            measured = await self._idle.measure(
+                curves.steps(work.subject, work.measured), work.subject.model.terminate, lambda: model.ended
+            )
         except InferenceFailed as error:
             _log.warning("the model cannot be measured", extra=_fields(work.request, str(error)))
             return
