@@ -277,7 +277,9 @@ class LocalEngine:
         firsts = [bucket[0] for bucket in request.examples]
         if most_rows == 1:
             firsts = firsts[-1:]
-        return Subject(session, request.served, firsts, most_rows, self._most_bytes, runs, resident_memory)
+        # What a GPU's runs take is found out by whoever admits models to it.
+        memory = resident_memory if device.kind == "cpu" else lambda: 0
+        return Subject(session, request.served, firsts, most_rows, self._most_bytes, runs, memory)
 
     def _batching(
         self, request: LoadRequest, device: Device, mode: str, reason: str, measured: Measured, kept: bool
