@@ -4,8 +4,8 @@ They are measured once for a model on a machine, and kept over restarts: on a CP
 engine has nothing to do, with defaults until then; on a GPU at load, where every size must be run once before it is
 served anyway. Their law:
 
-- Whoever asks for something meanwhile shares the CPUs with one run at most, of one row or of `LONGEST_RUN_S`; what was
-  being measured is forgotten, and measured again when nothing was asked for a second.
+- Whoever asks for something meanwhile ends the runs that are measured; what they would have shown is measured again
+  when nothing was asked for a second.
 - Of idle time, half is left idle.
 - What is chosen from a curve is the least that is nearly the best: more rows a run only make everybody wait longer.
 """
@@ -49,10 +49,16 @@ _VISIT_S, _LONG_VISIT_S = 0.02, 0.1
 _VISITS = 3
 """How often a point is measured: what disturbs a run only makes it slower, so the fastest counts."""
 
+_LONGEST_TRIAL_S = 1.0
+"""Seconds of runs at a time, one after the other, up to which they are tried together."""
+
 _QUIET_S = 1.0
 """Seconds without a run from which an engine counts as idle."""
 
 _LOOK_S = 0.25
+
+_LEAVE_S = 2.0
+"""Seconds in which a run that is measured ends when the process does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +215,8 @@ def steps(subject: Subject, known: Measured, visits: int = _VISITS) -> Steps:
     seconds = next(point.seconds for point in curves[-1] if point.rows == rows)
     feeds = join([subject.examples[-1]] * rows)
     for runs in subject.runs if len(subject.runs) > 1 else ():
+        if runs > 1 and runs * seconds > _LONGEST_TRIAL_S:
+            break
         rate = 0.0
         for _ in range(visits):
             rate = max(rate, rows * (yield partial(_runs_a_second, subject, feeds, runs, seconds)))
@@ -251,7 +259,14 @@ class Idle:
         self._clock = clock
         self._quiet_since = clock()
         self.asked = False
-        """Set by whoever is asked for something."""
+        """Whether something was asked for, since somebody looked."""
+        self._interrupt: Callable[[], None] | None = None
+
+    def ask(self) -> None:
+        """Something is asked for: what is measured is ended."""
+        self.asked = True
+        if self._interrupt is not None:
+            self._interrupt()
 
     async def wait(self, ended: Callable[[], bool]) -> None:
         """Return when nothing was asked for a while, or when `ended` says so."""
@@ -263,10 +278,14 @@ class Idle:
                 return
             await asyncio.sleep(_LOOK_S)
 
-    async def measure(self, measurement: Steps, ended: Callable[[], bool]) -> Measured | None:
+    async def measure(
+        self, measurement: Steps, interrupt: Callable[[], None], ended: Callable[[], bool]
+    ) -> Measured | None:
         """Measure, in moments when nothing is asked for; a step that was disturbed is taken again.
 
-        Args:    ended: whether the model is wanted no more.
+        Args:
+            interrupt: ends the runs in progress; called only when all of them are measured.
+            ended: whether the model is wanted no more.
         Returns: None when it is not.
         Raises:  InferenceFailed.
         """
@@ -277,7 +296,7 @@ class Idle:
                 if ended():
                     return None
                 begun = self._clock()
-                failure, found = await on_own_thread(partial(_taken, step, lambda: self.asked), "measure")
+                failure, found = await self._take(step, interrupt)
                 spent = self._clock() - begun
                 if not self.asked and not self._busy():
                     step = measurement.send(found) if failure is None else measurement.throw(failure)
@@ -285,6 +304,19 @@ class Idle:
         except StopIteration as end:
             result: Measured = end.value
             return result
+
+    async def _take(self, step: Step, interrupt: Callable[[], None]) -> tuple[InferenceFailed | None, float]:
+        """What a step gives. Cancelled, it is ended first: no thread may be in a run when the process ends."""
+        taking = on_own_thread(partial(_taken, step, lambda: self.asked), "measure")
+        self._interrupt = interrupt
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            self.ask()
+            await asyncio.wait({taking}, timeout=_LEAVE_S)
+            raise
+        finally:
+            self._interrupt = None
 
 
 def _taken(step: Step, left_off: Callable[[], bool]) -> tuple[InferenceFailed | None, float]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 
-async def on_own_thread(work: Callable[[], _T], name: str) -> _T:
+def on_own_thread(work: Callable[[], _T], name: str) -> "asyncio.Future[_T]":
     """The result of `work`, on a daemon thread: a graph that never ends must not keep the process from ending."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
@@ -32,4 +32,4 @@ async def on_own_thread(work: Callable[[], _T], name: str) -> _T:
             loop.call_soon_threadsafe(end, result, failure)
 
     threading.Thread(target=run, name=name, daemon=True).start()
-    return await future
+    return future

@@ -103,7 +103,8 @@ class LocalModel:
         ledger: Ledger | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Run rows inline if that is quick, else queue them; see `Batcher.submit`."""
-        self._idle.asked = True
+        if not self._idle.asked:
+            self._idle.ask()
         if self._lane is not None and not alone:
             count = len(next(iter(feeds.values())))
             if self._lane.takes(count):
@@ -124,7 +125,8 @@ class LocalModel:
     ) -> None:
         """Run rows inline; `prompt` has just said yes to them. The waiter is told once, later than now."""
         assert self._lane is not None, "not prompt"
-        self._idle.asked = True
+        if not self._idle.asked:
+            self._idle.ask()
         self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal, priority=priority, ledger=ledger)
 
     async def drain(self) -> None:
@@ -137,6 +139,7 @@ class LocalModel:
         """Answer what waits; the session goes when the worker lets go of it."""
         self.closed = True
         self.unmeasured = None
+        self._idle.ask()  # it may be this one that is measured
         self._batcher.close()
 
 
@@ -184,6 +187,7 @@ class LocalEngine:
         device = self.device if request.device in (None, "auto") else resolve_device(request.device or "auto")
         loading = _Loading()
         self._loads += 1
+        self._idle.ask()
         try:
             async with asyncio.timeout(self._load_timeout_s):
                 session, batching, unmeasured = await on_own_thread(
@@ -201,6 +205,7 @@ class LocalEngine:
         request = replace(request, plan=replace(request.plan, model=None, weights={}))
         model = LocalModel(session, device, batching, self._builder(request, session, device), self._idle)
         self._models.add(model)
+        self._idle.ask()
         if unmeasured is not None:
             model.unmeasured = replace(unmeasured, request=request)
             self._unmeasured.append(weakref.ref(model))
@@ -294,7 +299,9 @@ class LocalEngine:
         firsts = [bucket[0] for bucket in request.examples]
         if most_rows == 1:
             firsts = firsts[-1:]
-        return Subject(session, request.served, firsts, most_rows, self._most_bytes, runs, resident_memory)
+        # What a GPU's runs take is found out by whoever admits models to it.
+        memory = resident_memory if device.kind == "cpu" else lambda: 0
+        return Subject(session, request.served, firsts, most_rows, self._most_bytes, runs, memory)
 
     def _batching(
         self, request: LoadRequest, device: Device, mode: str, reason: str, measured: Measured, kept: bool
@@ -340,7 +347,9 @@ class LocalEngine:
         if work is None:
             return
         try:
-            measured = await self._idle.measure(curves.steps(work.subject, work.measured), lambda: model.ended)
+            measured = await self._idle.measure(
+                curves.steps(work.subject, work.measured), work.subject.model.terminate, lambda: model.ended
+            )
         except InferenceFailed as error:
             _log.warning("the model cannot be measured", extra=_fields(work.request, str(error)))
             return

@@ -1,6 +1,7 @@
 """The curves: what is chosen from them, how they are kept, and that measuring them is in nobody's way."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,20 @@ def test_runs_at_a_time_are_compared_with_the_rows_that_are_taken() -> None:
     assert found.shared_seconds == 0.001 / 4
 
 
+def test_heavy_runs_are_not_tried_together() -> None:
+    """Sixteen of half a second would have the machine for eight."""
+    tried: list[int] = []
+
+    def answer(step: Any) -> float:
+        if step.func.__name__ == "_runs_a_second":
+            tried.append(step.args[2])
+        return 0.2
+
+    found = drive(curves.steps(subject(most_rows=1, runs=(1, 2, 4, 8)), KNOWN, visits=1), answer)
+    assert tried == [1, 2, 4]
+    assert [runs for runs, _ in found.at_a_time] == tried
+
+
 def test_the_steps_measure_a_real_model() -> None:
     """At once, as on a GPU: every size has been run when it is done, and figures are figures."""
     model = FakeModel()
@@ -232,6 +247,10 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "_LOOK_S", 0.001)
 
 
+def never() -> None:
+    """What ends runs, where there are none to end."""
+
+
 def one_step(step: Step, results: list[float]) -> Steps:
     """A measurement of one step."""
     results.append((yield step))
@@ -251,9 +270,36 @@ async def test_a_step_that_was_disturbed_is_taken_again() -> None:
         left_off.append(leave_off())
         return float(len(left_off))
 
-    assert await asyncio.wait_for(idle.measure(one_step(step, results), lambda: False), 10) == KNOWN
+    assert await asyncio.wait_for(idle.measure(one_step(step, results), never, lambda: False), 10) == KNOWN
     assert left_off == [True, True, False]
     assert results == [3.0]
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_a_run_that_is_measured_is_ended_by_whoever_asks() -> None:
+    """It fails then, which says nothing of the model; and is taken again."""
+    idle = Idle(lambda: False)
+    results: list[float] = []
+    begun, interrupted = threading.Event(), threading.Event()
+    steps = 0
+
+    def step(_: Callable[[], bool]) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == 1:
+            begun.set()
+            assert interrupted.wait(10)
+            raise InferenceFailed("terminated")
+        return 7.0
+
+    task = asyncio.create_task(idle.measure(one_step(step, results), interrupted.set, lambda: False))
+    await asyncio.to_thread(begun.wait, 10)
+    idle.ask()
+    assert await asyncio.wait_for(task, 10) == KNOWN
+    assert results == [7.0]
+    interrupted.clear()
+    idle.ask()
+    assert not interrupted.is_set(), "nothing of its own runs any more, so what runs is somebody's"
 
 
 @pytest.mark.usefixtures("hasty")
@@ -262,7 +308,7 @@ async def test_nothing_is_measured_while_there_is_work() -> None:
     busy = True
     idle = Idle(lambda: busy)
     results: list[float] = []
-    task = asyncio.create_task(idle.measure(one_step(lambda _: 1.0, results), lambda: False))
+    task = asyncio.create_task(idle.measure(one_step(lambda _: 1.0, results), never, lambda: False))
     for _ in range(30):
         await asyncio.sleep(0.001)
     assert results == []
@@ -295,7 +341,7 @@ async def test_half_of_the_idle_time_is_left_idle(monkeypatch: pytest.MonkeyPatc
         yield step
         return KNOWN
 
-    await idle.measure(two_steps(), lambda: False)
+    await idle.measure(two_steps(), never, lambda: False)
     assert rests.count(0.125) == 1
 
 
@@ -304,10 +350,33 @@ async def test_a_model_that_is_not_wanted_any_more_ends_it() -> None:
     """Even where there is always work."""
     idle = Idle(lambda: True)
     ended = False
-    task = asyncio.create_task(idle.measure(one_step(lambda _: 1.0, []), lambda: ended))
+    task = asyncio.create_task(idle.measure(one_step(lambda _: 1.0, []), never, lambda: ended))
     await asyncio.sleep(0.01)
     ended = True
     assert await asyncio.wait_for(task, 10) is None
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_step_is_over_before_the_loop_is() -> None:
+    """A thread that is in a run when the process ends would abort it."""
+    begun, over = threading.Event(), threading.Event()
+
+    def step(leave_off: Callable[[], bool]) -> float:
+        begun.set()
+        while not leave_off():
+            pass
+        over.set()
+        return 1.0
+
+    async def run() -> "asyncio.Task[Any]":
+        idle = Idle(lambda: False)
+        task = asyncio.create_task(idle.measure(one_step(step, []), never, lambda: False))
+        await asyncio.to_thread(begun.wait, 10)
+        return task  # whoever ends the loop cancels it
+
+    task = asyncio.run(run())
+    assert over.is_set()
+    assert task.cancelled()
 
 
 # ---- telling ---------------------------------------------------------------------------------------------------------
