@@ -63,6 +63,7 @@ class EngineProcess:
         self._metrics = Metrics(Segment.attach(descriptors[1]))
         settings = config.engine.model_copy(update={"device": body["device"]})
         self._engine = await asyncio.to_thread(LocalEngine, settings, self._metrics, config.catalog.state_dir)
+        self._plans = plans.cache_in(config.catalog.state_dir)
         self._beating = asyncio.create_task(self._beat())
         device = self._engine.device
         return {"device": str(device), "reason": device.reason, "onnxruntime": session.version()}
@@ -98,7 +99,7 @@ class EngineProcess:
         recorded: list[Plan] = []
 
         def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int) -> Plan:
-            plan = plans.make_plan(bundle, config, version, concepts)
+            plan = plans.make_plan(bundle, config, version, concepts, self._plans)
             recorded.append(plan)
             return plan
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from appliance.api.keys import KeyStore
@@ -15,6 +16,7 @@ from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.serving import Serving
 from appliance.daemon.sockets import ListeningSockets
 from appliance.daemon.staff import Readiness
+from appliance.engine import plan as plans
 from appliance.engine import session
 from appliance.engine.worker import LocalEngine
 from appliance.tasks import servable
@@ -32,6 +34,7 @@ class Single:
         self._config = config
         self._metrics = metrics
         self._serving: Serving | None = None
+        self._plans = plans.cache_in(config.catalog.state_dir)
         self._pool = DecodePool(config.engine.decode_threads)
         self.registry = metrics.registry
 
@@ -43,7 +46,8 @@ class Single:
     async def load(self, path: Path, config: BundleConfig, version: VersionFolder) -> Servable:
         """See `Staff.load`."""
         limits = self._config.limits
-        return await servable.load(path, config, version, self._engine, self._pool, self._metrics, limits)
+        make_plan = partial(plans.make_plan, cache=self._plans)
+        return await servable.load(path, config, version, self._engine, self._pool, self._metrics, limits, make_plan)
 
     async def serve(
         self,
