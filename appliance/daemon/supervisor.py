@@ -41,7 +41,7 @@ from appliance.daemon.front import native
 from appliance.daemon.sockets import ListeningSockets
 from appliance.daemon.staff import Readiness
 from appliance.engine import board as boards
-from appliance.engine.board import Board
+from appliance.engine.board import Activity, Board
 from appliance.engine.slab import Slab
 
 _log = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ class Child:
         self.started_at = time.monotonic()
         self.started = False
         self.gone = asyncio.Event()
+        self.last: list[Activity] = []
+        """What it was doing when it ended."""
         self._pidfd = os.pidfd_open(self.process.pid)
         self._loop.add_reader(self._pidfd, self._ended)
         self.channel = Channel(ours, {}, handlers)
@@ -141,12 +143,19 @@ class Child:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self.channel.close()
+        self.last = self.board.activities()
         self.gone.set()
         self._on_end(self)
+        self.board.close()
+        self.counts.close()
 
-    def forget(self) -> None:
-        """Let its board go; its counts are the fold's."""
-        self.board.segment.close()
+
+class _EngineDied(Exception):
+    """The process of an engine ended while it was asked for something."""
+
+    def __init__(self, child: Child) -> None:
+        super().__init__(child.name)
+        self.child = child
 
 
 class Restarts:
@@ -241,7 +250,6 @@ class Supervisor:
         self._board = FrontsBoard.create(self.fronts)
         self._engines: dict[str, Engine] = {}
         self._deployed: dict[int, Deployed] = {}
-        self._loading: dict[int, Deployed] = {}
         self._next = 0
         self._catalog: View[Deployed] | None = None
         self._readiness: Readiness = lambda: (False, {})
@@ -298,10 +306,11 @@ class Supervisor:
         """See `Staff.configure`."""
         body = {"config": configuration.as_data(config)}
         self._config = config
-        calls = [front.child.channel.call("configure", body) for front in self._fronts if front.child and front.listens]
-        for outcome in await asyncio.gather(*calls, return_exceptions=True):
-            if isinstance(outcome, ApplianceError):
-                raise outcome
+        fronts = [front for front in self._fronts if front.child is not None and front.listens]
+        calls = [front.child.channel.call("configure", body) for front in fronts if front.child is not None]
+        for front, outcome in zip(fronts, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(outcome, ApplianceError):  # what it read a moment after us was not what we read
+                raise ConfigError(f"The {front.name} kept its last good state, reload again: {outcome}")
         for engine in self._engines.values():
             if engine.child is not None:
                 engine.child.channel.tell("configure", {"level": config.log.level})
@@ -388,7 +397,7 @@ class Supervisor:
         }
         deployed = Deployed(self, self._next, engine, request)
         try:
-            await self._load_in_engine(deployed)
+            await self._load_first(deployed)
             self._deployed[deployed.number] = deployed
             await self._prepare_everywhere(deployed)
         except BaseException:
@@ -414,29 +423,31 @@ class Supervisor:
         return engine
 
     async def _load_in_engine(self, deployed: Deployed) -> None:
-        """Load it in its engine as it is now. Raises: BundleInvalid: it cannot be, or the engine died of it."""
-        for attempt in (1, 2):
-            child = deployed.engine.child
-            if child is None:
-                await self._wait_for(deployed.engine)
-                child = deployed.engine.child
-            assert child is not None, "waited for"
-            self._loading[deployed.number] = deployed
-            try:
-                deployed.told = await child.channel.call("load", deployed.request)
-                deployed.loaded = True
-                return
-            except ChannelClosed:
-                await child.gone.wait()
-                # Runs of other models may have been the cause: then it is tried once more.
-                blamed = all(activity.loads for activity in child.board.activities())
-                if blamed or attempt == 2:
-                    raise BundleInvalid(
-                        f"The engine {child.how_it_ended()} while it loaded this model, which is not tried again "
-                        "until its files change."
-                    ) from None
-            finally:
-                self._loading.pop(deployed.number, None)
+        """Load it in its engine as it is now. Raises: BundleInvalid: it cannot be. _EngineDied."""
+        await self._wait_for(deployed.engine)
+        child = deployed.engine.child
+        assert child is not None, "waited for"
+        try:
+            deployed.told = await child.channel.call("load", deployed.request)
+            deployed.loaded = True
+        except ChannelClosed:
+            await child.gone.wait()
+            raise _EngineDied(child) from None
+
+    async def _load_first(self, deployed: Deployed) -> None:
+        """The same for a version that was never loaded. Raises: BundleInvalid: also when the engine died of it."""
+        try:
+            await self._load_in_engine(deployed)
+        except _EngineDied as death:
+            # Where others ran, it may have been their doing: it is tried once more.
+            if not all(activity.loads for activity in death.child.last):
+                with contextlib.suppress(_EngineDied):
+                    await self._load_in_engine(deployed)
+                    return
+            raise BundleInvalid(
+                f"The engine {death.child.how_it_ended()} while it loaded this model, which is not tried again until "
+                "its files change."
+            ) from None
 
     async def _wait_for(self, engine: Engine) -> None:
         while engine.child is None or not engine.child.started:
@@ -536,7 +547,7 @@ class Supervisor:
         _log.critical(
             "the %s %s; it is replaced", engine.name, child.how_it_ended(), extra={"running": len(activities)}
         )
-        for number in {activity.number for activity in activities if not activity.loads}:
+        for number in {activity.number for activity in child.last if not activity.loads}:
             self._count_crash(number)
         for deployed in self._deployed.values():
             if deployed.engine is engine:
@@ -577,6 +588,9 @@ class Supervisor:
                 return  # gone again: whoever replaces it does the rest
             try:
                 await self._load_in_engine(deployed)
+            except _EngineDied:
+                self._count_crash(deployed.number)
+                return  # as above
             except ApplianceError as error:
                 self._give_up(deployed, str(error))
                 continue
@@ -600,9 +614,15 @@ class Supervisor:
             self._fold.attach(front.name, child.counts)
             for engine in self._engines.values():
                 self._join(front, engine)
-            while missing := [each for number, each in self._deployed.items() if number not in front.prepared]:
+            tried: set[int] = set()
+            while missing := [each for number, each in self._deployed.items() if number not in tried]:
                 for deployed in missing:
-                    await self._prepare(front, deployed)
+                    tried.add(deployed.number)
+                    try:
+                        await self._prepare(front, deployed)
+                    except ApplianceError as error:
+                        # Its files have changed since: this front does without it until it is loaded anew.
+                        _log.error("%s cannot serve %s: %s", front.name, deployed.request["path"], error)
                     if front.child is None:
                         raise ChannelClosed
             front.listens = True  # from here on it hears of every new version as the others do
@@ -656,7 +676,6 @@ class Supervisor:
         front.child, front.listens, front.problem = None, False, "is being replaced"
         gauges = self._fold.retire(front.name)
         self._board.clear(front.index)
-        child.forget()
         if front.slab is not None:
             front.slab.close()
             front.slab = None

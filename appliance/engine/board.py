@@ -94,6 +94,11 @@ class Board:
                 found.append(Activity(number, bool(told & _LOADS), int(self._cells[at + 1])))
         return found
 
+    def close(self) -> None:
+        """Unmap it here; nothing is asked of it any more."""
+        del self._cells
+        self.segment.close()
+
 
 class VersionBoard:
     """The board as the runs of one version are told to it; a `RunBoard`."""
