@@ -304,8 +304,8 @@ class Supervisor:
 
     async def configure(self, config: Config, keys: KeyStore) -> None:
         """See `Staff.configure`."""
-        body = {"config": configuration.as_data(config)}
         self._config = config
+        body = {"config": self._front_config()}
         fronts = [front for front in self._fronts if front.child is not None and front.listens]
         calls = [front.child.channel.call("configure", body) for front in fronts if front.child is not None]
         for front, outcome in zip(fronts, await asyncio.gather(*calls, return_exceptions=True), strict=True):
@@ -608,7 +608,7 @@ class Supervisor:
         front.slab = Segment.create(f"{front.name} slab", Slab.size_for(order))
         front.prepared = set()
         try:
-            body = {"config": configuration.as_data(self._config), "index": front.index}
+            body = {"config": self._front_config(), "index": front.index}
             await child.start(body, front.slab, self._board.segment)
             front.child = child
             self._fold.attach(front.name, child.counts)
@@ -643,6 +643,15 @@ class Supervisor:
                 raise
             raise ConfigError(f"The {front.name} did not start: its process {child.how_it_ended()}.") from error
         front.problem = None
+
+    def _front_config(self) -> Body:
+        """The configuration for a front: of what each has for itself, its part."""
+        config = self._config
+        data = configuration.as_data(config)
+        data["cache"]["size"] = config.cache.size // self.fronts
+        data["connections"]["max"] = -(-config.connections.max // self.fronts)
+        data["engine"]["decode_threads"] = config.engine.decode_threads or max(1, usable_cpus() // self.fronts)
+        return data
 
     def _front_process(self, front: FrontChild) -> Child:
         listeners = {"shut": lambda body, descriptors: self._front_shut(front)}
