@@ -128,7 +128,7 @@ class Api:
         self._refused_at = 0.0
         self._ended = False  # running calls are cut short
         self.configure(config)
-        metrics.watch(metrics.in_flight, lambda: self.in_flight)
+        metrics.in_flight.set(0)  # set with every call, not watched: after a front's death it is what was lost
         metrics.watch(metrics.memory_in_flight, lambda: budget.used)
         metrics.watch(metrics.memory_limit, lambda: budget.limit)
 
@@ -299,6 +299,7 @@ class Api:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
+        self._metrics.in_flight.set(self.in_flight)
         self._idle.clear()
         try:
             yield
@@ -314,6 +315,7 @@ class Api:
             raise
         finally:
             self._running.discard(task)
+            self._metrics.in_flight.set(self.in_flight)
             self._note_end()
 
     def _note_end(self) -> None:
@@ -468,6 +470,7 @@ class Api:
             if not self._quick_calls:
                 self._idle.clear()
             self._quick_calls.add(accepted)
+            self._metrics.in_flight.set(self.in_flight)
             return True
 
         return quick
@@ -483,6 +486,7 @@ class Api:
             asyncio.get_running_loop().call_exception_handler(context)
         finally:
             self._quick_calls.discard(quick)
+            self._metrics.in_flight.set(self.in_flight)
             if not self._quick_calls:
                 self._note_end()
 

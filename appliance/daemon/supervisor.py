@@ -317,7 +317,7 @@ class Supervisor:
 
     @property
     def in_flight(self) -> int:
-        """See `Staff.in_flight`: as of a second ago."""
+        """See `Staff.in_flight`."""
         return int(self._fold.gauge("in_flight_requests"))
 
     def problems(self) -> dict[str, str]:
