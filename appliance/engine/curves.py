@@ -263,10 +263,11 @@ class Idle:
         self._interrupt: Callable[[], None] | None = None
 
     def ask(self) -> None:
-        """Something is asked for: what is measured is ended."""
-        self.asked = True
-        if self._interrupt is not None:
-            self._interrupt()
+        """Something is asked for: what is measured is ended. Only by the first who asks: then others run, too."""
+        if not self.asked:
+            self.asked = True
+            if self._interrupt is not None:
+                self._interrupt()
 
     async def wait(self, ended: Callable[[], bool]) -> None:
         """Return when nothing was asked for a while, or when `ended` says so."""

@@ -280,7 +280,7 @@ async def test_a_run_that_is_measured_is_ended_by_whoever_asks() -> None:
     """It fails then, which says nothing of the model; and is taken again."""
     idle = Idle(lambda: False)
     results: list[float] = []
-    begun, interrupted = threading.Event(), threading.Event()
+    begun, interrupted = threading.Event(), threading.Semaphore(0)
     steps = 0
 
     def step(_: Callable[[], bool]) -> float:
@@ -288,18 +288,18 @@ async def test_a_run_that_is_measured_is_ended_by_whoever_asks() -> None:
         steps += 1
         if steps == 1:
             begun.set()
-            assert interrupted.wait(10)
+            assert interrupted.acquire(timeout=10)
             raise InferenceFailed("terminated")
         return 7.0
 
-    task = asyncio.create_task(idle.measure(one_step(step, results), interrupted.set, lambda: False))
+    task = asyncio.create_task(idle.measure(one_step(step, results), interrupted.release, lambda: False))
     await asyncio.to_thread(begun.wait, 10)
+    idle.ask()
     idle.ask()
     assert await asyncio.wait_for(task, 10) == KNOWN
     assert results == [7.0]
-    interrupted.clear()
     idle.ask()
-    assert not interrupted.is_set(), "nothing of its own runs any more, so what runs is somebody's"
+    assert not interrupted.acquire(blocking=False), "the second one ended what somebody had asked for"
 
 
 @pytest.mark.usefixtures("hasty")

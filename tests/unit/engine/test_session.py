@@ -129,6 +129,23 @@ def test_bytes_that_are_no_graph_are_an_invalid_bundle(content: bytes) -> None:
         Session(content, Path("/nowhere"), CPU, 1)
 
 
+def test_the_content_of_files_is_copied() -> None:
+    """Nobody needs it once the session is there, nor need it lie at a round address."""
+    table = np.random.default_rng(0).random((500, 7)).astype(np.float32)
+    model = graphs.make(
+        [helper.make_node("Gather", ["table", "index"], ["y"])],
+        {"index": (TensorProto.INT64, ["n"])},
+        {"y": (TensorProto.FLOAT, ["n", 7])},
+        {"table": table},
+    )
+    content = bytearray(b"x" + graphs.store_outside(model.graph.initializer[0], "deep/weights.bin"))
+    next(entry for entry in model.graph.initializer[0].external_data if entry.key == "offset").value = "1"
+    weights: Any = {"deep/weights.bin": content}
+    session = Session(model.SerializeToString(), Path("/nowhere"), CPU, 1, weights=weights)
+    content[:] = bytes(len(content))
+    np.testing.assert_array_equal(session.run(["y"], {"index": np.array([499, 3])})[0], table[[499, 3]])
+
+
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
