@@ -47,6 +47,7 @@ class EngineProcess:
         )
         self._models: dict[int, LocalModel] = {}
         self._servables: dict[int, Servable] = {}
+        self._told: dict[int, Body] = {}
         self._fronts: set[FrontLink] = set()
         self._pool = DecodePool(1)
 
@@ -81,7 +82,24 @@ class EngineProcess:
                     if model.death is not None:
                         _log.critical("the engine gives up, to be replaced: %s", model.death)
                         child.leave(child.DEVICE_GONE)
+                self._tell_changes()
             await asyncio.sleep(_HEARTBEAT_S)
+
+    def _tell_changes(self) -> None:
+        """Have everybody know what was measured since a version was loaded."""
+        for number, told in self._told.items():
+            now = self._described(number)
+            if now != told:
+                self._told[number] = now
+                self._channel.tell("changed", {"number": number, **now})
+
+    def _described(self, number: int) -> Body:
+        """What fronts and operators must know of a version that is loaded."""
+        own = {handle: model for handle, model in self._models.items() if handle // _HANDLES == number}
+        return {
+            "models": [{"handle": handle, **describe(model)} for handle, model in own.items()],
+            "described": self._servables[number].described(),
+        }
 
     def _front(self, body: Body, descriptors: list[int]) -> None:
         """A front's stream and slab."""
@@ -120,15 +138,13 @@ class EngineProcess:
         self._servables[number] = loaded
         self._models.update(engine.models)
         servable.watch_queue(loaded, self._metrics)
-        return {
-            "plans": [plan.described() for plan in recorded],
-            "models": [{"handle": handle, **describe(model)} for handle, model in engine.models.items()],
-            "described": loaded.described(),
-        }
+        self._told[number] = self._described(number)
+        return {"plans": [plan.described() for plan in recorded], **self._told[number]}
 
     async def _unload(self, body: Body, descriptors: list[int]) -> None:
         """Let a version go: no front asks for it any more."""
         loaded = self._servables.pop(body["number"], None)
+        self._told.pop(body["number"], None)
         if loaded is None:
             return
         await loaded.drain()

@@ -27,7 +27,7 @@ from appliance.engine.plan import Plan
 from appliance.engine.remote import EngineLink, RemoteModel
 from appliance.engine.session import Device
 from appliance.engine.slab import FrontSlab
-from appliance.engine.transport import LoadRequest
+from appliance.engine.transport import Batching, LoadRequest
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
 
@@ -55,6 +55,7 @@ class FrontProcess:
                 "engine": self._connect,
                 "available": self._available,
                 "dead": self._dead,
+                "changed": self._version_changed,
                 "catalog": self._take_catalog,
                 "now": lambda body, descriptors: self._now.set(),
             },
@@ -134,6 +135,11 @@ class FrontProcess:
         """A version cannot be run any more."""
         for model in self._models.get(body["number"], ()):
             model.give_up(body["reason"])
+
+    def _version_changed(self, body: Body, descriptors: list[int]) -> None:
+        """The engine has measured more of a version."""
+        for model, told in zip(self._models.get(body["number"], ()), body["models"], strict=False):
+            model.batching = Batching(**told["batching"])
 
     async def _prepare(self, body: Body, descriptors: list[int]) -> None:
         """Have all of a version that is not in the engine: tasks, tokenizers, concepts. Raises: BundleInvalid."""

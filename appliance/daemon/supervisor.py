@@ -250,6 +250,7 @@ class Supervisor:
         self._board = FrontsBoard.create(self.fronts)
         self._engines: dict[str, Engine] = {}
         self._deployed: dict[int, Deployed] = {}
+        self._early: dict[int, Body] = {}
         self._next = 0
         self._catalog: View[Deployed] | None = None
         self._readiness: Readiness = lambda: (False, {})
@@ -405,6 +406,10 @@ class Supervisor:
             self._spawn(self._forget(deployed))
             raise
         self._make_available(deployed)
+        early = self._early.pop(deployed.number, None)
+        self._early.clear()
+        if early is not None:
+            self._version_changed(early, [])
         return deployed
 
     async def _engine_for(self, config: BundleConfig) -> Engine:
@@ -504,6 +509,16 @@ class Supervisor:
         await self.drop(deployed)
         await self._unload(deployed)
 
+    def _version_changed(self, body: Body, descriptors: list[int]) -> None:
+        """An engine has measured more of a version."""
+        deployed = self._deployed.get(body["number"])
+        if deployed is None:
+            self._early[body["number"]] = body  # its load is told of in these very moments, or it is on its way out
+            return
+        deployed.told |= {"models": body["models"], "described": body["described"]}
+        for front in self._fronts:
+            front.tell("changed", {"number": body["number"], "models": body["models"]})
+
     def _give_up(self, deployed: Deployed, reason: str) -> None:
         deployed.given_up, deployed.problem = True, reason
         _log.critical("a model is not run any more: %s", reason, extra={"model": deployed.request["path"]})
@@ -517,7 +532,7 @@ class Supervisor:
         child = Child(
             engine.name,
             "appliance.daemon.engine_process",
-            {},
+            {"changed": self._version_changed},
             lambda gone: self._engine_ended(engine, gone),
             engine.environment,
         )

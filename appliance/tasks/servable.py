@@ -223,6 +223,7 @@ class Servable:
         return {
             "device": str(self.model.device),
             "batching": f"{batching.mode}, up to {batching.max_rows} rows: {batching.reason}",
+            "curve": batching.curve,
             "notes": list(self.notes),
         }
 
