@@ -454,7 +454,7 @@ class Processes(Section):
         ge=0,
         le=64,
         description="How many fronts; 0: by the CPUs we may use, one for every two beside a GPU, else for every four, "
-        "8 at most.",
+        "8 at most, and 512 MiB of memory for each.",
         json_schema_extra={"restart": True},
     )
     engine_silence_s: float = Field(

@@ -31,7 +31,7 @@ from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, BundleInvalid, ConfigError, Draining
 from appliance.core.fold import Fold
 from appliance.core.ledger import SIZE as COUNTS_SIZE
-from appliance.core.machine import accelerators, usable_cpus
+from appliance.core.machine import accelerators, usable_cpus, usable_memory
 from appliance.core.metrics import Metrics
 from appliance.core.shared import Segment
 from appliance.core.sharing import FrontsBoard
@@ -71,6 +71,8 @@ _LAST_S = 5.0
 """Seconds beyond what a drain may take after which fronts are ended."""
 
 _MOST_FRONTS = 8
+_FRONT_MEMORY = 512 * 2**20
+"""Bytes of memory that there must be for each front: one takes 120 MiB without a request."""
 
 
 class Child:
@@ -245,7 +247,7 @@ class Supervisor:
         self._fold = Fold(metrics)
         self._metrics = metrics
         self.registry = self._fold.registry
-        self.fronts = _fronts(config)
+        self.fronts = how_many_fronts(config)
         self._fronts = [FrontChild(index) for index in range(self.fronts)]
         self._board = FrontsBoard.create(self.fronts)
         self._engines: dict[str, Engine] = {}
@@ -778,14 +780,14 @@ class Supervisor:
             _log.critical("a task of the supervisor failed", exc_info=task.exception())
 
 
-def _fronts(config: Config) -> int:
+def how_many_fronts(config: Config) -> int:
     """How many fronts, unless the configuration says."""
     if not native(config):
         return 1  # grpcio binds its ports itself
     if config.processes.fronts:
         return config.processes.fronts
     share = 2 if accelerators() and config.engine.device != "cpu" else 4
-    return max(1, min(_MOST_FRONTS, usable_cpus() // share))
+    return max(1, min(_MOST_FRONTS, usable_cpus() // share, usable_memory() // _FRONT_MEMORY))
 
 
 def _engines(config: Config) -> list[Engine]:
