@@ -48,7 +48,7 @@ async def test_the_machine_decides_who_does_the_work(
 async def test_one_process_beside_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Only the end of a process frees the GPU's memory."""
     machine(monkeypatch, 2, 1)
-    with pytest.raises(ConfigError, match="processes.mode"):
+    with pytest.raises(ConfigError, match=r"processes\.mode"):
         staff.choose(config(processes={"mode": "single"}, engine={"device": device}), Metrics(), lambda: None)
 
 
