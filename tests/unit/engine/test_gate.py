@@ -63,6 +63,27 @@ def test_a_run_that_is_to_be_alone_waits_for_those_in_progress_and_goes_before_l
     assert gate.try_enter()
 
 
+def test_however_many_runs_are_to_be_alone_others_wait_for_one_of_them(start: Start) -> None:
+    """Rows of a crashed batch of 128 do not keep the other models out until the last of them is through."""
+    gate = RunGate()
+    order: list[str] = []
+
+    def enter(name: str, alone: bool) -> None:
+        gate.enter(alone)
+        order.append(name)
+        gate.leave(alone)
+
+    gate.enter(True)
+    start(enter, "other", False)
+    eventually(lambda: gate._waiting)
+    start(enter, "alone", True)
+    start(enter, "alone", True)
+    eventually(lambda: gate.shut == 3)
+    gate.leave(True)
+    eventually(lambda: len(order) == 3)
+    assert order == ["other", "alone", "alone"]
+
+
 def test_nothing_runs_beside_a_run_that_is_alone(start: Start) -> None:
     """Whatever many threads want at once; and none of them waits for ever."""
     gate = RunGate()
