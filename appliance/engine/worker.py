@@ -136,6 +136,7 @@ class LocalEngine:
             max_rows=batching.max_rows,
             queue_rows=self._queue_rows,
             queue_bytes=self._queue_bytes,
+            spread=device.kind == "cpu",
             gate=self._gate,
             separate=batching.mode == "separate",
             whole=batching.mode == "whole",

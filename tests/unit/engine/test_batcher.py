@@ -728,7 +728,7 @@ async def test_of_three_priorities_none_starves(model: FakeModel, make: Any) -> 
         assert max(after - before for before, after in itertools.pairwise(places)) <= AGE + 2
 
 
-# ---- rows that are suspected -----------------------------------------------------------------------------------------
+# ---- quarantine ------------------------------------------------------------------------------------------------------
 
 
 class Log:
@@ -750,7 +750,7 @@ class Log:
             self.now.remove(row)
 
 
-async def test_suspected_rows_share_a_run_with_nobody(model: FakeModel, make: Any) -> None:
+async def test_rows_in_quarantine_share_a_run_with_nobody(model: FakeModel, make: Any) -> None:
     """One row a run, though rows of the same shape wait."""
     batcher = make()
     await plugged(model, batcher)
@@ -761,18 +761,18 @@ async def test_suspected_rows_share_a_run_with_nobody(model: FakeModel, make: An
     assert sorted(model.runs[1:]) == [[1, 4], [2], [3], [5]]
 
 
-async def test_suspected_rows_are_let_in_though_the_queue_is_full(model: FakeModel, make: Any) -> None:
+async def test_rows_in_quarantine_are_let_in_though_the_queue_is_full(model: FakeModel, make: Any) -> None:
     """They were accepted before the crash: nothing accepted is lost."""
     batcher = make(queue_rows=1)
     await plugged(model, batcher)
     submit = submitter(batcher)
-    first, suspect = submit(1), submit(2, 3, alone=True)
+    first, crashed = submit(1), submit(2, 3, alone=True)
     model.open_gate()
     assert doubled(await first) == [2]
-    assert doubled(await suspect) == [4, 6]
+    assert doubled(await crashed) == [4, 6]
 
 
-async def test_while_a_suspected_row_runs_nothing_else_in_the_engine_does(model: FakeModel, make: Any) -> None:
+async def test_while_a_row_in_quarantine_runs_nothing_else_in_the_engine_does(model: FakeModel, make: Any) -> None:
     """No other model's run either: a second crash is that row's doing."""
     other = FakeModel()
     shared = RunGate()
@@ -780,7 +780,7 @@ async def test_while_a_suspected_row_runs_nothing_else_in_the_engine_does(model:
     model.gated = other.gated = True
     running = submitter(neighbour)(1)
     await other.entered()
-    suspect = submitter(batcher)(2, alone=True)
+    crashed = submitter(batcher)(2, alone=True)
     await eventually_async(lambda: shared.shut)
     assert model.runs == []
     waiting = submitter(neighbour)(3)
@@ -789,7 +789,7 @@ async def test_while_a_suspected_row_runs_nothing_else_in_the_engine_does(model:
     await model.entered()
     assert other.runs == [[1]]
     model.open_gate()
-    assert doubled(await suspect) == [4]
+    assert doubled(await crashed) == [4]
     assert doubled(await waiting) == [6]
 
 
@@ -930,6 +930,18 @@ async def test_on_a_shared_device_a_second_run_begins_only_when_it_is_full(make:
     await asyncio.gather(second, third, fourth)
     assert model.most == 2
     assert model.runs == [[1], [2, 3, 4, 5], [6]]
+
+
+async def test_a_run_that_its_bytes_make_full_begins_beside_another(make: Any) -> None:
+    model = Parallel()
+    batcher = make(model=model, parallel=2, spread=False, max_rows=64, max_bytes=8)
+    submit = submitter(batcher)
+    futures = [submit(1)]
+    await eventually_async(lambda: model.running() == [[1]])
+    futures.append(submit(2, 3, 4))
+    await eventually_async(lambda: model.running() == [[1], [2, 3]])
+    model.free = {1, 2, 3, 4}
+    await asyncio.gather(*futures)
 
 
 async def test_only_the_run_that_nobody_waits_for_is_ended(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

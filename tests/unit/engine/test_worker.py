@@ -216,7 +216,7 @@ class Threads:
         self.told.append(("idle", start, count, threading.current_thread() is threading.main_thread()))
 
 
-async def test_suspected_rows_never_run_on_the_loop(tmp_path: Path) -> None:
+async def test_rows_in_quarantine_never_run_on_the_loop(tmp_path: Path) -> None:
     """One by one on the worker's thread, though others are quick enough for the loop."""
     model = await load_raw(tmp_path / "b", graphs.identity_model())
     assert model.prompt(2)
