@@ -24,8 +24,9 @@ class Runs(Protocol):
 class Ledger(Protocol):
     """Told which rows of one submission are in a run; on the thread that runs, and while it waits: be quick.
 
-    Rows of one submission may be in several runs at once, on several threads; each row is in one at most. A run
-    that had begun is told of until it is over, though its submission was cancelled meanwhile.
+    Rows of one submission may be in several runs at once, on several threads; each row is in one at most. No two
+    threads tell at a time. A run that had begun is told of until it is over, though its submission was cancelled
+    meanwhile.
     """
 
     def running(self, start: int, count: int) -> None:
@@ -44,6 +45,9 @@ class RunBoard(Protocol):
     def end(self, token: int) -> None:
         """It is over, however it ended."""
 
+
+_telling = threading.Lock()
+"""Held while ledgers are told."""
 
 Mark: TypeAlias = tuple[Ledger, int, int]
 """Rows `start` … `start + count` of a submission, and its ledger."""
@@ -120,11 +124,15 @@ def run(
         return model.run(outputs, feeds)
     token = board.begin(rows) if board is not None else 0
     try:
-        for ledger, start, count in marks:
-            ledger.running(start, count)
+        if marks:
+            with _telling:
+                for ledger, start, count in marks:
+                    ledger.running(start, count)
         return model.run(outputs, feeds)
     finally:
-        for ledger, start, count in marks:
-            ledger.idle(start, count)
+        if marks:
+            with _telling:
+                for ledger, start, count in marks:
+                    ledger.idle(start, count)
         if board is not None:
             board.end(token)

@@ -670,6 +670,14 @@ async def test_sizes_that_do_not_fit_are_tried_ever_more_rarely(model: FakeModel
     assert waits[0] == 60
     assert waits[-1] == 3600
     assert len(trials) < 16
+    for room, size in ((None, 8), (4, 4)):  # it fits once, and no more: that is no old story
+        model.room = room
+        now[0] += 3600
+        await submit(*range(8))
+        assert batcher.max_rows == size
+    now[0] += 61
+    await submit(*range(8))
+    assert len(model.runs[-3]) == 8
 
 
 # ---- priorities ------------------------------------------------------------------------------------------------------
@@ -960,14 +968,13 @@ async def test_only_the_run_that_nobody_waits_for_is_ended(make: Any, monkeypatc
 
 
 async def test_the_death_of_one_worker_answers_everybody(make: Any) -> None:
-    """Who runs beside it, too; and the others end."""
+    """Who runs beside it, too; and the others end, also one that had nothing to do."""
     model = Parallel()
     reasons: list[str] = []
-    batcher = make(model=model, parallel=2, on_death=reasons.append)
+    batcher = make(model=model, parallel=3, on_death=reasons.append)
     submit = submitter(batcher)
     futures = [submit(1), submit(2)]
     await eventually_async(lambda: model.running() == [[1], [2]])
-    futures.append(submit(3))
     model.killers[1] = SystemExit(3)
     model.free = {1}
     for future in futures:
@@ -976,7 +983,6 @@ async def test_the_death_of_one_worker_answers_everybody(make: Any) -> None:
     assert reasons == ["SystemExit(3)"]
     model.free = {2}
     await eventually_async(lambda: not any(worker.thread.is_alive() for worker in batcher._workers))
-    assert [3.0] not in model.runs
     assert reasons == ["SystemExit(3)"]
 
 
