@@ -812,6 +812,7 @@ async def test_who_waits_to_be_let_in_is_no_run_that_cannot_be_ended(
     looks = []
     look = batcher._end_runs_for_nobody
     monkeypatch.setattr(batcher, "_end_runs_for_nobody", lambda: looks.append(look()))
+    assert doubled(await submitter(batcher)(9)) == [18]
     await asyncio.to_thread(shared.enter, True)
     gone = submitter(batcher)(1)
     await eventually_async(lambda: batcher.waiting_rows == 0)
@@ -821,7 +822,7 @@ async def test_who_waits_to_be_let_in_is_no_run_that_cannot_be_ended(
     assert batcher.death is None
     shared.leave(True)
     assert doubled(await submitter(batcher)(2)) == [4]
-    assert model.runs == [[2]]
+    assert model.runs == [[9], [2]]
     assert not model.terminated
 
 
@@ -968,14 +969,14 @@ async def test_only_the_run_that_nobody_waits_for_is_ended(make: Any, monkeypatc
 
 
 async def test_the_death_of_one_worker_answers_everybody(make: Any) -> None:
-    """Who runs beside it, too; and the others end, also one that had nothing to do."""
+    """Who runs beside it, too; and the others end, also one that had nothing to do. It is told once."""
     model = Parallel()
     reasons: list[str] = []
     batcher = make(model=model, parallel=3, on_death=reasons.append)
     submit = submitter(batcher)
     futures = [submit(1), submit(2)]
     await eventually_async(lambda: model.running() == [[1], [2]])
-    model.killers[1] = SystemExit(3)
+    model.killers = {1: SystemExit(3), 2: SystemExit(4)}
     model.free = {1}
     for future in futures:
         with pytest.raises(InferenceFailed):
@@ -983,6 +984,7 @@ async def test_the_death_of_one_worker_answers_everybody(make: Any) -> None:
     assert reasons == ["SystemExit(3)"]
     model.free = {2}
     await eventually_async(lambda: not any(worker.thread.is_alive() for worker in batcher._workers))
+    await asyncio.sleep(0)
     assert reasons == ["SystemExit(3)"]
 
 
