@@ -75,11 +75,11 @@ def test_however_many_runs_are_to_be_alone_others_wait_for_one_of_them(start: St
         gate.leave(alone)
 
     gate.enter(True)
-    start(enter, "other", False)
-    eventually(lambda: gate._waiting)
     start(enter, "alone", True)
     start(enter, "alone", True)
     eventually(lambda: gate.shut == 3)
+    start(enter, "other", False)
+    eventually(lambda: gate._waiting)
     gate.leave(True)
     eventually(lambda: len(order) == 3)
     assert order == ["other", "alone", "alone"]
