@@ -261,7 +261,8 @@ async def test_waiting_for_the_lane_is_waiting_for_the_turn(make_lane: Any) -> N
 
 async def test_slow_runs_close_the_lane(model: Any, make_lane: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that was quick at load, and is not any more, keeps the loop a few times only."""
-    monkeypatch.setattr(inline, "_HANGS_S", 5.0)  # as below
+    # On a busy machine ten milliseconds of work may last a tenth of a second.
+    monkeypatch.setattr(inline, "_HANGS_S", 5.0)
     closed: list[str] = []
     lane = make_lane(on_close=closed.append)
     model.seconds = 2 * inline._SLOW_S
@@ -276,9 +277,8 @@ async def test_a_rare_slow_run_does_not_close_the_lane(
     model: Any, make_lane: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The garbage collector is not the model's fault."""
-    monkeypatch.setattr(
-        inline, "_HANGS_S", 5.0
-    )  # on a busy machine ten milliseconds of work may last a tenth of a second
+    # On a busy machine ten milliseconds of work may last a tenth of a second.
+    monkeypatch.setattr(inline, "_HANGS_S", 5.0)
     lane = make_lane()
     for _ in range(5):
         model.seconds = 2 * inline._SLOW_S
