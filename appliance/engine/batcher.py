@@ -9,8 +9,8 @@ halved and the smaller size is kept; after a while a larger one is tried again. 
 ended. A worker that dies, or a run that cannot be ended, makes the model not ready, loudly; everybody is answered.
 
 Rows, not requests: a big submission is cut into several runs, small ones share one. Several workers may run batches of
-one model at once. Rows that are suspected of having crashed a process run one by one, and nothing else in the engine
-runs meanwhile.
+one model at once. Rows in quarantine, which were in a run that crashed a process, run one by one, and nothing else in
+the engine runs meanwhile.
 """
 
 import asyncio
@@ -311,8 +311,8 @@ class Batcher:
             deadline: `time.monotonic()` seconds.
             principal: whose turn this uses up.
             priority: higher goes first.
-            alone: the rows run one by one, and nothing else in the engine meanwhile. They were accepted before, so a
-                full queue does not refuse them.
+            alone: quarantine: the rows run one by one, and nothing else in the engine meanwhile. They were accepted
+                before the crash, so a full queue does not refuse them.
             ledger: told which of the rows are in a run.
         Raises:
             Overloaded: the queue is full. Draining: the model is being closed. InferenceFailed: the worker died.
@@ -496,7 +496,13 @@ class Batcher:
 
     def _may_begin(self) -> bool:
         """Whether one more run may begin beside those in progress; the lock is held."""
-        return self._spread or not self._busy or self._closing or self._waiting >= self._room.rows
+        return (
+            self._spread
+            or not self._busy
+            or self._closing
+            or self._waiting >= self._room.rows
+            or (self._max_bytes is not None and self._waiting_bytes >= self._max_bytes)
+        )
 
     def _take(self) -> list[_Piece]:
         """The rows of the next run: of one shape, led by the priority and the principals whose turn it is."""

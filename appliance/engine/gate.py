@@ -24,8 +24,9 @@ class Runs(Protocol):
 class Ledger(Protocol):
     """Told which rows of one submission are in a run; on the thread that runs, and while it waits: be quick.
 
-    Rows of one submission may be in several runs at once, on several threads; each row is in one at most. A run
-    that had begun is told of until it is over, though its submission was cancelled meanwhile.
+    Rows of one submission may be in several runs at once, on several threads; each row is in one at most. No two
+    threads tell at a time. A run that had begun is told of until it is over, though its submission was cancelled
+    meanwhile.
     """
 
     def running(self, start: int, count: int) -> None:
@@ -45,14 +46,18 @@ class RunBoard(Protocol):
         """It is over, however it ended."""
 
 
+_telling = threading.Lock()
+"""Held while ledgers are told."""
+
 Mark: TypeAlias = tuple[Ledger, int, int]
 """Rows `start` … `start + count` of a submission, and its ledger."""
 
 
 class RunGate:
-    """Lets runs of one engine in: any number at once, or one alone, which goes before those that come after it.
+    """Lets runs of one engine in: any number at once, or one alone.
 
-    Any thread may call.
+    One that is to be alone goes before those that come after it; these wait for one such run at most, however many
+    come. Any thread may call.
 
     Attributes:
         shut: how many runs that are to be alone are in progress or wait.
@@ -64,6 +69,7 @@ class RunGate:
         self._inside = 0
         self.shut = 0
         self._taken = False
+        self._waiting = self._due = self._turn = 0
 
     def try_enter(self) -> bool:
         """Let in a run beside others, unless that needs waiting. Returns: whether it is in; then call `leave`."""
@@ -76,15 +82,20 @@ class RunGate:
     def enter(self, alone: bool = False) -> None:
         """Let in a run, beside others or alone, as soon as that is possible; then call `leave`."""
         with self._lock:
-            if not alone:
-                while self.shut:
+            if alone:
+                self.shut += 1
+                while self._inside or self._taken or self._due:
                     self._changed.wait()
-                self._inside += 1
+                self._taken = True
                 return
-            self.shut += 1
-            while self._inside or self._taken:
-                self._changed.wait()
-            self._taken = True
+            if self.shut:
+                turn = self._turn
+                self._waiting += 1
+                while turn == self._turn:
+                    self._changed.wait()
+                self._waiting -= 1
+                self._due -= 1
+            self._inside += 1
 
     def leave(self, alone: bool = False) -> None:
         """The run is over."""
@@ -92,6 +103,8 @@ class RunGate:
             if alone:
                 self._taken = False
                 self.shut -= 1
+                self._turn += 1
+                self._due = self._waiting
             else:
                 self._inside -= 1
             if alone or (self.shut and not self._inside):
@@ -111,11 +124,15 @@ def run(
         return model.run(outputs, feeds)
     token = board.begin(rows) if board is not None else 0
     try:
-        for ledger, start, count in marks:
-            ledger.running(start, count)
+        if marks:
+            with _telling:
+                for ledger, start, count in marks:
+                    ledger.running(start, count)
         return model.run(outputs, feeds)
     finally:
-        for ledger, start, count in marks:
-            ledger.idle(start, count)
+        if marks:
+            with _telling:
+                for ledger, start, count in marks:
+                    ledger.idle(start, count)
         if board is not None:
             board.end(token)

@@ -1,6 +1,7 @@
 """What surrounds a run: who is kept out meanwhile, and who is told."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,27 @@ def test_a_run_that_is_to_be_alone_waits_for_those_in_progress_and_goes_before_l
     assert order == ["alone", "late"]
     eventually(lambda: not gate.shut)
     assert gate.try_enter()
+
+
+def test_however_many_runs_are_to_be_alone_others_wait_for_one_of_them(start: Start) -> None:
+    """Rows of a crashed batch of 128 do not keep the other models out until the last of them is through."""
+    gate = RunGate()
+    order: list[str] = []
+
+    def enter(name: str, alone: bool) -> None:
+        gate.enter(alone)
+        order.append(name)
+        gate.leave(alone)
+
+    gate.enter(True)
+    start(enter, "alone", True)
+    start(enter, "alone", True)
+    eventually(lambda: gate.shut == 3)
+    start(enter, "other", False)
+    eventually(lambda: gate._waiting)
+    gate.leave(True)
+    eventually(lambda: len(order) == 3)
+    assert order == ["other", "alone", "alone"]
 
 
 def test_nothing_runs_beside_a_run_that_is_alone(start: Start) -> None:
@@ -128,6 +150,29 @@ def test_ledgers_and_board_are_told_before_and_after_the_run(fails: bool) -> Non
     marked = [("running", 4, 2), ("running", 0, 1)]
     cleared = [("idle", 4, 2), ("idle", 0, 1)]
     assert log == [("begin", 3), *marked, "run", *cleared, ("end", 77)]
+
+
+def test_a_ledger_is_told_by_one_thread_at_a_time(start: Start) -> None:
+    """What it keeps of several runs needs no lock of its own."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    class Slow:
+        def running(self, start: int, count: int) -> None:
+            inside.append(start)
+            most.append(len(inside))
+            time.sleep(0)
+            inside.pop()
+
+        idle = running
+
+    def run(seed: int) -> None:
+        for _ in range(50):
+            gates.run(FakeModel(), ["double"], rows(seed), 1, [(Slow(), seed, 1)], None)
+
+    for thread in [start(run, seed) for seed in range(4)]:
+        thread.join(WAIT_S)
+    assert most == [1] * 400
 
 
 def test_a_run_with_nobody_to_tell_is_just_a_run() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import sys
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support import graphs
-from support.engine_graphs import engine, pixel_model, planned, write_pixels
+from support.engine_graphs import engine, pixel_model, plain, planned, write_pixels
+from support.waiting import eventually_async
 
 from appliance.core.config import Engine as EngineSettings
 from appliance.core.errors import BundleInvalid, DeviceError, Draining
 from appliance.core.metrics import Metrics
 from appliance.engine import curves, probes, worker
 from appliance.engine import plan as plans
+from appliance.engine.batcher import Batcher
 from appliance.engine.session import gpu_problem
 from appliance.engine.transport import LoadRequest
 from appliance.engine.worker import LocalEngine, LocalModel
@@ -388,6 +391,60 @@ async def test_closing_a_model_answers_who_comes_later(tmp_path: Path) -> None:
         await ask(model, np.ones((1, 3), np.float32))
     assert model.death is None
     assert model.waiting_rows == 0
+
+
+class Threads:
+    """A ledger that writes down on which threads it was told what."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, int, bool]] = []
+
+    def running(self, start: int, count: int) -> None:
+        self.told.append(("running", start, count, threading.current_thread() is threading.main_thread()))
+
+    def idle(self, start: int, count: int) -> None:
+        self.told.append(("idle", start, count, threading.current_thread() is threading.main_thread()))
+
+
+async def test_rows_in_quarantine_never_run_on_the_loop(tmp_path: Path) -> None:
+    """One by one on the worker's thread, though others are quick enough for the loop."""
+    model = await load_raw(tmp_path / "b", graphs.identity_model())
+    assert model.prompt(2)
+    values = np.ones((2, 3), np.float32)
+    quick, alone = Threads(), Threads()
+    await model.submit({"x": values}, ("y",), None, "ada", ledger=quick)
+    outcome = await model.submit({"x": values * 2}, ("y",), None, "ada", alone=True, ledger=alone)
+    assert np.array_equal(outcome.arrays["y"], values * 2)
+    assert quick.told == [("running", 0, 2, True), ("idle", 0, 2, True)]
+    assert alone.told == [(what, row, 1, False) for row in range(2) for what in ("running", "idle")]
+    model.close()
+
+
+async def test_models_of_one_engine_share_its_gate_and_bounds(tmp_path: Path) -> None:
+    """A run that is to be alone is alone in the process."""
+    shared = engine()
+    one, two = [await shared.load(raw_request(graphs.write_raw(tmp_path / name))) for name in ("b", "c")]
+    assert one._batcher.gate is two._batcher.gate
+    assert one._batcher._queue_bytes == EngineSettings().queue_size
+    for loaded in (one, two):
+        loaded.close()
+
+
+async def test_several_workers_on_one_session_give_its_answers(tmp_path: Path) -> None:
+    """Bit for bit, and a run that never ends is ended without its neighbours."""
+    session = plain(graphs.write_raw(tmp_path / "b", graphs.endless_model(only_above=1000.0)))
+    batcher = Batcher(session, max_rows=8, queue_rows=1000, parallel=2)
+    endless = batcher.submit({"x": np.full((1, 2), 2000, np.float32)}, ("y",), None, "eve")
+    await eventually_async(lambda: session._runs)
+    values = np.arange(400, dtype=np.float32).reshape(200, 2)
+    futures = [batcher.submit({"x": values[i : i + 5]}, ("y",), None, f"p{i % 3}") for i in range(0, 200, 5)]
+    for start, outcome in zip(range(0, 200, 5), await asyncio.gather(*futures), strict=True):
+        assert np.array_equal(outcome.arrays["y"], values[start : start + 5])
+    endless.cancel()
+    await eventually_async(lambda: not session._runs)
+    assert np.array_equal((await batcher.submit({"x": values[:1]}, ("y",), None, "ada")).arrays["y"], values[:1])
+    assert batcher.death is None
+    batcher.close()
 
 
 async def test_runs_are_counted(tmp_path: Path) -> None:
