@@ -13,6 +13,9 @@ from onnx import TensorProto, helper
 from support import graphs
 from support.appliance import MODELS, PATIENCE_S, Appliance, Client, Load, Pki, array_input, image_input, request_for
 
+ONE_FRONT = {"fronts": 1}
+"""Each has a cache of its own: with more of them, which one a connection meets decides what it knows."""
+
 DIGITS = [path.read_bytes() for path in sorted((MODELS / "digits" / "samples").glob("*.png"))[:2]]
 
 Make = Callable[..., Appliance]
@@ -38,7 +41,7 @@ def count(appliance: Appliance, name: str) -> float:
 
 def test_a_hit_runs_no_model_and_says_the_same(make_appliance: Make, pki: Pki) -> None:
     """Counted by the batcher itself; without the flag the model runs as ever."""
-    appliance = make_appliance("digits", cache={"size": "1MiB"})
+    appliance = make_appliance("digits", cache={"size": "1MiB"}, processes=ONE_FRONT)
     with appliance, Client(appliance.port(), pki.ca, appliance.new_key()) as client:
         request = request_for("digits", [image_input(digit) for digit in DIGITS])
         plain = client.predict(request)
@@ -62,7 +65,7 @@ def test_a_hit_runs_no_model_and_says_the_same(make_appliance: Make, pki: Pki) -
 def test_rest_and_grpc_share_what_is_kept(make_appliance: Make, pki: Pki, transport: str) -> None:
     if transport != "native":
         return  # no REST there
-    appliance = make_appliance("digits", cache={"size": "1MiB"})
+    appliance = make_appliance("digits", cache={"size": "1MiB"}, processes=ONE_FRONT)
     with appliance, Client(appliance.port(), pki.ca, key := appliance.new_key()) as client:
         request = cached(request_for("digits", [image_input(DIGITS[0])]))
         asked = json_format.MessageToDict(request, preserving_proto_field_name=True)
@@ -124,7 +127,7 @@ def replace_graph(folder: Path, model: Any) -> None:
 
 def test_a_version_that_is_swapped_under_load_leaves_no_answer_behind(make_appliance: Make, pki: Pki) -> None:
     """The same version with other content: from the moment of the swap on nobody hears the old one."""
-    appliance = make_appliance(cache={"size": "1MiB"})
+    appliance = make_appliance(cache={"size": "1MiB"}, processes=ONE_FRONT)
     graphs.write_raw(appliance.models / "scale", times(1))
     appliance.key = appliance.new_key()
     row = np.array([1, 2, 3], np.float32)

@@ -230,7 +230,7 @@ class TestLimitsOfTheAppliance:
             assert reply.status.code == StatusCode.MODEL_BUSY_PLEASE_RETRY
             assert "limits.memory_in_flight" in reply.status.details
             assert client.predict(request_for("digits", [image_input(DIGIT)])).status.code == StatusCode.SUCCESS
-            assert "inference_appliance_memory_in_flight_bytes 0.0" in appliance.metrics()
+            appliance.wait(lambda: "inference_appliance_memory_in_flight_bytes 0.0" in appliance.metrics())
 
     def test_memory_stays_near_the_budget_whatever_the_pictures_decode_to(self, make_appliance: Make, pki: Pki) -> None:
         """Small files of many pixels: 32 of 36 megapixels are 3.5 GB decoded, of which few are held at once."""

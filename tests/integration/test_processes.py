@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 from clarifai_grpc.grpc.api.status.status_code_pb2 import StatusCode
 from support import graphs
-from support.appliance import MODELS, PATIENCE_S, Appliance, Client, Load, Pki, array_input, image_input, request_for
+from support.appliance import (
+    MODELS,
+    PATIENCE_S,
+    Appliance,
+    Client,
+    Load,
+    Pki,
+    array_input,
+    image_input,
+    mode,
+    request_for,
+)
 
 DIGIT = next((MODELS / "digits" / "samples").glob("*.png")).read_bytes()
 PREDICT = request_for("digits", [image_input(DIGIT)] * 3)
@@ -25,17 +36,16 @@ Make = Callable[..., Appliance]
 
 
 @pytest.fixture
-def transport() -> str:
+def transport() -> Iterator[str]:
     """grpcio binds its own port, for one front; here there are two."""
-    return "native"
+    with mode("processes"):
+        yield "native"
 
 
 @pytest.fixture
 def appliance(make_appliance: Make) -> Iterator[Appliance]:
     """Two fronts and an engine, with the digits bundle and a key."""
     made = make_appliance("digits")
-    made.mode = "processes"
-    made.write_config()
     made.key = made.new_key()
     with made:
         yield made
@@ -99,8 +109,6 @@ class TestEngine:
     def test_an_engine_without_a_sign_of_life_is_replaced(self, make_appliance: Make, pki: Pki) -> None:
         """As one that hangs in the kernel or a driver; who waited is answered by the next one."""
         appliance = make_appliance("digits", processes={"engine_silence_s": 1.0})
-        appliance.mode = "processes"
-        appliance.write_config()
         appliance.key = appliance.new_key()
         with appliance, Load(appliance.port(), pki.ca, appliance.key, PREDICT) as load:
             load.wait_for(10)
@@ -119,8 +127,6 @@ class TestEngine:
         The row's run never ends, so that it is the one that is on when the engine is killed.
         """
         appliance = make_appliance("digits")
-        appliance.mode = "processes"
-        appliance.write_config()
         graphs.write_raw(appliance.models / "moody", graphs.endless_model(only_above=1000.0))
         appliance.key = appliance.new_key()
         inputs = [array_input(np.full((1, 2), value, np.float32)) for value in (1, 5000, 2)]
@@ -155,8 +161,6 @@ class TestEngine:
     ) -> None:
         """Its neighbours are, and the reason is shown."""
         appliance = make_appliance("digits", catalog={"start_wait_s": 0.5})
-        appliance.mode = "processes"
-        appliance.write_config()
         graphs.write_raw(appliance.models / "never", graphs.endless_model())
         appliance.key = appliance.new_key()
         appliance.spawn()
@@ -250,7 +254,6 @@ class TestFronts:
     def test_a_principal_s_rate_holds_for_all_fronts_together(self, make_appliance: Make, pki: Pki) -> None:
         """Not once for each of them."""
         appliance = make_appliance("digits")
-        appliance.mode = "processes"
         appliance.write_config(principal=[{"name": "default", "requests_per_second": 0.01, "burst": 10}])
         appliance.key = appliance.new_key()
         ends: Counter[int] = Counter()
@@ -296,8 +299,6 @@ class TestSupervisor:
     def test_every_front_hears_of_a_reload(self, make_appliance: Make, pki: Pki) -> None:
         """Keys, limits and certificates; whichever front a connection meets."""
         appliance = make_appliance("digits")
-        appliance.mode = "processes"
-        appliance.write_config()
         appliance.key = appliance.new_key()
         with appliance:
             appliance.write_config(limits={"inputs_per_request": 2})

@@ -40,8 +40,15 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("APPLIANCE_", "CLARIFAI_"))}
 
-MODE = os.environ.get("TEST_MODE", "")
-"""Which processes do the work where a test does not say: "single" or "processes"; "" is the appliance's own choice."""
+_modes = [os.environ.get("TEST_MODE", "")]
+
+
+@contextlib.contextmanager
+def mode(name: str) -> Iterator[None]:
+    """Appliances made meanwhile have their work done so: "single", "processes", or "" for their own choice."""
+    _modes.append(name)
+    yield
+    _modes.pop()
 
 
 def run(*arguments: str | Path, config: Path | None = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
@@ -100,7 +107,7 @@ class Appliance:
     process: "subprocess.Popen[bytes] | None" = None
     key: str = ""
     transport: str = ""
-    mode: str = MODE
+    mode: str = field(default_factory=lambda: _modes[-1])
 
     def __post_init__(self) -> None:
         for folder in (self.models, self.state):

@@ -441,7 +441,7 @@ from appliance.core.errors import ConfigError
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
 from appliance.daemon.certificates import CertificateFiles
-from appliance.daemon.front import open_front
+from appliance.daemon.front import open_front, open_sockets
 from appliance.pki.files import Layout
 from appliance.pki.leaf import Subject, issue, write_leaf
 from appliance.pki.names import server_sans
@@ -459,7 +459,8 @@ paths = {"certificate": layout.certificate("server"), "key": layout.key("server"
 config = Config(server=Server(listen=listen, transport="grpcio"), tls=Tls(**paths))
 async def run():
     try:
-        front = open_front(config, {}, None, CertificateFiles(config), MemoryBudget(1), Metrics(), Store())
+        sockets = open_sockets(config, Store()).by_name
+        front = open_front(config, {}, None, CertificateFiles(config), MemoryBudget(1), Metrics(), sockets)
     except ConfigError as error:
         return {"error": str(error)}
     await front.start()
