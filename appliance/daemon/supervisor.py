@@ -550,7 +550,7 @@ class Supervisor:
         self._fold.attach(engine.name, child.counts)
         engine.child, engine.problem = child, None
         engine.canary_at = time.monotonic() + _CANARY_S
-        _log.info("device %s: %s", engine.facts["device"], engine.facts["reason"], extra={"process": engine.name})
+        _log.info("device %s: %s", engine.facts["device"], engine.facts["reason"], extra={"engine": engine.name})
 
     def _engine_ended(self, engine: Engine, child: Child) -> None:
         if engine.child is not child:
