@@ -275,11 +275,17 @@ class Slot:
             if is_pinned(array):
                 source = array.ctypes.data
             else:
-                memory = (ctypes.c_char * array.nbytes).from_address(source)
+                memory = memoryview((ctypes.c_char * array.nbytes).from_address(source))
                 np.copyto(np.frombuffer(memory, array.dtype).reshape(array.shape), array)
             self._library.to_device(self._on_device + offsets[name], source, array.nbytes, self._stream)
         self._library.wait(self._stream)
         return {name: self._on_device + offset for name, offset in offsets.items()}
+
+    def fetch(self, address: int, target: Array) -> Array:
+        """Fill `target`, which is contiguous, from the device; returns it."""
+        self._library.to_host(target.ctypes.data, address, target.nbytes, self._stream)
+        self._library.wait(self._stream)
+        return target
 
     def close(self) -> None:
         """Give the memory back."""

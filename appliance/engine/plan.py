@@ -66,6 +66,7 @@ class Plan:
         notes: sentences for `appliance models inspect`.
         inputs, outputs: of the wrapped graph.
         finds_rows: an operator may give as many rows as it finds, so a free first axis of an output is no batch axis.
+        tf32, cuda_graphs: what the bundle says of runs on a GPU; None follows the engine.
     """
 
     model: bytes | None
@@ -77,6 +78,8 @@ class Plan:
     mixes_rows: str
     notes: tuple[str, ...]
     finds_rows: bool = False
+    tf32: bool = False
+    cuda_graphs: bool | None = None
 
 
 def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int) -> Plan:
@@ -117,6 +120,8 @@ def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concep
         mixes_rows=_mixes_rows(model),
         notes=tuple(notes),
         finds_rows=any(node.op_type in _OWN_ROWS for node in _nodes(model)),
+        tf32=section.tf32,
+        cuda_graphs=section.cuda_graphs,
     )
 
 

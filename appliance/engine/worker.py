@@ -6,17 +6,20 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from appliance.core.config import Engine as EngineSettings
-from appliance.core.errors import BundleInvalid, InferenceFailed
+from appliance.core.errors import BundleInvalid, DeviceError, InferenceFailed
 from appliance.core.machine import usable_cpus
 from appliance.core.metrics import Metrics
 from appliance.core.types import Array
-from appliance.engine import probes
+from appliance.engine import probes, tensorrt
+from appliance.engine.admission import Admission, Content, content_of
 from appliance.engine.batcher import Batcher, Outcome, RunRecord
 from appliance.engine.inline import LONGEST_RUN_S, TURN_S, InlineLane, Waiter, Watchdog
-from appliance.engine.session import Device, Session, TensorSpec, resolve_device
+from appliance.engine.session import Device, Session, TensorSpec, resolve_device, version
+from appliance.engine.tensorrt import Compiled
 from appliance.engine.transport import Batching, LoadRequest
 
 _log = logging.getLogger(__name__)
@@ -89,15 +92,28 @@ class LocalModel:
 class LocalEngine:
     """Loads graphs into this process; implements `Engine`."""
 
-    def __init__(self, settings: EngineSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        metrics: Metrics,
+        state_dir: Path | None = None,
+        on_poison: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         """Find the device.
 
+        Args:
+            state_dir: where footprints and TensorRT's engines are; None: nowhere.
+            on_poison: called on a run's thread when this process can use its GPU no more; it should end the process.
         Raises:  DeviceError: the device is required and cannot be used.
         """
         self.device = resolve_device(settings.device)
         self._threads = settings.threads or usable_cpus()
         self._queue_rows = settings.queue_rows
         self._gpu_memory = settings.gpu_memory
+        self._cuda_graphs = settings.cuda_graphs
+        self._state_dir = state_dir
+        self._on_poison = on_poison
+        self._admission = Admission(state_dir, settings.gpu_headroom)
         self._load_timeout_s = settings.load_timeout_s
         self._metrics = metrics
         self._watchdog = Watchdog()
@@ -108,7 +124,7 @@ class LocalEngine:
         loading = _Loading()
         try:
             async with asyncio.timeout(self._load_timeout_s):
-                session, batching = await _on_own_thread(lambda: self._prepare(request, device, loading))
+                session, batching = await _on_own_thread(lambda: self._admitted(request, device, loading))
                 loading.succeeded()
         except TimeoutError as error:
             raise BundleInvalid(
@@ -139,10 +155,69 @@ class LocalEngine:
             )
         return LocalModel(session, batcher, lane, device, batching)
 
-    def _prepare(self, request: LoadRequest, device: Device, loading: "_Loading") -> tuple[Session, Batching]:
-        """The slow part, on a thread of its own: session, probes, warm-up of every bucket."""
+    def _admitted(self, request: LoadRequest, device: Device, loading: "_Loading") -> tuple[Session, Batching]:
+        """The slow part, on a thread of its own. On a GPU: if it fits, and then measured.
+
+        Raises: DeviceError: it does not fit.
+        """
+        if device.kind == "cpu":
+            return self._prepare(request, device, loading, None)
+        try:
+            content = content_of(request.plan)
+        except OSError as error:
+            raise BundleInvalid(f"{request.plan.file} cannot be read: {error.strerror}.") from error
+        name = ":".join(request.name)
+        compiled = self._compiled(content, device)
+        if compiled is not None and tensorrt.covers(compiled, request.examples):
+            rows = min(request.max_rows or compiled.max_rows, compiled.max_rows)
+            try:
+                with self._admission.load(content, device, "tensorrt", name):
+                    session, batching = self._prepare(replace(request, max_rows=rows), device, loading, compiled)
+                    session.settle()
+                    return session, batching
+            except (BundleInvalid, DeviceError) as error:
+                _log.warning("TensorRT's engine cannot be used, CUDA serves", extra=_fields(request, str(error)))
+        with self._admission.load(content, device, "cuda", name):
+            session, batching = self._prepare(request, device, loading, None)
+            graphs = self._cuda_graphs if request.plan.cuda_graphs is None else request.plan.cuda_graphs
+            if graphs and batching.mode == "rows":
+                found = session.capture(request.served, _batches(request, batching.max_rows))
+                _log.info("CUDA graphs were tried", extra=_fields(request, found))
+            session.settle()
+            return session, batching
+
+    def _compiled(self, content: Content, device: Device) -> Compiled | None:
+        """TensorRT's engine for that graph on this GPU, if one was built."""
+        try:
+            folder = self.engine_folder(content, device)
+        except OSError:  # no TensorRT here
+            return None
+        return tensorrt.find(folder) if folder else None
+
+    def engine_folder(self, content: Content, device: Device) -> Path | None:
+        """Where TensorRT's engine for that graph is or would be; None without a state folder.
+
+        Raises: OSError: there is no TensorRT here.
+        """
+        if self._state_dir is None:
+            return None
+        return tensorrt.folder_of(self._state_dir, content.key, version(), tensorrt.version(), device.name)
+
+    def _prepare(
+        self, request: LoadRequest, device: Device, loading: "_Loading", compiled: Compiled | None
+    ) -> tuple[Session, Batching]:
+        """Session, probes, warm-up of every bucket."""
         plan = request.plan
-        session = Session(plan.model or plan.file, plan.file.parent, device, self._threads, self._gpu_memory)
+        session = Session(
+            plan.model or plan.file,
+            plan.file.parent,
+            device,
+            self._threads,
+            self._gpu_memory,
+            tf32=plan.tf32,
+            compiled=compiled,
+            on_poison=self._on_poison,
+        )
         loading.take(session)
         buckets = request.examples
         batching = _batching(session, request)
@@ -251,6 +326,12 @@ def _inline_rows(session: Session, request: LoadRequest, device: Device, max_row
         return int(TURN_S / probes.run_seconds(session, request.served, row, max_rows) * max_rows)
     except InferenceFailed:  # the bundle's max_rows does not fit in memory: the batcher finds out what does
         return 0
+
+
+def _batches(request: LoadRequest, max_rows: int) -> list[dict[str, Array]]:
+    """What the batcher makes of each bucket's rows: powers of two, and `max_rows`."""
+    sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
+    return [probes.join([rows[0]] * size) for rows in request.examples for size in sizes]
 
 
 def _first_run(session: Session, request: LoadRequest, buckets: Sequence[Sequence[Mapping[str, Array]]]) -> None:
