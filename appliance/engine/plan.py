@@ -18,6 +18,7 @@ from appliance.catalog.bundle import BundleConfig, OnnxSection, VersionFolder, c
 from appliance.catalog.graph import axes, every_node, graph_inputs, read_graph
 from appliance.catalog.sections import EmbeddingOutput, ImageInput
 from appliance.core.errors import BundleInvalid
+from appliance.engine.half import halve
 from appliance.engine.session import TensorSpec
 
 TOP_LIMIT = 200
@@ -66,6 +67,7 @@ class Plan:
         notes: sentences for `appliance models inspect`.
         inputs, outputs: of the wrapped graph.
         finds_rows: an operator may give as many rows as it finds, so a free first axis of an output is no batch axis.
+        half: products are computed in half precision.
         tf32, cuda_graphs: what the bundle says of runs on a GPU; None follows the engine.
     """
 
@@ -78,6 +80,7 @@ class Plan:
     mixes_rows: str
     notes: tuple[str, ...]
     finds_rows: bool = False
+    half: bool = False
     tf32: bool = False
     cuda_graphs: bool | None = None
 
@@ -109,7 +112,10 @@ def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concep
         _wrap_pooling(model, section, file)
     elif section.embedding:
         _check_embedding(model, section.embedding, file)
-    wrapped = wrap_input or wrap_output
+    halved = section.precision == "fp16" and halve(model)
+    if section.precision == "fp16":
+        notes.append(f"precision fp16: {halved} operators compute in half precision")
+    wrapped = wrap_input or wrap_output or halved
     return Plan(
         model=model.SerializeToString() if wrapped else None,
         file=file,
@@ -120,6 +126,7 @@ def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concep
         mixes_rows=_mixes_rows(model),
         notes=tuple(notes),
         finds_rows=any(node.op_type in _OWN_ROWS for node in _nodes(model)),
+        half=bool(halved),
         tf32=section.tf32,
         cuda_graphs=section.cuda_graphs,
     )

@@ -179,13 +179,5 @@ def complete(built: Compiled, folder: Path) -> Compiled:
     return found
 
 
-def remove(folder: Path) -> bool:
-    """Whether there was an engine, which is gone now. Raises: OSError."""
-    if not folder.exists():
-        return False
-    shutil.rmtree(folder)
-    return True
-
-
 def _engines(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.engine"))}

@@ -220,7 +220,8 @@ class LocalEngine:
         )
         loading.take(session)
         buckets = request.examples
-        batching = _batching(session, request)
+        coarse = plan.half or plan.tf32 or (compiled is not None and compiled.fp16)
+        batching = _batching(session, request, coarse)
         if batching.mode == "whole":
             _first_run(session, request, buckets)
             return session, batching
@@ -299,7 +300,7 @@ async def _on_own_thread(work: Callable[[], _T]) -> _T:
     return await future
 
 
-def _batching(session: Session, request: LoadRequest) -> Batching:
+def _batching(session: Session, request: LoadRequest, coarse: bool) -> Batching:
     """Whether rows may share a run, from the graph's axes, its operators and the probes."""
     if not request.examples:
         return Batching("whole", 1, "its inputs have axes of unknown length, so its rows could not be probed")
@@ -311,7 +312,7 @@ def _batching(session: Session, request: LoadRequest) -> Batching:
     if request.plan.mixes_rows:
         return Batching("separate", 1, request.plan.mixes_rows)
     for rows in request.examples:
-        dependence = probes.row_dependence(session, request.compared, rows)
+        dependence = probes.row_dependence(session, request.compared, rows, coarse=coarse)
         if dependence:
             return Batching("separate", 1, dependence)
     return Batching("rows", probes.MAX_ROWS, "the probes show rows independent")

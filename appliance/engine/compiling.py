@@ -1,0 +1,73 @@
+"""Building TensorRT's engine for a model, which takes minutes: for `appliance models compile`, never for a load."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from appliance.core.errors import BundleInvalid, ConfigError
+from appliance.core.types import Array
+from appliance.engine import binding, probes, tensorrt
+from appliance.engine.admission import content_of
+from appliance.engine.session import Session
+from appliance.engine.tensorrt import Compiled
+from appliance.engine.transport import LoadRequest
+from appliance.engine.worker import LocalEngine
+
+_FEWEST_ROWS = 4
+"""The probes at load run up to three rows together, so an engine must take as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An engine, and how it compares with CUDA's own kernels at full batches.
+
+    Attributes:
+        deviation: largest difference between two outputs, of `LoadRequest.compared`.
+        cuda_s, tensorrt_s: one run.
+    """
+
+    compiled: Compiled
+    deviation: float
+    cuda_s: float
+    tensorrt_s: float
+
+
+def build(engine: LocalEngine, request: LoadRequest, max_rows: int, *, fp16: bool) -> Built:
+    """Build TensorRT's engine for a model and put it where `engine` looks for it at the next load.
+
+    Args:    engine: on a GPU, with a state folder. max_rows: rows of the largest run.
+    Raises:  BundleInvalid: it cannot be built. ConfigError: it cannot be kept.
+    """
+    device, plan = engine.device, request.plan
+    rows = max(max_rows, _FEWEST_ROWS)
+    shortest, longest = tensorrt.shapes(request.examples, rows)
+    model, beside = plan.model or plan.file, plan.file.parent
+    try:
+        folder = engine.engine_folder(content_of(plan), device)
+        assert folder is not None, "an engine without a state folder keeps nothing"
+        wanted = Compiled(tensorrt.begin(folder), fp16, rows, shortest, longest, {})
+        built = Session(model, beside, device, 1, tf32=plan.tf32, compiled=wanted)  # builds
+        plain = Session(model, beside, device, 1, tf32=plan.tf32)
+        deviation = max((_deviation(plain, built, request, bucket) for bucket in request.examples), default=0.0)
+        feeds = probes.join([request.examples[-1][0]] * rows)
+        cuda_s, tensorrt_s = (binding.seconds(partial(each.run, request.served, feeds)) for each in (plain, built))
+        return Built(tensorrt.complete(wanted, folder), deviation, cuda_s, tensorrt_s)
+    except OSError as error:
+        raise ConfigError(f"The engine cannot be kept: {error}.") from error
+
+
+def _deviation(plain: Session, built: Session, request: LoadRequest, bucket: Sequence[Mapping[str, Array]]) -> float:
+    """Of the bucket's rows in one run. Raises: BundleInvalid: an output is not a number where CUDA's is."""
+    feeds = probes.join(bucket)
+    largest = 0.0
+    for name, one, other in zip(
+        request.compared, plain.run(request.compared, feeds), built.run(request.compared, feeds), strict=True
+    ):
+        if one.dtype.kind != "f" or not one.size:
+            continue
+        if not np.array_equal(np.isfinite(one), np.isfinite(other)):
+            raise BundleInvalid(f"TensorRT's output {name!r} is not finite where CUDA's is; compile it without --fp16.")
+        largest = max(largest, float(np.nanmax(np.abs(one - other), initial=0.0)))
+    return largest
