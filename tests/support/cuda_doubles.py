@@ -1,16 +1,17 @@
-"""Doubles of what only a machine with a GPU has: NVML, CUDA's runtime library, and an onnxruntime session on CUDA.
+"""Doubles of what only a machine with a GPU has: NVML and CUDA's runtime library.
 
-"Device memory" is host memory here, so that what was copied where can be looked at. Tests marked `gpu` do the same with
-the real ones.
+"Device memory" is host memory here: it can be looked at, and onnxruntime's CPU provider can be bound to it. Tests
+marked `gpu` do the same with the real ones.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
+from onnx import ModelProto
 
 from appliance.core.types import Array
 from appliance.engine.cuda import CudaError, Runtime
@@ -50,58 +51,55 @@ def at(address: int, shape: Sequence[int], dtype: Any) -> Array:
     return np.frombuffer(ctypes.string_at(address, size), dtype).reshape(shape)
 
 
-@dataclass
-class Options:
-    """Run options that remember their entries."""
+class OnHost:
+    """A session of onnxruntime's CPU provider, bound where `HostRuntime` has its "device memory".
 
-    entries: dict[str, str] = field(default_factory=dict)
-
-    def add_run_config_entry(self, name: str, value: str) -> None:
-        self.entries[name] = value
-
-
-class DoublingSession:
-    """An onnxruntime session whose output `y` is twice its input `x`; it reads `x` where it is bound.
-
-    Attributes: runs: how each run came: "run", or "bound" and its graph's number.
+    Attributes: runs: how each run came: "run", or "bound" and the number of its CUDA graph, if it had one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: ModelProto) -> None:
+        self._session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         self.runs: list[str] = []
-        self.fails: str = ""
+        self.before: Callable[[], None] = lambda: None
+        """Called when a bound run begins."""
 
-    def run(self, outputs: list[str], feeds: Mapping[str, Array], options: Options) -> list[Array]:
+    def run(self, outputs: list[str], feeds: Mapping[str, Array], options: Any) -> Any:
         self.runs.append("run")
-        return [feeds["x"] * 2 for _ in outputs]
+        return self._session.run(outputs, feeds, options)
 
     def io_binding(self) -> Any:
-        bound = SimpleNamespace(inputs={}, outputs=[], results=[], given={})
-        bound.bind_input = lambda name, kind, index, dtype, shape, address: bound.inputs.update(
-            {name: (kind, address, shape, dtype)}
-        )
-        bound.bind_output = lambda name, kind="cpu", index=0: bound.outputs.append((name, kind))
-        bound.bind_ortvalue_output = lambda name, value: bound.given.update({name: value})
-        bound.get_outputs = lambda: bound.results
-        bound.copy_outputs_to_cpu = lambda: [value.array.copy() for value in bound.results]
-        return bound
+        return _BindingOnHost(self._session.io_binding())
 
-    def run_with_iobinding(self, bound: Any, options: Options) -> None:
-        self.runs.append(f"bound {options.entries.get('gpu_graph_id', '')}".strip())
-        if self.fails:
-            raise RuntimeError(self.fails)
-        kind, address, shape, dtype = bound.inputs["x"]
+    def run_with_iobinding(self, binding: "_BindingOnHost", options: Any) -> None:
+        self.runs.append(f"bound {entry(options, 'gpu_graph_id')}".strip())
+        self.before()
+        self._session.run_with_iobinding(binding.real, options)
+
+
+class _BindingOnHost:
+    """IO binding that takes "cuda" for the host."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def bind_input(self, name: str, kind: str, index: int, dtype: Any, shape: list[int], address: int) -> None:
         assert kind == "cuda"
-        result = at(address, shape, dtype) * 2
-        if bound.given:
-            for value in bound.given.values():
-                value.array[...] = result
-            return
-        bound.results = [
-            SimpleNamespace(
-                array=array, shape=lambda a=array: list(a.shape), data_ptr=lambda a=array: a.ctypes.data
-            )
-            for array in (result.copy() for _ in bound.outputs)
-        ]
+        self.real.bind_input(name, "cpu", index, dtype, shape, address)
+
+    def bind_output(self, name: str, kind: str = "cpu", index: int = 0) -> None:
+        assert kind in ("cpu", "cuda")
+        self.real.bind_output(name, "cpu", index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+def entry(options: Any, name: str) -> str:
+    """A run option, "" when it is not set."""
+    try:
+        return str(options.get_run_config_entry(name))
+    except RuntimeError:
+        return ""
 
 
 class Nvml:

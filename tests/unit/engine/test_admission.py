@@ -133,10 +133,14 @@ def test_a_load_that_does_not_fit_is_not_begun(tmp_path: Path, memory: Memory) -
 
 def test_a_failed_load_leaves_no_footprint(tmp_path: Path, memory: Memory) -> None:
     """It had not taken all that it needs."""
-    door = Admission(tmp_path, headroom=0)
-    with pytest.raises(RuntimeError), door.load(MODEL, H200, "cuda", "cats:1"):
-        memory.used = 3 * GIB
-        raise RuntimeError
+
+    def fail() -> None:
+        with Admission(tmp_path, headroom=0).load(MODEL, H200, "cuda", "cats:1"):
+            memory.used = 3 * GIB
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert not (tmp_path / "footprints.json").exists()
 
 

@@ -119,7 +119,9 @@ def test_own_memory_is_that_of_this_process(nvml: Nvml) -> None:
 # ---- which one -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("wanted", "index"), [("gpu", 0), ("gpu:0", 0), ("gpu:1", 1), (f"gpu:{B}", 1), (f"gpu:{B.lower()}", 1)])
+@pytest.mark.parametrize(
+    ("wanted", "index"), [("gpu", 0), ("gpu:0", 0), ("gpu:1", 1), (f"gpu:{B}", 1), (f"gpu:{B.lower()}", 1)]
+)
 def test_a_device_names_a_gpu(wanted: str, index: int) -> None:
     """By number or UUID; plain "gpu" is the first."""
     assert gpu.find(wanted, TWO).index == index
