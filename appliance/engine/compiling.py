@@ -46,7 +46,8 @@ def build(engine: LocalEngine, request: LoadRequest, max_rows: int, *, fp16: boo
     model, beside = plan.model or plan.file, plan.file.parent
     try:
         folder = engine.engine_folder(content_of(plan), device)
-        assert folder is not None, "an engine without a state folder keeps nothing"
+        if folder is None:
+            raise ConfigError("What GPU this is is not known, so no engine can be kept for it; install nvidia-ml-py.")
         wanted = Compiled(tensorrt.begin(folder), fp16, rows, shortest, longest, {})
         built = Session(model, beside, device, 1, tf32=plan.tf32, compiled=wanted)  # builds
         plain = Session(model, beside, device, 1, tf32=plan.tf32)

@@ -147,6 +147,7 @@ class Session:
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
         self._bound: binding.Bound | binding.Graphs | None = None
+        self._closing: Callable[[], object] = lambda: None
         if device.kind == "gpu":
             self._bound = self._bind(self._session)
 
@@ -191,11 +192,14 @@ class Session:
         assert isinstance(self._bound, binding.Bound), "nothing to compare with"
         without = [binding.seconds(partial(self.run, outputs, feeds)) for feeds in batches]
         try:
-            wanted = _providers(self.device, self._gpu_memory, tf32=self._tf32, graphs=True)
-            session = self._load(wanted)
-            graphs = binding.Graphs(session, cuda.runtime(), self.device.index, _dtypes(self._session.get_outputs()))
-        except (BundleInvalid, OSError) as error:
+            session = self._load(_providers(self.device, self._gpu_memory, tf32=self._tf32, graphs=True))
+        except BundleInvalid as error:  # no memory for the weights twice, or nodes that only the CPU has
             return f"no CUDA graphs: {error}"
+        places = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+        elsewhere = [node.name for node, place in places if place.name != "Cuda"]
+        if elsewhere:  # a shape, say: it is copied to the host when it is bound, and a replay would not see it change
+            return f"no CUDA graphs: the input {elsewhere[0]!r} is read on the host"
+        graphs = binding.Graphs(session, cuda.runtime(), self.device.index, _dtypes(self._session.get_outputs()))
         try:
             for feeds in batches:
                 graphs.capture(outputs, feeds, ort.RunOptions)
@@ -211,9 +215,8 @@ class Session:
         if share > binding.WINS:
             graphs.close()
             return f"no CUDA graphs: {found}"
-        self._bound.close()
-        self._session, self._bound = session, graphs
-        _close_with(self, graphs)
+        self._closing()  # the other session goes, and its weights
+        self._session, self._bound, self._closing = session, graphs, _close_with(self, graphs)
         return f"CUDA graphs: {found}"
 
     def settle(self) -> None:
@@ -229,7 +232,7 @@ class Session:
             return None
         inputs, outputs = _dtypes(session.get_inputs()), _dtypes(session.get_outputs())
         bound = binding.Bound(session, library, self.device.index, inputs, outputs)
-        _close_with(self, bound)
+        self._closing = _close_with(self, bound)
         return bound
 
     def _failure(self, text: str) -> InferenceFailed:
@@ -282,9 +285,11 @@ def _replay(graphs: binding.Graphs, outputs: Sequence[str], feeds: Mapping[str, 
     return graphs.run(outputs, feeds, ort.RunOptions())
 
 
-def _close_with(session: Session, bound: binding.Bound | binding.Graphs) -> None:
-    """Free the slots when the session goes; at exit the process takes them along."""
-    weakref.finalize(session, _close, bound).atexit = False
+def _close_with(session: Session, bound: binding.Bound | binding.Graphs) -> Callable[[], object]:
+    """Free the slots when the session goes, or what is returned is called; at exit the process takes them along."""
+    closing = weakref.finalize(session, _close, bound)
+    closing.atexit = False
+    return closing
 
 
 def _close(bound: binding.Bound | binding.Graphs) -> None:

@@ -195,11 +195,11 @@ class LocalEngine:
         return tensorrt.find(folder) if folder else None
 
     def engine_folder(self, content: Content, device: Device) -> Path | None:
-        """Where TensorRT's engine for that graph is or would be; None without a state folder.
+        """Where TensorRT's engine for that graph is or would be; None without a state folder or the GPU's name.
 
         Raises: OSError: there is no TensorRT here.
         """
-        if self._state_dir is None:
+        if self._state_dir is None or not device.name:
             return None
         return tensorrt.folder_of(self._state_dir, content.key, version(), tensorrt.version(), device.name)
 

@@ -20,6 +20,7 @@ from bench.workload import ROOT
 
 WAYS = {
     "numpy": "`session.run` on numpy arrays, onnxruntime's options as they come",
+    "nhwc": "the same with `prefer_nhwc`, which the appliance does not set",
     "slot": "the appliance's Session: pinned slot, IO binding, its options",
     "threads": "the same from two threads",
     "resident": "IO binding with the input on the GPU already: what the kernels can do",
@@ -103,8 +104,11 @@ def _measure_here(job: dict[str, Any]) -> dict[str, Any]:
         return lambda: session.run(outputs, feeds[batch])
 
     plain = _plain(plan.model, plan.file.parent, device, threads)
+    nhwc = _plain(plan.model, plan.file.parent, device, threads, prefer_nhwc="1") if device.kind == "gpu" else None
     for batch in job["batches"]:
         take("numpy", batch, [lambda batch=batch: plain.run(outputs, feeds[batch])])  # type: ignore[misc]
+        if nhwc is not None:
+            take("nhwc", batch, [lambda batch=batch: nhwc.run(outputs, feeds[batch])])  # type: ignore[misc]
         take("slot", batch, [ours(batch)])
         take("threads", batch, [ours(batch), ours(batch)])
         if device.kind == "gpu":
@@ -116,13 +120,13 @@ def _measure_here(job: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _plain(model: bytes, folder: Path, device: Any, threads: int) -> Any:
+def _plain(model: bytes, folder: Path, device: Any, threads: int, **more: str) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1 if device.kind == "gpu" else threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    gpu = [("CUDAExecutionProvider", {"device_id": str(device.index), "use_tf32": "0"})]
+    gpu = [("CUDAExecutionProvider", {"device_id": str(device.index), "use_tf32": "0", **more})]
     cpu: list[Any] = ["CPUExecutionProvider"]
     return onnxruntime.InferenceSession(model, options, providers=(gpu if device.kind == "gpu" else []) + cpu)
 

@@ -271,6 +271,18 @@ def test_a_graph_with_operators_of_the_cpu_is_run_without(device: Device) -> Non
         np.testing.assert_array_equal(one, other)
 
 
+def test_an_input_that_the_host_reads_is_never_replayed(device: Device) -> None:
+    """The shape of a Reshape: a replay would give every caller the shape of the one before."""
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["r"]), helper.make_node("Relu", ["r"], ["y"])]
+    inputs = {"x": (TensorProto.FLOAT, ["batch", 4]), "shape": (TensorProto.INT64, [2])}
+    graph = graphs.make(nodes, inputs, {"y": (TensorProto.FLOAT, ["a", "b"])}, {})
+    session = Session(graph.SerializeToString(), NOWHERE, device, 1)
+    feeds = {"x": np.ones((2, 4), np.float32), "shape": np.array([4, 2])}
+    assert session.capture(["y"], [feeds]).startswith("no CUDA graphs: ")
+    assert session.run(["y"], feeds)[0].shape == (4, 2)
+    assert session.run(["y"], feeds | {"shape": np.array([1, 8])})[0].shape == (1, 8)
+
+
 # ---- admission -------------------------------------------------------------------------------------------------------
 
 

@@ -63,6 +63,15 @@ class OnHost:
         self.before: Callable[[], None] = lambda: None
         """Called when a bound run begins."""
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def get_input_memory_infos(self) -> list[Any]:
+        return [SimpleNamespace(name="Cuda") for _ in self._session.get_inputs()]
+
     def run(self, outputs: list[str], feeds: Mapping[str, Array], options: Any) -> Any:
         self.runs.append("run")
         return self._session.run(outputs, feeds, options)
