@@ -6,15 +6,19 @@ marked `gpu` do the same with the real ones.
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import pytest
 from onnx import ModelProto
 
 from appliance.core.types import Array
+from appliance.engine import session as sessions
 from appliance.engine.cuda import CudaError, Runtime
+from appliance.engine.session import Device
 
 
 class HostRuntime(Runtime):
@@ -24,6 +28,7 @@ class HostRuntime(Runtime):
         self.calls: list[str] = []
         self.fails: dict[str, str] = {}
         self.memory_of: dict[int, Any] = {}
+        self.free_bytes, self.total_bytes = 10 * 2**30, 12 * 2**30
         self._streams = 0
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -40,6 +45,8 @@ class HostRuntime(Runtime):
         elif name == "cudaStreamCreateWithFlags":
             self._streams += 1
             arguments[0]._obj.value = self._streams
+        elif name == "cudaMemGetInfo":
+            arguments[0]._obj.value, arguments[1]._obj.value = self.free_bytes, self.total_bytes
         elif name == "cudaMemcpyAsync":
             target, source, size = arguments[:3]
             ctypes.memmove(target.value, source.value, size.value)
@@ -101,6 +108,31 @@ class _BindingOnHost:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
+
+
+class Host:
+    """A place where sessions "on a GPU" run on the CPU.
+
+    Attributes: loaded: onnxruntime's sessions, in the order in which they were made.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = Device("gpu", 0, name="NVIDIA H200")
+        self.library = HostRuntime()
+        self.loaded: list[OnHost] = []
+        self.seconds = [1.0, 1.0]
+        monkeypatch.setattr(sessions.cuda, "runtime", lambda: self.library)
+        monkeypatch.setattr(sessions, "_load", self._load)
+        monkeypatch.setattr(sessions.binding, "seconds", self._seconds)
+
+    def _load(self, model: bytes | Path, *_: Any) -> OnHost:
+        graph = model if isinstance(model, bytes) else model.read_bytes()
+        self.loaded.append(OnHost(ModelProto.FromString(graph)))
+        return self.loaded[-1]
+
+    def _seconds(self, run: Any) -> float:
+        run()
+        return self.seconds[len(self.loaded) - 1]
 
 
 def entry(options: Any, name: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import ModelProto, TensorProto, helper
+from onnx import TensorProto, helper
 from support import graphs
-from support.cuda_doubles import HostRuntime, OnHost
+from support.cuda_doubles import Host, HostRuntime, OnHost
 from support.engine_graphs import CPU
 
 import appliance
@@ -270,31 +270,9 @@ def test_the_gpus_options_are_those_that_were_chosen() -> None:
 # ---- as on a GPU, on host memory ------------------------------------------------------------------------------------
 
 
-class Host:
-    """A place where sessions "on a GPU" run on the CPU, with the doubles of tests/support.
-
-    Attributes: loaded: onnxruntime's sessions, in the order in which they were made.
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.library = HostRuntime()
-        self.loaded: list[OnHost] = []
-        self.seconds = [1.0, 1.0]
-        monkeypatch.setattr(sessions.cuda, "runtime", lambda: self.library)
-        monkeypatch.setattr(sessions, "_load", self._load)
-        monkeypatch.setattr(sessions.binding, "seconds", self._seconds)
-
-    def session(self) -> Session:
-        """`y` is `x`, (batch, 3)."""
-        return Session(graphs.identity_model().SerializeToString(), Path("/nowhere"), Device("gpu", 0), 1)
-
-    def _load(self, model: bytes, *_: Any) -> OnHost:
-        self.loaded.append(OnHost(ModelProto.FromString(model)))
-        return self.loaded[-1]
-
-    def _seconds(self, run: Any) -> float:
-        run()
-        return self.seconds[len(self.loaded) - 1]
+def session_on(host: Host) -> Session:
+    """`y` is `x`, (batch, 3)."""
+    return Session(graphs.identity_model().SerializeToString(), Path("/nowhere"), host.device, 1)
 
 
 @pytest.fixture
@@ -307,7 +285,7 @@ THREE = {"x": np.ones((2, 3), np.float32)}
 
 def test_slots_go_with_their_session(host: Host) -> None:
     """A model that is replaced leaves nothing on the GPU."""
-    session = host.session()
+    session = session_on(host)
     np.testing.assert_array_equal(session.run(["y"], THREE)[0], THREE["x"])
     assert host.loaded[0].runs == ["bound"]
     assert host.library.memory_of
@@ -318,7 +296,7 @@ def test_slots_go_with_their_session(host: Host) -> None:
 def test_graphs_that_win_take_over_and_the_other_session_goes(host: Host) -> None:
     """With its weights: nothing holds it any more."""
     host.seconds = [1.0, 0.9]
-    session = host.session()
+    session = session_on(host)
     gone = weakref.ref(host.loaded[0])
     assert session.capture(["y"], [THREE]) == "CUDA graphs: runs take 0.90 of the time with CUDA graphs"
     session.settle()
@@ -332,7 +310,7 @@ def test_graphs_that_win_take_over_and_the_other_session_goes(host: Host) -> Non
 
 def test_graphs_that_do_not_win_by_five_percent_go(host: Host) -> None:
     host.seconds = [1.0, 0.96]
-    session = host.session()
+    session = session_on(host)
     assert session.capture(["y"], [THREE]).startswith("no CUDA graphs: runs take 0.96 of the time")
     before = len(host.loaded[0].runs)
     session.run(["y"], THREE)
@@ -344,12 +322,12 @@ def test_graphs_that_do_not_win_by_five_percent_go(host: Host) -> None:
 def test_an_input_that_the_host_reads_is_not_captured(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay would not see it change."""
     monkeypatch.setattr(OnHost, "get_input_memory_infos", lambda self: [SimpleNamespace(name="Cpu")])
-    assert host.session().capture(["y"], [THREE]) == "no CUDA graphs: the input 'x' is read on the host"
+    assert session_on(host).capture(["y"], [THREE]) == "no CUDA graphs: the input 'x' is read on the host"
 
 
 def test_a_graph_that_cannot_be_captured_is_run_as_it_is(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """With onnxruntime's word for it."""
-    session = host.session()
+    session = session_on(host)
     monkeypatch.setattr(sessions.binding.Graphs, "capture", lambda *_: _raise(RuntimeError("not permitted\nat line 3")))
     assert session.capture(["y"], [THREE]) == "no CUDA graphs: they cannot be captured (not permitted)"
     np.testing.assert_array_equal(session.run(["y"], THREE)[0], THREE["x"])
@@ -359,7 +337,7 @@ def test_cudas_own_lack_of_memory_is_told_apart(host: Host) -> None:
     """A slot that could not be had is as good a reason for smaller batches as an arena."""
     host.library.fails["cudaMalloc"] = "CUDA failure 2: out of memory ; cudaMalloc"
     with pytest.raises(OutOfMemory):
-        host.session().run(["y"], THREE)
+        session_on(host).run(["y"], THREE)
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
