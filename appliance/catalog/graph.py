@@ -31,24 +31,15 @@ def read_graph(bundle: Path, file: Path) -> ModelProto:
                 f"{file}: the operator {node.domain}::{node.op_type} needs a custom library, which the appliance does "
                 "not load; export the model with standard operators."
             )
-    for tensor, location in _external(model):
-        if not location or Path(location).is_absolute() or ".." in Path(location).parts:
-            raise BundleInvalid(f"{file}: the tensor {tensor.name!r} is stored at {location!r}, outside the bundle.")
-        check_inside(bundle, file.parent / location)
-    return model
-
-
-def external_files(model: ModelProto) -> list[str]:
-    """The files, relative to the graph's folder, that hold tensors outside the graph; each once, in order of name."""
-    return sorted({location for _, location in _external(model)})
-
-
-def _external(model: ModelProto) -> Iterator[tuple[TensorProto, str]]:
-    """Tensors that are stored outside the graph, and where."""
-    nodes = every_node((*model.graph.node, *(node for function in model.functions for node in function.node)))
     for tensor in (*_weights(model.graph), *(tensor for node in nodes for tensor in _tensors(node))):
         if tensor.data_location == TensorProto.EXTERNAL:
-            yield tensor, next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+            location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+            if not location or Path(location).is_absolute() or ".." in Path(location).parts:
+                raise BundleInvalid(
+                    f"{file}: the tensor {tensor.name!r} is stored at {location!r}, outside the bundle."
+                )
+            check_inside(bundle, file.parent / location)
+    return model
 
 
 def every_node(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx
 
-from appliance.catalog.graph import external_files
+from appliance.catalog.graph import every_node
 from appliance.core.files import alone, write_atomically
 from appliance.engine import cuda, gpu
 from appliance.engine.gpu import Gpu, Need
@@ -55,13 +55,26 @@ def content_of(plan: Plan) -> Content:
     digest = hashlib.sha256(graph)
     size = len(graph)
     model = onnx.load_model_from_string(graph)
-    for name in external_files(model):
+    for name in _locations(model):
         digest.update(f"\0{name}\0".encode())
         with (plan.file.parent / name).open("rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
                 size += len(block)
     return Content(digest.hexdigest()[:32], size)
+
+
+def _locations(model: onnx.ModelProto) -> list[str]:
+    """The files beside the graph that hold tensors of it; each once, in order of name."""
+    constants = (attribute.t for node in every_node(model.graph.node) for attribute in node.attribute)
+    return sorted(
+        {
+            entry.value
+            for tensor in (*model.graph.initializer, *constants)
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+    )
 
 
 def need(content: Content, footprint: int | None) -> Need:
