@@ -12,7 +12,7 @@ import pytest
 import yaml
 from onnx import ModelProto, TensorProto, helper
 from support import graphs
-from support.engine_graphs import CPU, planned
+from support.engine_graphs import CPU, loaded, planned
 
 from appliance.engine.half import TOLERANCE, halve
 from appliance.engine.session import Session
@@ -213,3 +213,22 @@ def test_a_bundle_asks_for_it(tmp_path: Path) -> None:
         session = Session(plan.model, plan.file.parent, CPU, 1)
         answers.append(session.run(["appliance_scores"], {plan.inputs[0].name: pixels})[0])
     np.testing.assert_allclose(answers[1], answers[0], atol=TOLERANCE)
+
+
+async def test_a_declared_methods_graph_is_halved_too(tmp_path: Path) -> None:
+    """It is another graph of the same bundle, and what the bundle says holds for all of them."""
+    declared = {"name": "ask", "arguments": [{"name": "x", "type": "list[float]"}], "returns": {"type": "list[float]"}}
+    shapes = {"x": (TensorProto.FLOAT, ["batch", 4])}, {"y": (TensorProto.FLOAT, ["batch", 4])}
+    model = graphs.make([helper.make_node("MatMul", ["x", "w"], ["y"])], *shapes, {"w": weights(4, 4)})
+    folder = graphs.write_raw(tmp_path / "b", model, precision="fp16", methods=[declared])
+    answers = []
+    for precision in ("fp16", "fp32"):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["onnx"]["precision"] = precision
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        servable = await loaded(folder)
+        outcome = await servable.offers["ask"].model.submit({"x": np.ones((1, 4), np.float32)}, ("y",), None, "ada")
+        answers.append(outcome.arrays["y"])
+        servable.close()
+    np.testing.assert_allclose(answers[0], answers[1], atol=TOLERANCE)
+    assert not np.array_equal(*answers)
