@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 CLIENTS := .clients
 # Stock clients, each in an environment of its own from requirements/<name>.txt.
 ENVIRONMENTS := sdk-12 sdk-11 sdk-10 openai triton
+# Other servers that the benchmarks measure beside ours; bench/peers makes their environments when it needs them.
+PEERS := clarifai kserve litserve triton
 APT := python3-venv gcc pkg-config libsystemd-dev libnghttp2-dev iproute2 curl
 # Stock clients that are no Python: the programs they run on. Whoever lacks some sees those tests skipped, with a reason.
 STOCK := chromium libnss3-tools php-cli php-curl php-google-protobuf protobuf-compiler protobuf-compiler-grpc \
@@ -38,8 +40,8 @@ check: $(VENV)/built ## Lint and types.
 gpu-check: $(VENV)/built ## The tests that need an NVIDIA GPU, alone.
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-bench: $(VENV)/built ## Raw ONNX Runtime against what is served, in one run.
-	$(BIN)/python -m bench $(ARGS)
+bench: $(VENV)/built ## All that the bars stand on, two hours; ARGS=--quick: half an hour; bench/README.md has the parts.
+	$(BIN)/python -m bench all $(ARGS)
 
 # clang, with its runtime for fuzzers, is asked for here only: apt-get install clang-14 libclang-rt-14-dev
 FUZZ := -g -O1 -std=gnu11 -DH2_FAULTS -Iappliance/wire/native -fno-sanitize-recover=all
@@ -120,7 +122,7 @@ lock: $(VENV)/ready ## Pin and hash every requirement anew.
 	$(COMPILE) --extra cpu -o requirements/run-cpu.txt pyproject.toml
 	$(COMPILE) --extra gpu -o requirements/run-gpu.txt pyproject.toml
 	$(COMPILE) --extra cpu --extra dev -o requirements/dev.txt pyproject.toml
-	for name in $(ENVIRONMENTS) systemd; do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
+	for name in $(ENVIRONMENTS) systemd bench-pyspy $(PEERS:%=bench-%); do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
 
 clean: ## Remove what was made.
 	rm -rf $(VENV) $(CLIENTS) .demo build dist

@@ -30,8 +30,8 @@ from appliance.core.memory import MemoryBudget
 from appliance.core.types import Call, Endpoint
 from appliance.wire.server import WireServer
 from appliance.wire.settings import WireSettings
+from bench.common import machine_facts
 from bench.cpu import Cpus, choose_cpus, pin_to
-from bench.report import machine_facts
 from bench.server import serving
 from bench.wire.process import cpu_ns, memory_bytes
 from bench.workload import METHOD, ROOT, digits
@@ -72,9 +72,9 @@ class Figures:
         return statistics.median(getattr(self, name))
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Measure, print, write."""
-    arguments = _arguments()
+    arguments = _arguments(given)
     if arguments.serve:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(arguments.serve))
@@ -88,13 +88,13 @@ def main() -> None:
     print(f"written: {file.name}")
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.connect", description="appliance connect beside direct TLS.")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement, default 3")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions, default 3")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="where the result goes")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def _run(arguments: argparse.Namespace, cpus: Cpus) -> str:
@@ -138,14 +138,14 @@ def _run(arguments: argparse.Namespace, cpus: Cpus) -> str:
 
 
 @contextlib.contextmanager
-def _forwarder(folder: Path, upstream: int, tls: Path, cpu: int) -> Iterator[tuple[int, int]]:
+def _forwarder(folder: Path, upstream: int, tls: Path, cpu: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Its process and its port."""
     log = folder / f"connect-{upstream}.log"
     command = [sys.executable, "-m", "appliance", "connect", "--upstream", f"https://localhost:{upstream}"]
     command += ["--cert", str(tls / "clients/bench.crt"), "--key", str(tls / "clients/bench.key")]
     command += ["--ca", str(tls / "ca.crt"), "--listen", "127.0.0.1:0", "--stop-s", "0"]
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, preexec_fn=pin_to(cpu))
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, preexec_fn=pin_to(*cpu))
     try:
         give_up = time.monotonic() + _START_S
         while (found := _PORT.search(log.read_text(encoding="utf-8"))) is None:
@@ -159,11 +159,11 @@ def _forwarder(folder: Path, upstream: int, tls: Path, cpu: int) -> Iterator[tup
 
 
 @contextlib.contextmanager
-def _echo_server(tls: Path, cpu: int) -> Iterator[int]:
+def _echo_server(tls: Path, cpu: tuple[int, ...]) -> Iterator[int]:
     """The port of the product's own wire, whose endpoint gives back what it gets."""
     command = [sys.executable, "-m", "bench.connect", "--serve", str(tls)]
     quiet = subprocess.DEVNULL  # uvloop complains of replies to clients that stopped in the middle
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=quiet, preexec_fn=pin_to(cpu))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=quiet, preexec_fn=pin_to(*cpu))
     assert process.stdout is not None
     try:
         if not select.select([process.stdout], [], [], _START_S)[0]:
@@ -207,7 +207,7 @@ def _appliance(*arguments: str) -> None:
 
 
 def _measure(
-    case: Case, forwarder: tuple[int, int] | None, figures: Figures, seconds: float, cpu: int, folder: Path
+    case: Case, forwarder: tuple[int, int] | None, figures: Figures, seconds: float, cpu: tuple[int, ...], folder: Path
 ) -> None:
     """One measurement: calls for so many seconds, after some in which connections open."""
     pids, address = ([forwarder[0]], f"http://127.0.0.1:{forwarder[1]}") if forwarder else ([], _direct(case))
@@ -220,7 +220,7 @@ def _measure(
         command += ["-H", line]
     command.append(address + case.method)
     before = cpu_ns(pids) / 1e3 + _children_us()
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=pin_to(cpu), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=pin_to(*cpu), check=False)
     rows = [line.split("\t") for line in log.read_text(encoding="ascii").splitlines()] if log.exists() else []
     took = sorted(int(us) / 1e3 for _, status, us in rows if status == "200")
     rate, failed = _RATE.search(done.stdout), _FAILED.search(done.stdout)

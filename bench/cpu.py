@@ -10,21 +10,22 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Cpus:
-    """CPU numbers: `server` also runs the raw figures, `load` the load generator."""
+    """CPU numbers: those of `server` also run the raw figures, those of `load` the load generator."""
 
-    server: int
-    load: int
+    server: tuple[int, ...]
+    load: tuple[int, ...]
 
     @property
     def shared(self) -> bool:
-        """Whether there is only one CPU, so that the generator takes from the server."""
-        return self.server == self.load
+        """Whether there are too few CPUs, so that the generator takes from the server."""
+        return bool(set(self.server) & set(self.load))
 
 
-def choose_cpus() -> Cpus:
-    """The first two CPUs we may use."""
+def choose_cpus(server: int = 1) -> Cpus:
+    """The first `server` CPUs that we may use for the server, the others (four at most) for the load."""
     usable = sorted(os.sched_getaffinity(0))
-    return Cpus(usable[0], usable[min(1, len(usable) - 1)])
+    own, rest = usable[:server], usable[server : server + 4]
+    return Cpus(tuple(own), tuple(rest or own[-1:]))
 
 
 def pin_to(*cpus: int) -> Callable[[], None]:

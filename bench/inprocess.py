@@ -31,7 +31,7 @@ from appliance.core.types import Call, Endpoint
 from appliance.engine.worker import LocalEngine
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
-from bench.graphs import mlp, write_bundle
+from bench.models.tiny import mlp, write_bundle
 from bench.workload import METHOD, ROOT
 
 _BURST = 64
@@ -47,13 +47,13 @@ class Case:
     quick: bool = True
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.5, help="length of one repetition")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions; the best one is shown")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_measure(Path(folder), options.seconds, options.repeat, options.only))
 

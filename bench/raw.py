@@ -1,134 +1,45 @@
-"""The other side of the comparison: ONNX Runtime alone, and decoding alone, in a process of their own.
+"""The ceiling: ONNX Runtime alone, on the CPUs that the server would have."""
 
-`python -m bench.raw` reads a job (JSON) on its standard input and writes the figures (JSON) to its standard output.
-"""
+from statistics import median
 
-import base64
-import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-from bench.cpu import pin_to
-from bench.workload import BATCHES, ROOT, Workload
-
-_TIMEOUT_S = 600.0
-_LONG_CALL_S = 3.0
+from bench import charts, ort
+from bench.common import Run, number, of_workloads, parser, table
+from bench.workload import WORKLOADS
 
 
-def measure(workload: Workload, cpu: int, seconds: float) -> dict[str, Any]:
-    """Measure in a process pinned to `cpu`, about `seconds` for each figure.
-
-    Returns:
-        plain: batch size (as text) → speed of the bundle's own graph on prepared floats.
-        wrapped: the same for the graph as served: from uint8 pixels to the best concepts.
-        decode: speed of the product's own decoding.
-        concepts: for each picture the id of its best concept, by the bundle's own graph.
-        A speed is {"items_per_s": …, "cpu_us": CPU microseconds for one item}.
-    """
-    job = {
-        "bundle": str(workload.bundle),
-        "pictures": [base64.b64encode(picture).decode("ascii") for picture in workload.pictures],
-        "seconds": seconds,
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.raw"],
-        input=json.dumps(job),
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        preexec_fn=pin_to(cpu),
-        timeout=_TIMEOUT_S,
-        check=True,
-    )
-    figures: dict[str, Any] = json.loads(done.stdout)
-    return figures
-
-
-def _measure_here(bundle: Path, pictures: list[bytes], seconds: float) -> dict[str, Any]:
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is imported
-    import numpy as np
-    import onnxruntime
-
-    from appliance.catalog.bundle import concepts_of, find_versions, read_config
-    from appliance.core.types import Payload
-    from appliance.engine import plan as plans
-    from appliance.tasks.base import ImageSide
-
-    config, _, _ = read_config(bundle, "appliance", "main")
-    assert config is not None
-    assert config.onnx.image is not None
-    assert config.onnx.scores is not None
-    version = find_versions(bundle)[0]
-    concepts = concepts_of(config, version)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))  # as many as the appliance would take here
-
-    def session(model: str | bytes) -> Any:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-    plan = plans.make_plan(bundle, config, version, len(concepts))
-    assert plan.model is not None
-    plain, wrapped = session(str(version.model_file)), session(plan.model)
-    floats_side, pixels_side = ImageSide(config.onnx.image, wrapped=False), ImageSide(config.onnx.image, wrapped=True)
-    payloads = [Payload(image=picture) for picture in pictures]
-    floats = np.concatenate([floats_side.decode(payload).feeds[config.onnx.image.input] for payload in payloads])
-    pixels = np.concatenate([pixels_side.decode(payload).feeds[plans.IMAGE] for payload in payloads])
-    logits = plain.run([config.onnx.scores.output], {config.onnx.image.input: floats})[0]
-
-    figures: dict[str, Any] = {
-        "plain": {},
-        "wrapped": {},
-        "concepts": [concepts[index].id for index in logits.argmax(axis=1)],
-    }
-    for batch in BATCHES:
-        rows = np.arange(batch) % len(pictures)
-        runs = (
-            ("plain", plain, [config.onnx.scores.output], {config.onnx.image.input: floats[rows]}),
-            ("wrapped", wrapped, [plans.TOP_VALUES, plans.TOP_INDICES], {plans.IMAGE: pixels[rows]}),
-        )
-        for name, model, outputs, feeds in runs:
-            figures[name][str(batch)] = _speed(_bound(model.run, outputs, feeds), batch, seconds)
-
-    def decode_all() -> None:
-        for payload in payloads:
-            pixels_side.decode(payload)
-
-    figures["decode"] = _speed(decode_all, len(payloads), seconds)
-    return figures
-
-
-def _bound(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
-    return lambda: function(*arguments)
-
-
-def _speed(function: Callable[[], object], items: int, seconds: float) -> dict[str, float]:
-    """Speed of calls that do `items` items each, over at least so many seconds.
-
-    The first call, which allocates, counts only if it takes so long that this cannot matter.
-    """
-    begun, cpu = time.perf_counter(), time.process_time()
-    function()
-    calls = 1
-    if time.perf_counter() - begun < _LONG_CALL_S:
-        begun, cpu, calls = time.perf_counter(), time.process_time(), 0
-    while not calls or time.perf_counter() - begun < seconds:
-        function()
-        calls += 1
-    elapsed, used = time.perf_counter() - begun, time.process_time() - cpu
-    return {"items_per_s": calls * items / elapsed, "cpu_us": used / (calls * items) * 1e6}
-
-
-def main() -> None:
-    """Do the job on standard input."""
-    job = json.load(sys.stdin)
-    pictures = [base64.b64decode(picture) for picture in job["pictures"]]
-    json.dump(_measure_here(Path(job["bundle"]), pictures, job["seconds"]), sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+def main(arguments: list[str]) -> None:
+    """Measure, print, write."""
+    made = of_workloads(parser("raw", __doc__, seconds=1.0), tuple(WORKLOADS))
+    run = Run(made.parse_args(arguments))
+    run.expect(run.repeat * sum(15 if WORKLOADS[name]().heavy else 3 for name in run.options.models))
+    found: dict[str, list[dict[str, object]]] = {}
+    for _ in range(run.repeat):
+        for name in run.options.models:
+            figures = ort.measure(WORKLOADS[name](), run.cpus.server, run.seconds / 2)
+            figures.pop("answers")
+            found.setdefault(name, []).append(figures)
+            run.say(name)
+    rows, drawn = [], {}
+    for name, repetitions in found.items():
+        workload = WORKLOADS[name]()
+        for batch in workload.batches:
+            cells = [name, str(batch)]
+            for graph in ("plain", "wrapped"):
+                speeds = [figures[graph][str(batch)] for figures in repetitions]  # type: ignore[index]
+                cells.append(number(median(speed["items_per_s"] for speed in speeds)))
+                cells.append(number(median(speed["cpu_us"] for speed in speeds)))
+            rows.append([*cells, str(speeds[0]["sessions"])])
+        best = max(median(f["plain"][str(b)]["items_per_s"] for f in repetitions) for b in workload.batches)  # type: ignore[index]
+        drawn[name] = [
+            (b, median(f["plain"][str(b)]["items_per_s"] for f in repetitions) / best)  # type: ignore[index]
+            for b in workload.batches
+        ]
+    decode = [
+        [name, number(median(f["decode"]["items_per_s"] for f in repetitions))]  # type: ignore[index]
+        for name, repetitions in found.items()
+    ]
+    head = ["model", "batch", "plain items/s", "CPU µs/item", "wrapped items/s", "CPU µs/item", "sessions"]
+    lines = run.head("ONNX Runtime alone", "Plain: the bundle's graph on floats. Wrapped: as the appliance serves it.")
+    lines += ["", table(head, rows), "", "Decoding alone:", "", table(["model", "inputs/s"], decode)]
+    chart = charts.lines("Raw items/s by batch, to the best batch", "batch", "of the best", drawn, log_x=True)
+    run.write("\n".join(lines), {"raw": found}, {"batches": chart})

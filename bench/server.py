@@ -1,6 +1,8 @@
-"""The appliance under test: a real daemon with its own certificates, key and one bundle, on loopback ports."""
+"""The appliance under test: a real daemon with its own certificates, key and bundles, on loopback ports."""
 
 import contextlib
+import os
+import random
 import re
 import shutil
 import socket
@@ -10,12 +12,17 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.cpu import pin_to, tree_seconds
-from bench.workload import ROOT
+from bench.h2 import Target
+from bench.wire.process import memory_bytes, tree
+from bench.workload import METHOD, ROOT
+
+MODES = ("default", "single", "processes")
+"""Of the daemon's processes: as it chooses, all in one, or supervisor, fronts and engines."""
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 30.0
@@ -63,11 +70,35 @@ class Server:
     key: str
     pid: int
     admin_port: int
+    folder: Path
+
+    def target(self, path: str = METHOD, *, plain: bool = False) -> Target:
+        """For the load generator, with the key."""
+        headers = (("authorization", f"Key {self.key}"),)
+        if plain:
+            return Target(self.plain_address, path, headers=headers)
+        return Target(self.address, path, str(self.ca), headers)
+
+    def pids(self) -> list[int]:
+        """All of the daemon's processes, its own first."""
+        return tree(self.pid)
+
+    def memory_mib(self) -> float:
+        """Of all its processes, shared pages counted once (PSS)."""
+        return memory_bytes(self.pids()) / 2**20
+
+    def metrics(self) -> str:
+        """Its page of metrics."""
+        return _get(f"http://{_HOST}:{self.admin_port}/metrics")
+
+    def page(self, path: str) -> str:
+        """Another page of the admin listener. Raises: OSError: not a success."""
+        return _get(f"http://{_HOST}:{self.admin_port}{path}")
 
     def counters(self) -> Counters:
         """Read the counters, from the kernel and from the daemon's own metrics."""
         succeeded = failed = runs = rows = 0
-        for line in _get(f"http://{_HOST}:{self.admin_port}/metrics").splitlines():
+        for line in self.metrics().splitlines():
             match = _METRIC.fullmatch(line)
             if not match:
                 continue
@@ -86,18 +117,25 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(bundle: Path, *cpus: int) -> Iterator[Server]:
-    """A daemon that serves `bundle` on these CPUs; stopped and removed at the end.
+def serving(
+    bundles: Path | Sequence[Path], cpus: Sequence[int], *, mode: str = "default", settings: str = ""
+) -> Iterator[Server]:
+    """A daemon that serves these bundles on these CPUs; stopped and removed at the end.
 
+    Args: mode: one of `MODES`. settings: more of its configuration, TOML.
     Raises: RuntimeError: it did not become ready; with the end of its log.
     """
     with tempfile.TemporaryDirectory(prefix="appliance-bench-") as name:
         folder = Path(name)
-        shutil.copytree(bundle, folder / "models" / bundle.name)
+        (folder / "models").mkdir()
+        for bundle in [bundles] if isinstance(bundles, Path) else bundles:
+            shutil.copytree(bundle, folder / "models" / bundle.name, copy_function=_link)
         (folder / "state").mkdir()
-        port, plain_port, admin_port = _free_ports(3)
+        port, plain_port, admin_port = free_ports(3)
         config = folder / "appliance.toml"
-        config.write_text(_config(folder, port, plain_port, admin_port), encoding="utf-8")
+        text = _config(folder, port, plain_port, admin_port)
+        text += f'[processes]\nmode = "{mode}"\n' if mode != "default" else ""
+        config.write_text(text + settings, encoding="utf-8")
         tls = str(folder / "tls")
         _appliance("certs", "init", "--dir", tls)
         _appliance("certs", "issue", "server", "--san", "localhost", "--san", _HOST, "--dir", tls)
@@ -114,9 +152,17 @@ def serving(bundle: Path, *cpus: int) -> Iterator[Server]:
         try:
             _wait_ready(process, admin_port, log)
             addresses = f"{_HOST}:{port}", f"{_HOST}:{plain_port}"
-            yield Server(*addresses, folder / "tls" / "ca.crt", key, process.pid, admin_port)
+            yield Server(*addresses, folder / "tls" / "ca.crt", key, process.pid, admin_port, folder)
         finally:
             _stop(process)
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link where it can be: some models are large."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _config(folder: Path, port: int, plain_port: int, admin_port: int) -> str:
@@ -151,13 +197,15 @@ def _appliance(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for bound in sockets:
-            bound.bind((_HOST, 0))
-        return [bound.getsockname()[1] for bound in sockets]
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now, below those that the kernel gives to outgoing connections."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(12_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as bound:
+            bound.bind((_HOST, port))
+            found.append(port)
+    return found
 
 
 def _wait_ready(process: "subprocess.Popen[bytes]", admin_port: int, log: Path) -> None:

@@ -23,7 +23,7 @@ import grpc
 from hpack import Encoder
 
 from bench import workload
-from bench.cpu import tree_seconds
+from bench.cpu import choose_cpus, tree_seconds
 from bench.server import Server, serving
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -255,18 +255,18 @@ def memory_kib(pid: int) -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Run it, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--honest", type=int, default=3)
     parser.add_argument("--hostile", type=int, default=4)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     digits = workload.ROOT / "models" / "digits"
     body = digit_request()
     _BODY.append(b"\0" + struct.pack(">I", len(body)) + body)
     honest, attacks, stop = Honest(), Counter[str](), threading.Event()
-    with serving(digits, 0) as server:
+    with serving(digits, choose_cpus().server) as server:
         threads = [threading.Thread(target=call_over_http, args=(server, honest, stop))]
         threads += [
             threading.Thread(target=call_over_grpc, args=(server, body, honest, stop)) for _ in range(arguments.honest)

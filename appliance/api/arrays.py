@@ -17,12 +17,14 @@ _DTYPE_LIMIT = 16
 """Characters a dtype's name may have; NumPy reads a long list of field types for minutes."""
 
 
-def array(message: resources_pb2.NDArray, name: str) -> Array:
+def array(message: resources_pb2.NDArray, name: str, content: memoryview | None = None) -> Array:
     """Bytes, shape and dtype as an array (C order, the machine's byte order).
 
+    Args:    content: the bytes, where they were left out of the message; they are copied, as they may lie at any
+        address, and the array may outlive the request.
     Raises: InvalidInput: they contradict each other, or the dtype is not numeric.
     """
-    buffer = message.buffer
+    buffer = message.buffer if content is None else content
     try:
         dtype, itemsize = _dtype(message.dtype)
     except Exception as error:  # its parser raises TypeError, ValueError, SyntaxError, warnings and more
@@ -41,7 +43,7 @@ def array(message: resources_pb2.NDArray, name: str) -> Array:
             f"{_label(name)} of shape {list(shape)} and dtype {dtype} needs {size} bytes; its buffer has {len(buffer)}."
         )
     try:
-        return np.ndarray(shape, dtype, buffer)
+        return np.ndarray(shape, dtype, buffer if content is None else bytes(buffer))
     except ValueError as error:  # nothing in it, and axes whose product is too large all the same
         raise InvalidInput(f"{_label(name)} of shape {list(shape)} is larger than any array can be.") from error
 

@@ -16,47 +16,80 @@ from functools import lru_cache
 from appliance.api.keys import DEFAULT_PRINCIPAL, KeyEntry, KeyStore
 from appliance.core.config import Config, Principal
 from appliance.core.errors import CertificateError, CredentialsMissing, KeyInvalid, NotPermitted, RateLimited
+from appliance.core.sharing import FrontsBoard, SharedMeter
 from appliance.core.types import Call, ModelKey
 from appliance.pki.inspect import ClientIdentity, client_identity
 from appliance.pki.trust import Trust
 
 _SCHEMES = ("key", "bearer")
+_PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 _SESSION_HEADER = "x-clarifai-session-token"
 """Where the SDKs put what their user passes as `token=`, a PAT too (PROTOCOL 1.4)."""
+_ROUNDING = 1e-3
+"""Requests: what a float may be off for a rate of thousands after months."""
 _identity_of = lru_cache(maxsize=4096)(client_identity)
 """A certificate is parsed once, not on every request of its connection."""
 
 
 class Meter:
-    """Rate and concurrency of one principal. Source of the rate: token bucket, Turner 1986."""
+    """Rate and concurrency of one principal, at all fronts together if there are several.
 
-    def __init__(self, principal: Principal, clock: Callable[[], float]) -> None:
+    The rate is a token bucket (Turner 1986), kept as two numbers that fronts can add up without waiting for each other:
+    requests admitted so far, and `idle`, those that were missed for good while the bucket was full. By the clock,
+    `clock() * rate` requests were due; what was admitted or missed beyond that is missing in the bucket. While
+    fronts decide at once, each may admit one request too many; it is missing afterwards.
+    """
+
+    def __init__(self, principal: Principal, clock: Callable[[], float], board: FrontsBoard | None = None) -> None:
+        """Args: board: what fronts know of each other; None: there is only this one."""
         self.principal = principal
-        self._rate = principal.requests_per_second
-        self._concurrency = principal.concurrency
+        self._rate, self._concurrency = principal.requests_per_second, principal.concurrency
+        size = principal.burst or max(1.0, self._rate)
+        self._shared: SharedMeter | None = None
+        if board is not None and (self._rate or self._concurrency):
+            self._shared = board.meter(f"{principal.name} {self._rate} {size} {self._concurrency}")
+            if self._shared is None:  # no room for one more: each front has its part
+                self._rate /= board.fronts
+                size = max(1.0, size / board.fronts)
+                self._concurrency = self._concurrency and max(1, self._concurrency // board.fronts)
+        self._most = size - 1 + _ROUNDING
         self._clock = clock
-        self._size = principal.burst or max(1.0, principal.requests_per_second)
-        self._tokens = self._size
-        self._filled_at = clock()
+        self._admitted = 0
+        self._idle = 0.0
         self.in_flight = 0
+        """Requests at this front, where no others are counted."""
 
     def check(self) -> None:
         """Raises: RateLimited: this request would be over the principal's rate or concurrency."""
-        name = self.principal.name
-        if self._concurrency and self.in_flight >= self._concurrency:
-            raise RateLimited(f"Principal {name!r} exceeded its limit of {self._concurrency} requests at once.")
+        principal, shared = self.principal, self._shared
+        if self._concurrency and (shared.in_flight() if shared else self.in_flight) >= self._concurrency:
+            raise RateLimited(
+                f"Principal {principal.name!r} exceeded its limit of {principal.concurrency} requests at once."
+            )
         if self._rate:
-            now = self._clock()
-            self._tokens = min(self._size, self._tokens + (now - self._filled_at) * self._rate)
-            self._filled_at = now
-            if self._tokens < 1:
-                raise RateLimited(f"Principal {name!r} exceeded its limit of {self._rate:g} requests per second.")
+            due = self._clock() * self._rate
+            admitted, idle = shared.look() if shared else (self._admitted, self._idle)
+            idle = self._idle = idle if idle > due - admitted else due - admitted
+            if admitted + idle - due > self._most:
+                raise RateLimited(
+                    f"Principal {principal.name!r} exceeded its limit of "
+                    f"{principal.requests_per_second:g} requests per second."
+                )
 
     def take(self) -> None:
         """Count one request that `check` let pass, until it leaves."""
-        self.in_flight += 1
-        if self._rate:
-            self._tokens -= 1
+        if self._shared:
+            self._shared.take(self._idle)
+        else:
+            self.in_flight += 1
+            self._admitted += 1
+
+    def leave(self) -> None:
+        """The request is over."""
+        if self._shared:
+            self._shared.leave()
+        else:
+            self.in_flight -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +100,13 @@ class Grant:
     key_id: str = ""
     name: str = field(init=False)
     """For logs and fair queues."""
+    priority: int = field(init=False)
+    """In queues, higher goes first; of two principals the lower one."""
     _allowed: dict[ModelKey, bool] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", "+".join(meter.principal.name for meter in self.meters))
+        object.__setattr__(self, "priority", min(_PRIORITIES[meter.principal.priority] for meter in self.meters))
 
     def user_id(self, default: str) -> str:
         """Who the caller is for GetUser("me")."""
@@ -106,7 +142,7 @@ class Grant:
     def leave(self) -> None:
         """The request is over."""
         for meter in self.meters:
-            meter.in_flight -= 1
+            meter.leave()
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
@@ -128,14 +164,18 @@ class Authenticator:
         keys: KeyStore,
         clock: Callable[[], float] = time.monotonic,
         trust: Callable[[], Trust] | None = None,
+        board: FrontsBoard | None = None,
     ) -> None:
         """Make it.
 
-        Args: trust: whose client certificates are believed at this moment; None: whoever the transport let in.
+        Args:
+            trust: whose client certificates are believed at this moment; None: whoever the transport let in.
+            board: what fronts know of each other, so that limits hold for all together; None: there is only this one.
         """
         self.keys = keys
         self._trust = trust
         self._clock = clock
+        self._board = board
         self._meters: dict[str, Meter] = {}
         self._by_identity: dict[str, str] = {}
         self._by_key: dict[str, tuple[KeyEntry, Grant]] = {}
@@ -149,7 +189,7 @@ class Authenticator:
         self._meters = {
             name: self._meters[name]
             if name in self._meters and self._meters[name].principal == principal
-            else Meter(principal, self._clock)
+            else Meter(principal, self._clock, self._board)
             for name, principal in principals.items()
         }
         self._by_key = {}  # made anew with the meters of now

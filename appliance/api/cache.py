@@ -215,7 +215,7 @@ def digest(payload: Payload) -> bytes:
 def _own(result: Result) -> Result:
     """The result by itself: not a view into the arrays of a whole batch, and not to be changed by anybody."""
     if isinstance(result, ConceptScores):
-        return ConceptScores(tuple(result.indices), tuple(result.values))
+        return ConceptScores(_copy(result.indices), _copy(result.values))
     if isinstance(result, Embedding):
         return Embedding(_copy(result.vector))
     if isinstance(result, Returned):
@@ -233,7 +233,7 @@ def _size(key: Key, result: Result) -> int:
     """Bytes that an entry takes."""
     size = _OVERHEAD + sys.getsizeof(key[1]) + 64 * len(getattr(key[2][-1], "selected", None) or ())
     if isinstance(result, ConceptScores):
-        return size + 80 * len(result.indices)  # two places, a float and an integer
+        return size + 2 * _ARRAY + result.indices.nbytes + result.values.nbytes
     if isinstance(result, Embedding):
         return size + _ARRAY + result.vector.nbytes
     if isinstance(result, Returned):

@@ -10,7 +10,7 @@ from clarifai_grpc.grpc.api.status import status_code_pb2, status_pb2
 from appliance.api import messages, status
 from appliance.api.context import Context
 from appliance.catalog.bundle import RAW_TYPE
-from appliance.catalog.repository import Bundle, Repository, Version
+from appliance.catalog.view import Bundle, Version, View
 from appliance.core.config import Config
 from appliance.core.errors import (
     InvalidRequest,
@@ -67,7 +67,7 @@ def page(items: Sequence[T], number: int, size: int) -> Sequence[T]:
 class Catalogue:
     """The reading RPCs; each sees only what its caller may use."""
 
-    def __init__(self, config: Config, repository: Repository[Servable]) -> None:
+    def __init__(self, config: Config, repository: View[Servable]) -> None:
         self.config = config
         self._repository = repository
 

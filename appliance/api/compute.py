@@ -14,7 +14,7 @@ from appliance.api import messages, status
 from appliance.api.catalogue import page
 from appliance.api.context import Context
 from appliance.api.placement import Deployed, Places
-from appliance.catalog.repository import Repository, State, Version
+from appliance.catalog.view import State, Version, View
 from appliance.core.config import Config
 from appliance.core.errors import CapacityError, DeploymentDisabled, PlacementUnknown, UnknownUser
 from appliance.core.machine import accelerators, usable_cpus, usable_memory
@@ -32,7 +32,7 @@ _ARCHITECTURES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 class Compute:
     """The reading RPCs about places; each sees only what its caller may use."""
 
-    def __init__(self, config: Config, repository: Repository[Servable]) -> None:
+    def __init__(self, config: Config, repository: View[Servable]) -> None:
         self.config = config
         self._repository = repository
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from appliance.api.auth import Grant
+from appliance.api.contents import Contents
 from appliance.core.types import Call
 from appliance.tasks.servable import Ticket
 
@@ -16,6 +17,7 @@ class Context(Ticket):
         deadline: `time.monotonic()` seconds, never None: clients set none, so the appliance does.
         model: (model id, version) once known, for metrics.
         inputs: outputs by Clarifai code, for metrics.
+        contents: what was left out of the request's message, by input.
     """
 
     deadline: float
@@ -24,7 +26,11 @@ class Context(Ticket):
     req_id: str
     model: tuple[str, str] = ("", "")
     inputs: dict[int, int] = field(default_factory=dict)
+    contents: dict[int, Contents] = field(default_factory=dict)
 
-    def count(self, code: int) -> None:
-        """One more output with that code."""
-        self.inputs[code] = self.inputs.get(code, 0) + 1
+    def __post_init__(self) -> None:
+        self.priority = self.grant.priority
+
+    def count(self, code: int, outputs: int = 1) -> None:
+        """One more output with that code, or so many."""
+        self.inputs[code] = self.inputs.get(code, 0) + outputs

@@ -12,7 +12,7 @@ from appliance.api import status
 from appliance.api.context import Context
 from appliance.api.limits import check_input_count
 from appliance.api.replies import Reply
-from appliance.catalog.repository import Repository, Version
+from appliance.catalog.view import Version, View
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, InputError, ModelError, UnknownModel
 from appliance.core.types import Endpoint, Payload, PredictOptions, Result
@@ -55,7 +55,7 @@ class ModelName:
 class Direct:
     """The catalog's servables, for those who bring payloads."""
 
-    def __init__(self, config: Config, repository: Repository[Servable]) -> None:
+    def __init__(self, config: Config, repository: View[Servable]) -> None:
         self.config = config
         self._repository = repository
 
@@ -84,8 +84,7 @@ class Direct:
             if isinstance(answer, ApplianceError):
                 raise _placed(answer, index, len(payloads))
             results.append(answer)
-        for _ in results:
-            context.count(status.SUCCESS.code)
+        context.count(status.SUCCESS.code, len(results))
         return results
 
     def versions(self, context: Context) -> list[Version[Servable]]:

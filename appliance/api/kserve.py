@@ -19,7 +19,7 @@ from appliance.api.direct import Direct, Maker, ModelName
 from appliance.api.health import Health
 from appliance.api.parsing import parsed
 from appliance.api.replies import Reply, length_head
-from appliance.catalog.repository import State, Version
+from appliance.catalog.view import State, Version
 from appliance.core.config import Limits
 from appliance.core.errors import ApplianceError, InvalidInput, InvalidRequest, NotReady
 from appliance.core.types import Array, Call, Endpoint

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from clarifai_grpc.grpc.api import resources_pb2
@@ -10,7 +10,8 @@ from clarifai_grpc.grpc.api.status import status_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from appliance.api import arrays, methods, status
-from appliance.catalog.repository import Version
+from appliance.api.contents import HERE, NOTHING, Contents, Fields
+from appliance.catalog.view import Version
 from appliance.core.errors import ApplianceError, NotDeployed, NotReady
 from appliance.core.types import Array, FieldType, Payload
 from appliance.media.text import decode_text
@@ -33,35 +34,48 @@ class UrlInput:
     kind: FieldType = FieldType.IMAGE
 
 
-def payload_of(kind: str, data: resources_pb2.Data) -> Payload | UrlInput:
+def payload_of(kind: str, data: resources_pb2.Data, contents: Contents = NOTHING) -> Payload | UrlInput:
     """What a task of that kind ("image", "text", "ndarray") takes from `data`, in the old form.
 
+    Args:    contents: what was left out of `data`.
     Raises: InvalidInput: it carries neither bytes nor a URL, or an array that contradicts itself.
     """
     if kind == "image":
-        return _image(data)
+        return _image(data, contents.get(HERE, NOTHING))
     if kind == "text":
         return _text(data)
-    return Payload(arrays=_arrays(data))
+    return Payload(arrays=_arrays(data, contents))
 
 
 def payload_of_arguments(
-    kind: str, data: resources_pb2.Data, given: "dict[str, resources_pb2.Data]"
+    kind: str, name: str, given: "Mapping[str, resources_pb2.Data]", contents: Mapping[str, Fields] = NOTHING
 ) -> Payload | UrlInput:
-    """The same for a pythonic call: `data` is the task's own argument, `given` all of them (for raw tensors)."""
+    """The same for a pythonic call.
+
+    Args:
+        name: the task's own argument; raw tensors take all.
+        contents: what was left out of the arguments, by their names.
+    """
     if kind != "ndarray":
-        return payload_of(kind, data)
-    return Payload(arrays={name: arrays.array(part.ndarray, name) for name, part in given.items()})
+        return payload_of(kind, given.get(name, resources_pb2.Data()), {HERE: contents.get(name, NOTHING)})
+    return Payload(
+        arrays={
+            name: arrays.array(part.ndarray, name, contents.get(name, NOTHING).get("ndarray"))
+            for name, part in given.items()
+        }
+    )
 
 
-def _image(data: resources_pb2.Data) -> Payload | UrlInput:
+def _image(data: resources_pb2.Data, contents: Fields) -> Payload | UrlInput:
+    if "image" in contents:
+        return Payload(image=contents["image"])
     if not data.HasField("image"):
         return Payload(text=_raw_text(data))
-    if data.image.base64:
-        return Payload(image=data.image.base64)
-    if data.image.url:
-        return UrlInput(data.image.url, _image_behind)
-    return Payload(image=b"")
+    image = data.image
+    content = image.base64
+    if not content and image.url:
+        return UrlInput(image.url, _image_behind)
+    return Payload(image=content)
 
 
 def _text(data: resources_pb2.Data) -> Payload | UrlInput:
@@ -87,10 +101,14 @@ def _raw_text(data: resources_pb2.Data) -> str | None:
     return data.string_value or None
 
 
-def _arrays(data: resources_pb2.Data) -> dict[str, Array]:
+def _arrays(data: resources_pb2.Data, contents: Contents) -> dict[str, Array]:
     if data.HasField("ndarray"):
-        return {"": arrays.array(data.ndarray, "")}
-    return {part.id: arrays.array(part.data.ndarray, part.id) for part in data.parts if part.data.HasField("ndarray")}
+        return {"": arrays.array(data.ndarray, "", contents.get(HERE, NOTHING).get("ndarray"))}
+    return {
+        part.id: arrays.array(part.data.ndarray, part.id, contents.get(number, NOTHING).get("ndarray"))
+        for number, part in enumerate(data.parts)
+        if part.data.HasField("ndarray")
+    }
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

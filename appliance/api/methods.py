@@ -13,6 +13,7 @@ from clarifai_grpc.grpc.api import resources_pb2
 from google.protobuf import json_format, struct_pb2
 
 from appliance.api import values
+from appliance.api.contents import HERE, NOTHING, Contents, Fields
 from appliance.api.limits import Asked
 from appliance.core.errors import InvalidArgument, InvalidInput
 from appliance.core.types import FieldType, Method, MethodField, Value
@@ -97,19 +98,40 @@ def check_complete(method: Method, given: Mapping[str, resources_pb2.Data]) -> N
             raise InvalidInput(f"Missing required field: {argument.name}; method {method.name!r} takes it.")
 
 
-def read_arguments(method: Method, given: Mapping[str, resources_pb2.Data]) -> dict[str, Value]:
-    """Their values, defaults filled in. Raises: InvalidInput: one is of another type than the signature says."""
+def contents_of(
+    method: Method, data: resources_pb2.Data, given: Mapping[str, resources_pb2.Data], contents: Contents
+) -> Mapping[str, Fields]:
+    """What was left out of the arguments, by their names; `given` is what `arguments` found in `data`."""
+    named = {data.parts[part].id: found for part, found in contents.items() if part != HERE}
+    if HERE in contents and method.arguments and given.get(method.arguments[0].name) is data:
+        named[method.arguments[0].name] = contents[HERE]
+    return named
+
+
+def read_arguments(
+    method: Method,
+    given: Mapping[str, resources_pb2.Data],
+    contents: Mapping[str, Fields] = NOTHING,
+) -> dict[str, Value]:
+    """Their values, defaults filled in.
+
+    Args:    contents: what was left out of them, by their names.
+    Raises:  InvalidInput: one is of another type than the signature says.
+    """
     return {
-        argument.name: values.read(argument, given[argument.name])
+        argument.name: values.read(argument, given[argument.name], contents.get(argument.name, NOTHING))
         if argument.name in given
         else values.default_of(argument)
         for argument in method.arguments
     }
 
 
-def read_old_form(method: Method, data: resources_pb2.Data, params: struct_pb2.Struct) -> dict[str, Value]:
+def read_old_form(
+    method: Method, data: resources_pb2.Data, params: struct_pb2.Struct, contents: Contents = NOTHING
+) -> dict[str, Value]:
     """The values of an input of the old form: each argument takes what is of its type, `params` the rest.
 
+    Args:    contents: what was left out of `data`.
     Raises: InvalidInput: a required argument is not there.
     """
     left = {descriptor.name for descriptor, _ in data.ListFields()} - {"metadata"}
@@ -119,7 +141,7 @@ def read_old_form(method: Method, data: resources_pb2.Data, params: struct_pb2.S
         source = next((name for name in values.sources(argument) if name in left), None)
         if source is not None:
             left.discard(source)
-            read[argument.name] = values.read_from(argument, data, source)
+            read[argument.name] = values.read_from(argument, data, source, contents.get(HERE, NOTHING))
         elif argument.name in params.fields:
             read[argument.name] = values.from_json(argument, _param(params, argument.name))
         elif argument.default is not None:

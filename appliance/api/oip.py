@@ -382,7 +382,7 @@ def _given(servable: Servable, results: Sequence[Result]) -> dict[str, Tensor]:
         return {EMBEDDING: _tensor(EMBEDDING, vectors[0][None] if len(vectors) == 1 else np.stack(vectors))}
     scores = [result for result in results if isinstance(result, ConceptScores)]
     values = np.array([row.values for row in scores], np.float32)
-    ids = [servable.concepts[index].id.encode() for row in scores for index in row.indices]
+    ids = [servable.concepts[index].id.encode() for row in scores for index in row.indices.tolist()]
     return {VALUES: _tensor(VALUES, values), CONCEPTS: Tensor(CONCEPTS, BYTES, values.shape, ids)}
 
 

@@ -21,7 +21,7 @@ from appliance.api.direct import Direct, Handler, Maker, ModelName
 from appliance.api.jsonbody import dumped
 from appliance.api.limits import check_input_count
 from appliance.api.replies import Reply
-from appliance.catalog.repository import Version
+from appliance.catalog.view import Version
 from appliance.core.errors import InvalidArgument, InvalidInput, NotServed, UnknownModel
 from appliance.core.types import Array, Embedding, ModelKey, Payload, PredictOptions
 from appliance.tasks.embedder import Embedder

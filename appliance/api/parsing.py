@@ -6,12 +6,13 @@ Source: protobuf.dev/programming-guides/encoding.
 """
 
 import asyncio
-from functools import cache
+from functools import cache, partial
 from typing import TypeAlias, TypeVar, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
+from appliance.api.contents import Contents, taken_out
 from appliance.core.errors import InputTooLarge, InvalidRequest
 from appliance.core.memory import Reservation
 
@@ -38,22 +39,33 @@ _Kinds: TypeAlias = dict[int, tuple[int, int, "Descriptor | None"]]
 """Field number → bytes of an element, bytes that each byte of it becomes, and what is in it."""
 
 
-async def parsed(kind: type[M], body: bytes, memory: Reservation) -> M:
+async def parsed(kind: type[M], body: bytes, memory: Reservation, apart: dict[int, Contents] | None = None) -> M:
     """The message that a body is; `memory`, which holds the body's bytes, grows by what the message takes beside them.
 
+    Args:    apart: takes the large contents of a PostModelOutputsRequest, by input, in place of the message: they stay
+        in the body.
     Raises: InvalidRequest: it is not that message. InputTooLarge: it has too many parts. Overloaded.
     """
-    descriptor = cast(Descriptor, kind.DESCRIPTOR)
     try:
-        if len(body) < _SMALL:
-            return kind.FromString(body)
+        if len(body) >= _SMALL:
+            look = partial(_looked_at, cast(Descriptor, kind.DESCRIPTOR), body, apart)
+            body, count = look() if len(body) < _LARGE else await asyncio.to_thread(look)
+            memory.grow(count)
         if len(body) < _LARGE:
-            memory.grow(weight(descriptor, body))
             return kind.FromString(body)
-        memory.grow(await asyncio.to_thread(weight, descriptor, body))
         return await asyncio.to_thread(kind.FromString, body)
     except DecodeError as error:
         raise InvalidRequest(f"The request is not a {kind.DESCRIPTOR.name} message.") from error
+
+
+def _looked_at(descriptor: Descriptor, body: bytes, apart: dict[int, Contents] | None) -> tuple[bytes, int]:
+    """What is to be parsed, and what that takes beside the body. Raises: InputTooLarge: it has too many parts."""
+    found = None if apart is None else taken_out(body)
+    if apart is None or found is None:
+        return body, weight(descriptor, body)
+    rest, contents = found
+    apart.update(contents)
+    return rest, len(rest) + (weight(descriptor, rest) if len(rest) >= _SMALL else 0)
 
 
 def weight(descriptor: Descriptor, body: bytes) -> int:

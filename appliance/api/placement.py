@@ -16,7 +16,7 @@ from typing import NamedTuple
 from clarifai_grpc.grpc.api import resources_pb2
 
 from appliance.api.auth import Grant
-from appliance.catalog.repository import Bundle, Repository, State, Version
+from appliance.catalog.view import Bundle, State, Version, View
 from appliance.core.config import Config
 from appliance.core.errors import (
     DeploymentDisabled,
@@ -57,7 +57,7 @@ class Deployed:
 class Places:
     """The ids of this appliance, by its configuration and catalog of now. Cheap to make; made anew when asked."""
 
-    def __init__(self, config: Config, repository: Repository[Servable]) -> None:
+    def __init__(self, config: Config, repository: View[Servable]) -> None:
         self._config = config
         self._repository = repository
         self.user_id = config.placement.user_id or config.catalog.user_id
@@ -171,7 +171,7 @@ class Places:
 
 
 def chosen(
-    selector: resources_pb2.RunnerSelector, asked: Ids, grant: Grant, config: Config, repository: Repository[Servable]
+    selector: resources_pb2.RunnerSelector, asked: Ids, grant: Grant, config: Config, repository: View[Servable]
 ) -> Ids:
     """Which model a request means that names a place beside (or instead of) a model.
 

@@ -21,7 +21,8 @@ from appliance.api.limits import check_input_count
 from appliance.api.placement import Ids, chosen
 from appliance.api.questions import Conversation, Question, Rpc, options_of, understand
 from appliance.api.replies import Reply, ReplyWriter, Written
-from appliance.catalog.repository import Repository, Running
+from appliance.api.varints import Pieces
+from appliance.catalog.view import Running, View
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, readable
 from appliance.core.memory import Reservation
@@ -59,11 +60,11 @@ class Begun:
         req_id = self.context.req_id
         if isinstance(answer, ApplianceError):
             self.context.count(status.row_of(answer).code)
-            return replies.reply([replies.error_output(self.given, answer, req_id)], [answer], "", req_id)
+            return replies.reply(replies.error_output(self.given, answer, req_id), 1, [answer], "", req_id)
         self.context.count(status.SUCCESS.code)
         success = replies.success(req_id)
         output = self.writer.output(self.writer.head(self.brief, success), self.given, answer)
-        return replies.good_reply((output,), success)
+        return replies.good_reply(output, success)
 
     def let_go(self) -> None:
         """The servable is not needed any more."""
@@ -73,7 +74,7 @@ class Begun:
 class Predictions:
     """The predict RPCs over the catalog's servables."""
 
-    def __init__(self, config: Config, repository: Repository[Servable], metrics: Metrics) -> None:
+    def __init__(self, config: Config, repository: View[Servable], metrics: Metrics) -> None:
         self.config = config
         self._repository = repository
         self._downloads = Downloads(metrics)
@@ -173,7 +174,7 @@ class Predictions:
             context.grant.check_model(servable.key)
             if methods.method_name(request.inputs[0].data) == methods.GET_SIGNATURES:
                 return [_signatures(context, request, servable)]
-            given = (request, servable, self.config.limits, rpc, conversation)
+            given = (request, servable, self.config.limits, rpc, conversation, context.contents)
             if context.memory.count < _LARGE:
                 questions, unknown = understand(*given)
             else:  # lists of a million numbers take seconds
@@ -266,17 +267,19 @@ def _reply(
     unknown: Sequence[str],
 ) -> Reply:
     head = writer.head(brief, replies.success(context.req_id))
-    outputs, failures = [], []
-    for given, question, answer in zip(request.inputs, questions, answers, strict=True):
+    outputs: Pieces = []
+    failures = []
+    for given, question, answer in zip(request.inputs, questions, writer.scored(answers), strict=True):
         if isinstance(answer, ApplianceError):
-            outputs.append(replies.error_output(given, answer, context.req_id))
+            outputs += replies.error_output(given, answer, context.req_id)
             failures.append(answer)
             context.count(status.row_of(answer).code)
         else:
-            outputs.append(writer.output(head, given, answer, question.method.returns, pythonic=question.pythonic))
-            context.count(status.SUCCESS.code)
+            outputs += writer.output(head, given, answer, question.method.returns, pythonic=question.pythonic)
+    if len(failures) < len(answers):
+        context.count(status.SUCCESS.code, len(answers) - len(failures))
     note = readable(f"The model has no concept {', '.join(unknown[:20])}.") if unknown else ""
-    return replies.reply(outputs, failures, note, context.req_id)
+    return replies.reply(outputs, len(answers), failures, note, context.req_id)
 
 
 def _elements(answer: Answer) -> Sequence[Answer]:

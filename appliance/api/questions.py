@@ -16,6 +16,7 @@ from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from google.protobuf import struct_pb2
 
 from appliance.api import messages, methods, values
+from appliance.api.contents import NOTHING, Contents
 from appliance.api.limits import Asked, options_for
 from appliance.api.messages import UrlInput
 from appliance.core.config import Limits
@@ -123,9 +124,11 @@ def understand(
     limits: Limits,
     rpc: Rpc,
     conversation: Conversation | None = None,
+    contents: Mapping[int, Contents] = NOTHING,
 ) -> tuple[list[Question], list[str]]:
     """Each input as a question, and the selected concepts that the model does not have.
 
+    Args:    contents: what was left out of the request, by input.
     Raises: InvalidArgument: this holds for the request as a whole.
     """
     questions = []
@@ -134,9 +137,10 @@ def understand(
     # What holds for all inputs that call one method is found out with the first of them.
     called: dict[str, Method] = {}
     in_old_form: dict[str, tuple[PredictOptions, list[str]]] = {}
-    for given in request.inputs:
-        pythonic = methods.is_pythonic(given.data)
-        name = methods.method_name(given.data) or usual
+    for number, given in enumerate(request.inputs):
+        data = given.data
+        pythonic = methods.is_pythonic(data)
+        name = (methods.method_name(data) if pythonic else "") or usual
         method = called.get(name)
         if method is None:
             if name not in servable.offers:
@@ -151,11 +155,12 @@ def understand(
             if name not in in_old_form:
                 in_old_form[name] = options_of(request, servable, method, limits)
             question.options, missing = in_old_form[name]
+        apart = contents.get(number, NOTHING)
         try:
             if pythonic:
-                missing = _ask_pythonic(question, given.data, servable, limits, conversation)
+                missing = _ask_pythonic(question, data, apart, servable, limits, conversation)
             else:
-                _ask_in_old_form(question, given.data, servable, request)
+                _ask_in_old_form(question, data, apart, servable, request)
         except RequestError as error:
             question.payload = error
         unknown += [text for text in missing if text not in unknown]
@@ -187,12 +192,14 @@ def _check_call(method: Method, rpc: Rpc, inputs: int) -> None:
 def _ask_pythonic(
     question: Question,
     data: resources_pb2.Data,
+    contents: Contents,
     servable: Servable,
     limits: Limits,
     conversation: Conversation | None,
 ) -> list[str]:
     method = question.method
     given = methods.arguments(method, data)
+    apart = methods.contents_of(method, data, given, contents)
     if conversation is not None:
         given = conversation.complete(str(servable.key), method, given)
     methods.check_complete(method, given)
@@ -200,17 +207,17 @@ def _ask_pythonic(
     question.options, unknown = options_for(asked, servable.concepts, limits)
     kind = servable.offers[method.name].task.kind
     if kind == "values":
-        _fill(question, methods.read_arguments(method, given))
+        _fill(question, methods.read_arguments(method, given, apart))
         _set_least(question)
     else:
-        main = given.get(method.arguments[0].name, resources_pb2.Data())
-        question.take(messages.payload_of_arguments(kind, main, dict(given)))
+        question.take(messages.payload_of_arguments(kind, method.arguments[0].name, given, apart))
     return unknown
 
 
 def _ask_in_old_form(
     question: Question,
     data: resources_pb2.Data,
+    contents: Contents,
     servable: Servable,
     request: service_pb2.PostModelOutputsRequest,
 ) -> None:
@@ -218,11 +225,11 @@ def _ask_in_old_form(
     kind = servable.offers[method.name].task.kind
     if kind == "values":
         params = request.model.model_version.output_info.params if request.HasField("model") else _NO_PARAMS
-        _fill(question, methods.read_old_form(method, data, params))
+        _fill(question, methods.read_old_form(method, data, params, contents))
         if method.least in params.fields or not question.options.min_value:  # output_config says the same otherwise
             _set_least(question)
     else:
-        question.take(messages.payload_of(kind, data))
+        question.take(messages.payload_of(kind, data, contents))
 
 
 def _fill(question: Question, arguments: dict[str, Value]) -> None:
@@ -253,7 +260,7 @@ def _content(body: bytes) -> Payload:
 
 
 def _put(media: Media, fetched: Payload) -> None:
-    media.content = fetched.image or b""
+    media.content = bytes(fetched.image or b"")
 
 
 def _returns_concepts(method: Method) -> bool:

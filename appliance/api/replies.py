@@ -1,12 +1,14 @@
 """Predict replies, joined from pieces that were serialised beforehand.
 
 All outputs of a reply share their status, time and model; a concept's id, name and app id never change. So those are
-serialised once, and an output is a handful of joined bytes, where building and serialising it as messages takes three
-times as long and more. What comes out parses to the message that would have been built; a test compares the two.
+serialised once, and an output is a handful of pieces, where building and serialising it as messages takes three times
+as long and more. All pieces of a reply are joined once, so that an array is copied once. What comes out parses to the
+message that would have been built; a test compares the two.
 
 Source of the encoding: protobuf.dev/programming-guides/encoding. Field numbers are read from Clarifai's descriptors.
 """
 
+import itertools
 import math
 import struct
 import time
@@ -21,11 +23,12 @@ from clarifai_grpc.grpc.api.status import status_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from appliance.api import messages, status, values
+from appliance.api.varints import SMALL, Pieces, varint
 from appliance.catalog.bundle import BundleConfig
-from appliance.catalog.repository import Version
+from appliance.catalog.view import Version
 from appliance.core.errors import ApplianceError
 from appliance.core.types import Array, ConceptScores, Embedding, MethodField, Result, Returned, Tensors
-from appliance.tasks.servable import Servable
+from appliance.tasks.servable import Answer, Servable
 
 _FIXED32 = 5
 _LENGTH = 2
@@ -34,14 +37,17 @@ _LENGTH = 2
 _LARGE = 4096
 """Bytes of an array from which it is dearer to copy it once more than to look into it."""
 
+_MANY = 64
+"""Concepts in a reply from which their values are written all at once."""
+
 _FLOAT: Callable[[float], bytes] = struct.Struct("<f").pack
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Written:
-    """What a declared method returned, as the bytes of its `Data`."""
+    """An answer as the bytes of its `Data`."""
 
-    data: bytes
+    data: bytes | memoryview
 
 
 @dataclass(slots=True)
@@ -52,37 +58,21 @@ class Reply:
     code: int
 
 
-def _varint(number: int) -> bytes:
-    if number < len(_SMALL):
-        return _SMALL[number]
-    groups = bytearray()
-    while number > 127:
-        groups.append(number & 127 | 128)
-        number >>= 7
-    groups.append(number)
-    return bytes(groups)
-
-
-_SMALL: list[bytes] = []
-_SMALL += [_varint(number) for number in range(1024)]
-"""What the lengths in most replies are."""
-
-
 def _key(message: Any, field: str, wire_type: int = _LENGTH) -> bytes:
     """What stands before a field's content."""
-    return _varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | wire_type)
+    return varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | wire_type)
 
 
 _RESPONSE_STATUS = _key(service_pb2.MultiOutputResponse, "status")
 _RESPONSE_OUTPUT = _key(service_pb2.MultiOutputResponse, "outputs")
-_NEW_OUTPUT_ID = _key(resources_pb2.Output, "id") + _varint(len(messages.new_id()))
+_NEW_OUTPUT_ID = _key(resources_pb2.Output, "id") + varint(len(messages.new_id()))
 _OUTPUT_STATUS = _key(resources_pb2.Output, "status")
 _OUTPUT_CREATED_AT = _key(resources_pb2.Output, "created_at")
 _OUTPUT_MODEL = _key(resources_pb2.Output, "model")
 _OUTPUT_INPUT = _key(resources_pb2.Output, "input")
 _OUTPUT_DATA = _key(resources_pb2.Output, "data")
 _INPUT_ID = _key(resources_pb2.Input, "id")
-_NEW_INPUT_ID = _INPUT_ID + _varint(len(messages.new_id()))
+_NEW_INPUT_ID = _INPUT_ID + varint(len(messages.new_id()))
 _DATA_CONCEPT = _key(resources_pb2.Data, "concepts")
 _DATA_EMBEDDING = _key(resources_pb2.Data, "embeddings")
 _DATA_NDARRAY = _key(resources_pb2.Data, "ndarray")
@@ -95,6 +85,7 @@ _STATUS_REQ_ID = _key(status_pb2.Status, "req_id")
 
 _SUCCESS = status.success().SerializeToString()
 _SUCCESS_CODE = int(status.SUCCESS.code)
+_LAST_FOUR = np.arange(-4, 0)
 _RETURN = resources_pb2.Part(id="return").SerializeToString()
 _now = Timestamp()
 """Used over and over, on the loop's thread: to set two numbers is cheaper than to make a message."""
@@ -103,17 +94,25 @@ _now = Timestamp()
 def _field(key: bytes, content: bytes) -> bytes:
     """A field with its length."""
     size = len(content)
-    return key + (_SMALL[size] if size < 1024 else _varint(size)) + content
+    return key + (SMALL[size] if size < 1024 else varint(size)) + content
 
 
 def length_head(number: int, size: int) -> bytes:
     """What stands before `size` bytes of a field with that number."""
-    return _varint(number << 3 | _LENGTH) + _varint(size)
+    return varint(number << 3 | _LENGTH) + varint(size)
 
 
-def _present(key: bytes, content: bytes) -> bytes:
+def _enclosed(key: bytes, pieces: Pieces) -> Pieces:
+    """A field with these pieces in it."""
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+    return [key + (SMALL[size] if size < 1024 else varint(size)), *pieces]
+
+
+def _present(key: bytes, pieces: Pieces) -> Pieces:
     """A field that is left out when nothing is in it: no concept passed the filter, say."""
-    return _field(key, content) if content else b""
+    return _enclosed(key, pieces) if any(pieces) else []
 
 
 class ReplyWriter:
@@ -124,6 +123,7 @@ class ReplyWriter:
             _concept(resources_pb2.Concept(id=concept.id, name=concept.name, app_id=servable.key.app_id))
             for concept in servable.concepts
         ]
+        self._sizes = np.array([len(concept) + 4 for concept in self._concepts], np.int64)
         self._brief: tuple[BundleConfig, float, bytes] | None = None
 
     def brief(self, version: Version[Servable] | None) -> bytes:
@@ -146,6 +146,14 @@ class ReplyWriter:
         created_at = _now.SerializeToString()
         return _field(_OUTPUT_STATUS, success) + _field(_OUTPUT_CREATED_AT, created_at) + brief
 
+    def scored(self, answers: Sequence[Answer | Written]) -> Sequence[Answer | Written]:
+        """The answers; where there are many concepts in them, those as bytes already: together that takes a third."""
+        scores = [answer for answer in answers if isinstance(answer, ConceptScores)]
+        if sum([len(each.indices) for each in scores]) < _MANY:
+            return answers
+        data = iter(self._all_scores(scores))
+        return [Written(next(data)) if isinstance(answer, ConceptScores) else answer for answer in answers]
+
     def output(
         self,
         head: bytes,
@@ -154,50 +162,54 @@ class ReplyWriter:
         returns: MethodField | None = None,
         *,
         pythonic: bool = False,
-    ) -> bytes:
+    ) -> Pieces:
         """An output with an answer, as a field of the reply.
 
         Args:    returns: the type of what a declared method returned.
         """
-        output_id = _NEW_OUTPUT_ID + messages.new_id().encode()
-        echo = _field(_OUTPUT_INPUT, _echo(given))
-        data = _present(_OUTPUT_DATA, self._returned(result, returns) if pythonic else self._data(result, returns))
-        size = len(output_id) + len(head) + len(echo) + len(data)
-        return b"".join((_RESPONSE_OUTPUT, _varint(size), output_id, head, echo, data))
+        shared = _NEW_OUTPUT_ID + messages.new_id().encode() + head + _field(_OUTPUT_INPUT, _echo(given))
+        data = self._returned(result, returns) if pythonic else self._data(result, returns)
+        return _enclosed(_RESPONSE_OUTPUT, [shared, *_present(_OUTPUT_DATA, data)])
 
-    def _data(self, result: Result | Written, returns: MethodField | None) -> bytes:
+    def _data(self, result: Result | Written, returns: MethodField | None) -> Pieces:
         """The answer where callers of the old form look for it: concepts, embeddings, ndarray, text.raw, …"""
-        if isinstance(result, ConceptScores):
-            return self._scores(result)
-        if isinstance(result, Embedding):
-            vector = result.vector.astype("<f4", copy=False).tobytes()
-            size = resources_pb2.Embedding(num_dimensions=len(result.vector)).SerializeToString()
-            return _field(_DATA_EMBEDDING, _field(_EMBEDDING_VECTOR, vector) + size)
-        if isinstance(result, Returned):
-            return written(result, returns, pythonic=False).data
         if isinstance(result, Written):
-            return result.data
+            return [result.data]
+        if isinstance(result, ConceptScores):
+            return [self._scores(result)]
+        if isinstance(result, Embedding):
+            return _embedding(result.vector)
+        if isinstance(result, Returned):
+            return [written(result, returns, pythonic=False).data]
         return _tensors(result)
 
-    def _returned(self, result: Result | Written, returns: MethodField | None) -> bytes:
+    def _returned(self, result: Result | Written, returns: MethodField | None) -> Pieces:
         """The answer where pythonic callers look for it: `parts[0]` with id `return`, of the signature's type."""
-        if isinstance(result, ConceptScores):
-            data = self._scores(result)
-        elif isinstance(result, Embedding):
+        if isinstance(result, Embedding):
             data = _ndarray(result.vector)
         elif isinstance(result, Returned):
-            data = written(result, returns, pythonic=True).data
-        elif isinstance(result, Written):
-            data = result.data
+            data = [written(result, returns, pythonic=True).data]
         else:
-            data = _tensors(result)
-        return _field(_DATA_PART, _RETURN + _present(_PART_DATA, data))
+            data = self._data(result, returns)
+        return _enclosed(_DATA_PART, [_RETURN, *_present(_PART_DATA, data)])
 
     def _scores(self, scores: ConceptScores) -> bytes:
         concepts = self._concepts
-        return b"".join(
-            [concepts[index] + _FLOAT(value) for index, value in zip(scores.indices, scores.values, strict=True)]
-        )
+        pairs = zip(scores.indices.tolist(), scores.values.tolist(), strict=True)
+        return b"".join([concepts[index] + _FLOAT(value) for index, value in pairs])
+
+    def _all_scores(self, scores: Sequence[ConceptScores]) -> list[memoryview]:
+        """The concepts of each answer: all are joined with room for their values, then all values are put there."""
+        indices = np.concatenate([each.indices for each in scores])
+        values = np.concatenate([each.values for each in scores]).astype("<f4", copy=False)
+        concepts = self._concepts
+        joined = bytearray(4).join([*[concepts[index] for index in indices.tolist()], b""])
+        ends = self._sizes[indices].cumsum()
+        np.frombuffer(joined, np.uint8)[ends[:, None] + _LAST_FOUR] = values[:, None].view(np.uint8)
+        places = [0, *ends.tolist()]
+        counts = [0, *itertools.accumulate([len(each.indices) for each in scores])]
+        data = memoryview(joined)
+        return [data[places[first] : places[last]] for first, last in itertools.pairwise(counts)]
 
 
 def written(result: Returned, returns: MethodField | None, *, pythonic: bool) -> Written:
@@ -209,24 +221,24 @@ def written(result: Returned, returns: MethodField | None, *, pythonic: bool) ->
     return Written(data.SerializeToString())
 
 
-def error_output(given: resources_pb2.Input, error: ApplianceError, req_id: str) -> bytes:
+def error_output(given: resources_pb2.Input, error: ApplianceError, req_id: str) -> Pieces:
     """An output with an error, as a field of the reply."""
     output = resources_pb2.Output()
     messages.fill_error(output, given, error, req_id)
-    return _field(_RESPONSE_OUTPUT, output.SerializeToString())
+    return [_field(_RESPONSE_OUTPUT, output.SerializeToString())]
 
 
-def reply(outputs: Sequence[bytes], failures: Sequence[ApplianceError], note: str, req_id: str) -> Reply:
-    """The whole reply; `failures` are the errors among its outputs, the first one first."""
+def reply(outputs: Pieces, count: int, failures: Sequence[ApplianceError], note: str, req_id: str) -> Reply:
+    """The whole reply of `count` outputs; `failures` are the errors among them, the first one first."""
     if not failures and not note:
         return good_reply(outputs, success(req_id))
-    conclusion = messages.conclusion(len(outputs), failures, note, req_id)
+    conclusion = messages.conclusion(count, failures, note, req_id)
     return Reply(b"".join((_field(_RESPONSE_STATUS, conclusion.SerializeToString()), *outputs)), conclusion.code)
 
 
-def good_reply(outputs: Sequence[bytes], success: bytes) -> Reply:
+def good_reply(outputs: Pieces, success: bytes) -> Reply:
     """The whole reply when every output is good and there is nothing to note."""
-    return Reply(_field(_RESPONSE_STATUS, success) + b"".join(outputs), _SUCCESS_CODE)
+    return Reply(b"".join((_field(_RESPONSE_STATUS, success), *outputs)), _SUCCESS_CODE)
 
 
 def success(req_id: str) -> bytes:
@@ -251,30 +263,53 @@ def _brief(version: Version[Servable]) -> bytes:
 def _concept(concept: resources_pb2.Concept) -> bytes:
     """A concept up to its value, which is the last of its fields; the length counts that too."""
     content = concept.SerializeToString()
-    return _DATA_CONCEPT + _varint(len(content) + len(_CONCEPT_VALUE) + 4) + content + _CONCEPT_VALUE
+    return _DATA_CONCEPT + varint(len(content) + len(_CONCEPT_VALUE) + 4) + content + _CONCEPT_VALUE
 
 
-def _tensors(tensors: Tensors) -> bytes:
+def _tensors(tensors: Tensors) -> Pieces:
     """A single array as such, several as parts with their names."""
     if len(tensors.arrays) == 1:
         return _ndarray(next(iter(tensors.arrays.values())))
-    return b"".join(
-        _field(_DATA_PART, resources_pb2.Part(id=name).SerializeToString() + _field(_PART_DATA, _ndarray(array)))
-        for name, array in tensors.arrays.items()
-    )
+    pieces: Pieces = []
+    for name, array in tensors.arrays.items():
+        pieces += _enclosed(_DATA_PART, [_part(name), *_enclosed(_PART_DATA, _ndarray(array))])
+    return pieces
 
 
-def _ndarray(array: Array) -> bytes:
+@lru_cache(maxsize=1024)
+def _part(name: str) -> bytes:
+    return resources_pb2.Part(id=name).SerializeToString()
+
+
+def _ndarray(array: Array) -> Pieces:
     before, after = _around(array.shape, array.dtype)
+    return _between(before, array, after)
+
+
+def _embedding(vector: Array) -> Pieces:
+    before, after = _around_vector(len(vector))
+    return _between(before, vector.astype("<f4", copy=False), after)
+
+
+def _between(before: bytes, array: Array, after: bytes) -> Pieces:
+    """An array's bytes in C order, between those two."""
     if array.nbytes < _LARGE:
-        return before + array.tobytes() + after
-    return b"".join((before, np.ascontiguousarray(array).data, after))
+        return [before + array.tobytes() + after]
+    return [before, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, after]
+
+
+@lru_cache(maxsize=64)
+def _around_vector(count: int) -> tuple[bytes, bytes]:
+    """What stands before and after the floats of an embedding, which are packed: the bytes of the array."""
+    start = _EMBEDDING_VECTOR + varint(4 * count)
+    after = resources_pb2.Embedding(num_dimensions=count).SerializeToString()
+    return _DATA_EMBEDDING + varint(len(start) + 4 * count + len(after)) + start, after
 
 
 @lru_cache(maxsize=1024)
 def _around(shape: tuple[int, ...], dtype: "np.dtype[Any]") -> tuple[bytes, bytes]:
     """What stands before and after an array's bytes: shape and dtype are a few in a model's answers."""
     size = math.prod(shape) * dtype.itemsize
-    start = _NDARRAY_BUFFER + _varint(size)
+    start = _NDARRAY_BUFFER + varint(size)
     after = resources_pb2.NDArray(shape=shape, dtype=dtype.name).SerializeToString()
-    return _DATA_NDARRAY + _varint(len(start) + size + len(after)) + start, after
+    return _DATA_NDARRAY + varint(len(start) + size + len(after)) + start, after

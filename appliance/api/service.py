@@ -34,7 +34,7 @@ from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
 from appliance.api.workflow_results import WorkflowResults
 from appliance.api.workflows import WorkflowCatalogue
-from appliance.catalog.repository import Repository
+from appliance.catalog.view import View
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, Overloaded
@@ -100,7 +100,7 @@ class Api:
     def __init__(
         self,
         config: Config,
-        repository: Repository[Servable],
+        repository: View[Servable],
         authenticator: Authenticator,
         budget: MemoryBudget,
         metrics: Metrics,
@@ -351,7 +351,7 @@ class Api:
             raise DeadlineExceeded
         try:
             async with asyncio.timeout(seconds) as timer:
-                request = body if isinstance(rpc, _Door) else await _parse(rpc, context.call, body, context.memory)
+                request = body if isinstance(rpc, _Door) else await _parse(rpc, context, body)
                 answered = await handler(context, request)
         except TimeoutError as error:
             if timer.expired():
@@ -591,10 +591,13 @@ def _asks_for_signatures(call: Call, body: bytes) -> bool:
     return bool(inputs) and methods.method_name(inputs[0].data) == methods.GET_SIGNATURES
 
 
-async def _parse(rpc: _Rpc, call: Call, body: bytes, memory: Reservation) -> Message:
+async def _parse(rpc: _Rpc, context: Context, body: bytes) -> Message:
     """Raises: InvalidRequest: the bytes are not that message. What a call's own reader raises."""
-    read = call.reader
+    read = context.call.reader
     if read is None:
-        return await parsed(rpc.request, body, memory)
+        # A stream keeps arguments for longer than the message that brought them.
+        return await parsed(
+            rpc.request, body, context.memory, context.contents if rpc.name == "PostModelOutputs" else None
+        )
     message: Message = read(body) if len(body) < _LARGE_TEXT else await asyncio.to_thread(read, body)
     return message

@@ -16,6 +16,7 @@ from clarifai_grpc.grpc.api import resources_pb2
 from google.protobuf import json_format, struct_pb2
 
 from appliance.api import arrays, jsonbody
+from appliance.api.contents import NOTHING, Fields
 from appliance.core.errors import InvalidInput, InvalidRequest
 from appliance.core.types import FieldType, Frame, Media, MethodField, Region, ScoredConcept, Value
 
@@ -24,6 +25,9 @@ _LIST_KEY = "_list"
 
 _REPEATED = {FieldType.CONCEPT: "concepts", FieldType.REGION: "regions", FieldType.FRAME: "frames"}
 _MEDIA = {FieldType.IMAGE: "image", FieldType.AUDIO: "audio", FieldType.VIDEO: "video"}
+_LARGE = {**_MEDIA, FieldType.NDARRAY: "ndarray"}
+"""Types whose content may have been left out of the message, and where it was."""
+
 _INT64 = 2**63
 _OBJECT = 256
 """Bytes of an array, a dict or the like beside its content."""
@@ -35,18 +39,29 @@ _FEW = 500
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(field: MethodField, data: resources_pb2.Data) -> Value:
+def read(field: MethodField, data: resources_pb2.Data, contents: Fields = NOTHING) -> Value:
     """The value of a field's type; what is absent is zero, as proto3 has it.
 
+    Args:    contents: what was left out of `data`.
     Raises:  InvalidInput: `data` carries something of another type, or a value outside the field's range.
     """
     _check_only(field, data)
-    value = _READERS[field.type](field, data)
+    return _read(field, data, contents)
+
+
+def _read(field: MethodField, data: resources_pb2.Data, contents: Fields) -> Value:
+    content = contents.get(_LARGE.get(field.type, ""))
+    if content is None:
+        value = _READERS[field.type](field, data)
+    elif field.type is FieldType.NDARRAY:
+        value = arrays.array(data.ndarray, field.name, content)
+    else:  # copied: a method's values may outlive the request
+        value = Media(bytes(content), getattr(data, _MEDIA[field.type]).url)
     _check(field, value)
     return value
 
 
-def read_from(field: MethodField, data: resources_pb2.Data, source: str) -> Value:
+def read_from(field: MethodField, data: resources_pb2.Data, source: str, contents: Fields = NOTHING) -> Value:
     """The same of an input of the old form, from one of the field's `sources`: `data` holds other arguments too.
 
     Raises:  InvalidInput: likewise.
@@ -56,9 +71,7 @@ def read_from(field: MethodField, data: resources_pb2.Data, source: str) -> Valu
         if source == "text":
             alone = resources_pb2.Data(text=data.text)
         data = alone
-    value = _READERS[field.type](field, data)
-    _check(field, value)
-    return value
+    return _read(field, data, contents)
 
 
 def sources(field: MethodField) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from appliance.api.parsing import parsed
 from appliance.api.predict import Predictions
 from appliance.api.replies import Reply
 from appliance.api.workflows import WorkflowCatalogue, config_message, ids_of
-from appliance.catalog.repository import Repository
+from appliance.catalog.view import View
 from appliance.catalog.workflow_format import Node, Workflow
 from appliance.core.config import Config
 from appliance.core.errors import (
@@ -73,7 +73,7 @@ class WorkflowResults:
     def __init__(
         self,
         config: Config,
-        repository: Repository[Servable],
+        repository: View[Servable],
         catalogue: WorkflowCatalogue,
         predictions: Predictions,
         metrics: Metrics,

@@ -7,7 +7,7 @@ from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from appliance.api import messages, status
 from appliance.api.catalogue import page
 from appliance.api.context import Context
-from appliance.catalog.repository import Repository
+from appliance.catalog.view import View
 from appliance.catalog.workflow_format import Node, OutputConfig, Workflow
 from appliance.catalog.workflows import Workflows
 from appliance.core.errors import NotPermitted, NotReady, UnknownModel, UnknownWorkflow
@@ -17,7 +17,7 @@ from appliance.tasks.servable import Servable
 class WorkflowCatalogue:
     """The reading RPCs; each sees the workflows all of whose models its caller may use."""
 
-    def __init__(self, repository: Repository[Servable], workflows: Workflows) -> None:
+    def __init__(self, repository: View[Servable], workflows: Workflows) -> None:
         self._repository = repository
         self._workflows = workflows
 

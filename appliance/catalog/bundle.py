@@ -63,9 +63,11 @@ tabs and ends of lines; a name or a concept is one line."""
 
 
 class Batching(Part):
-    """Overrides of what would be measured at load."""
+    """Overrides of what would be measured; `threads` of what the engine is configured to use for one run."""
 
     max_rows: Annotated[int, Field(ge=1, le=1024)] | None = None
+    parallel: Annotated[int, Field(ge=1, le=256)] | None = None
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
 
 
 class OnnxSection(Part):

@@ -7,140 +7,27 @@ loaded has its reason shown and hurts nobody; what it served before goes on.
 
 import asyncio
 import contextlib
-import enum
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import TypeAlias
 
 from appliance.catalog import bundle as bundles
 from appliance.catalog import changes, importer
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.state import Memory, read_held
+from appliance.catalog.view import Bundle, Running, S, Signature, State, Version, View
 from appliance.core.config import Catalog
-from appliance.core.errors import (
-    BundleInvalid,
-    ConfigError,
-    ModelError,
-    NotDeployed,
-    NotReady,
-    UnknownModel,
-)
+from appliance.core.errors import BundleInvalid, ConfigError, ModelError
 from appliance.core.files import printable
-from appliance.core.types import NAME_PATTERN, ModelKey
+from appliance.core.types import NAME_PATTERN
 
 _log = logging.getLogger(__name__)
 
 _TURN_S = 10.0
 """Seconds for which a load keeps the next one waiting."""
-
-Signature: TypeAlias = tuple[object, ...]
-
-
-class Loaded(Protocol):
-    """What the repository holds for a ready version."""
-
-    @property
-    def problem(self) -> str | None:
-        """Why it cannot answer any more, or None."""
-
-    async def drain(self) -> None:
-        """Return when everything accepted has ended."""
-
-    def close(self) -> None:
-        """Let it go."""
-
-
-S = TypeVar("S", bound=Loaded)
-
-
-class State(enum.Enum):
-    """What a version is; the words of `/readyz` and of the metrics."""
-
-    SETTLING = "settling"
-    LOADING = "loading"
-    READY = "ready"
-    FAILED = "failed"
-    HELD = "held"
-
-
-@dataclass(eq=False)
-class Running(Generic[S]):
-    """A servable and how many requests hold it; it is not drained away before the last one lets go."""
-
-    servable: S
-    users: int = 0
-    free: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def hold(self) -> S:
-        """One more request needs it, until it calls `let_go`."""
-        if not self.users:
-            self.free.clear()
-        self.users += 1
-        return self.servable
-
-    def let_go(self) -> None:
-        """One request less."""
-        self.users -= 1
-        if not self.users:
-            self.free.set()
-
-    def __enter__(self) -> S:
-        return self.hold()
-
-    def __exit__(self, *_: object) -> None:
-        self.let_go()
-
-
-@dataclass(eq=False)
-class Version(Generic[S]):
-    """One version of one bundle, as the catalog sees it.
-
-    Attributes:
-        problem: why it is not (or no longer newly) loaded; set beside a running servable when the files on disk
-            became bad and the last good load goes on.
-        first_seen, loaded_at: Unix time.
-    """
-
-    id: str
-    config: BundleConfig
-    folder: VersionFolder
-    signature: Signature
-    first_seen: float
-    state: State = State.LOADING
-    problem: str = ""
-    running: Running[S] | None = None
-    loaded_at: float = 0.0
-    load_seconds: float = 0.0
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    task: "asyncio.Task[None] | None" = None
-
-    @property
-    def ready(self) -> bool:
-        """Whether it answers."""
-        return self.running is not None and self.running.servable.problem is None
-
-    @property
-    def servable(self) -> S | None:
-        """What answers, or None."""
-        return self.running.servable if self.running else None
-
-
-@dataclass(eq=False)
-class Bundle(Generic[S]):
-    """One bundle under the root. `problem` says why it could not be read, "" when it could."""
-
-    name: str
-    path: Path
-    key: ModelKey | None = None
-    problem: str = ""
-    settling: bool = True
-    seen: Signature = ()
-    seen_since: float = 0.0
-    done: Signature | None = None
-    versions: dict[str, Version[S]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +42,7 @@ class _Read:
 Load: TypeAlias = Callable[[Path, BundleConfig, VersionFolder], Awaitable[S]]
 
 
-class Repository(Generic[S]):
+class Repository(View[S]):
     """All bundles, their versions and what answers for them. Used from the event loop's thread."""
 
     def __init__(
@@ -173,10 +60,9 @@ class Repository(Generic[S]):
                  remember: whether to write down what is seen; not when somebody only looks.
         Raises:  ConfigError: the root or the state is unusable.
         """
+        super().__init__()
         self.settings = settings
         self._load = load
-        self._answering: dict[tuple[str, str, str, str], Version[S]] = {}
-        """What `answering` found for which ids; as good as new only until something changes."""
 
         def tell() -> None:
             self._answering.clear()
@@ -185,7 +71,6 @@ class Repository(Generic[S]):
         self._changed = tell
         self._swapped = swapped
         self._remember = remember
-        self._bundles: dict[str, Bundle[S]] = {}
         self._loads = asyncio.Semaphore(1)
         self._drains: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -198,113 +83,11 @@ class Repository(Generic[S]):
         self._memory = Memory(settings.state_dir)
         self._held = read_held(settings.state_dir)
         self._held_problem = ""
-        self._root_problem = ""
-
-    # ---- asking ----
 
     @property
-    def bundles(self) -> list[Bundle[S]]:
-        """All bundles, by name."""
-        return [self._bundles[name] for name in sorted(self._bundles)]
-
-    def versions(self, bundle: Bundle[S]) -> list[Version[S]]:
-        """A bundle's versions, newest first: by number when all are numbers, else by when they were first seen."""
-        versions = list(bundle.versions.values())
-        if all(version.id.isdigit() for version in versions):
-            return sorted(versions, key=lambda version: int(version.id), reverse=True)
-        return sorted(versions, key=lambda version: (version.first_seen, version.id), reverse=True)
-
-    def offered(self, bundle: Bundle[S]) -> list[Version[S]]:
-        """Those that callers hear of: all but the ones held back; newest first."""
-        return [version for version in self.versions(bundle) if version.state is not State.HELD]
-
-    def find(self, user_id: str, app_id: str, model_id: str) -> Bundle[S]:
-        """The bundle of a model; an empty user or app id matches any.
-
-        Raises: UnknownModel: there is none, or several. NotReady: there may be one that was not read yet.
-        """
-        found = [
-            bundle
-            for bundle in self._bundles.values()
-            if bundle.key is not None
-            and bundle.key.model_id == model_id
-            and user_id in ("", bundle.key.user_id)
-            and app_id in ("", bundle.key.app_id)
-        ]
-        asked = "/".join(part or "*" for part in (user_id, app_id, model_id))
-        if len(found) > 1:
-            raise UnknownModel(f"Several models match {asked}; name the user id and app id too.")
-        if not found and (not self._looked.is_set() or any(b.done is None for b in self._bundles.values())):
-            raise NotReady(f"Bundles are still being read; whether there is a model {asked} shows soon. Try again.")
-        if not found:
-            raise UnknownModel(f"There is no model {asked} on this appliance; ListModels names those there are.")
-        return found[0]
-
-    def version(self, bundle: Bundle[S], version_id: str) -> Version[S]:
-        """A version that is known; "" for the newest ready one, else the newest there is.
-
-        Raises: UnknownModel: no such version.
-        """
-        if version_id:
-            found = bundle.versions.get(version_id)
-            if found is None or found.state is State.HELD:
-                ready = ", ".join(v.id for v in self.versions(bundle) if v.ready) or "none"
-                raise UnknownModel(f"Model {bundle.key} has no version {version_id!r}; ready versions: {ready}.")
-            return found
-        newest = self.offered(bundle)
-        if not newest:
-            raise UnknownModel(f"Model {bundle.key} has no versions.")
-        return next((version for version in newest if version.ready), newest[0])
-
-    def answering(self, user_id: str, app_id: str, model_id: str, version_id: str) -> Version[S]:
-        """The version that answers for these ids; it is ready.
-
-        Raises: UnknownModel. NotReady: it is still loading. NotDeployed: it could not be loaded.
-        """
-        ids = (user_id, app_id, model_id, version_id)
-        known = self._answering.get(ids)
-        if known is not None and known.ready:
-            return known
-        bundle = self.find(user_id, app_id, model_id)
-        version = self.version(bundle, version_id)
-        if version.ready:
-            self._answering[ids] = version
-            return version
-        if version.state in (State.LOADING, State.SETTLING):
-            raise NotReady(f"Model {bundle.key} version {version.id} is still loading; try again.")
-        why = version.servable.problem if version.servable else version.problem
-        raise NotDeployed(
-            f"Model {bundle.key} version {version.id} could not be loaded; the operator sees why with "
-            "`appliance models list`.",
-            detail=why or "",
-        )
-
-    def use(self, user_id: str, app_id: str, model_id: str, version_id: str) -> Running[S]:
-        """The servable that answers for these ids; within `with` it is not drained away.
-
-        Raises: as `answering`.
-        """
-        running = self.answering(user_id, app_id, model_id, version_id).running
-        assert running is not None, "a ready version has one"
-        return running
-
-    def not_ready(self) -> dict[str, str]:
-        """Bundles and versions that do not answer, and why; empty when all is well."""
-        problems = {"catalog.root": self._root_problem} if self._root_problem else {}
-        for bundle in self.bundles:
-            if bundle.problem:
-                problems[bundle.name] = bundle.problem
-            elif bundle.settling and not bundle.versions:
-                problems[bundle.name] = "its files are still changing"
-            for version in bundle.versions.values():
-                name = f"{bundle.name}:{version.id}"
-                if version.servable is not None and version.servable.problem:
-                    problems[name] = version.servable.problem
-                elif version.state is State.LOADING:
-                    problems[name] = "loading"
-                elif version.problem:
-                    problems[name] = version.problem
-        return problems
+    def complete(self) -> bool:
+        """See `View.complete`."""
+        return self._looked.is_set() and all(bundle.done is not None for bundle in self._bundles.values())
 
     # ---- keeping in step ----
 
@@ -616,30 +399,3 @@ def _read(path: Path, settings: Catalog) -> _Read:
         for version_id, folder in folders.items()
     }
     return _Read(configs, folders, signatures)
-
-
-def describe(repository: Repository[S], describe_servable: Callable[[S], dict[str, object]]) -> list[dict[str, object]]:
-    """The whole catalog as plain data, for `appliance models list` and the admin socket."""
-    rows: list[dict[str, object]] = []
-    for bundle in repository.bundles:
-        versions = [
-            {
-                "version": version.id,
-                "state": (State.READY if version.ready else version.state).value,
-                "problem": version.problem or (version.servable.problem if version.servable else "") or "",
-                "loaded_at": version.loaded_at,
-                "load_seconds": round(version.load_seconds, 3),
-                "sha256": dict(version.checksums),
-                **(describe_servable(version.servable) if version.servable else {}),
-            }
-            for version in repository.versions(bundle)
-        ]
-        rows.append(
-            {
-                "bundle": bundle.name,
-                "model": str(bundle.key) if bundle.key else "",
-                "problem": bundle.problem or ("its files are still changing" if bundle.settling else ""),
-                "versions": versions,
-            }
-        )
-    return rows

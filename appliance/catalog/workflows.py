@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from appliance.catalog.repository import Repository
+from appliance.catalog.view import View
 from appliance.catalog.workflow_format import Node, Workflow, read_workflow
 from appliance.core.config import Catalog
 from appliance.core.errors import NotReady, UnknownModel, UnknownWorkflow, WorkflowInvalid
@@ -53,7 +53,7 @@ class _Look:
 class Workflows:
     """All workflows of the folder. Used from the event loop's thread."""
 
-    def __init__(self, settings: Catalog, repository: Repository[Any] | None = None) -> None:
+    def __init__(self, settings: Catalog, repository: View[Any] | None = None) -> None:
         """Args: repository: what models there are; None when only the files count."""
         self.settings = settings
         self._repository = repository
@@ -225,7 +225,7 @@ class Workflows:
                 )
 
 
-def node_problem(node: Node, repository: Repository[Any]) -> str:
+def node_problem(node: Node, repository: View[Any]) -> str:
     """Why a node's model cannot be what the workflow says, by the catalog of now; "" when it can, or may still load."""
     try:
         bundle = repository.find(node.model.user_id, node.model.app_id, node.model.model_id)

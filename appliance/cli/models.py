@@ -115,7 +115,7 @@ def inspect(config_file: Path | None, name: str, as_json: bool) -> None:
     for version in versions:
         entry = by_id.get(version.id, {})
         click.echo(f"\nversion {version.id}: {entry.get('state', 'on disk')}")
-        for key in ("problem", "device", "batching", "load_seconds"):
+        for key in ("problem", "device", "batching", "curve", "load_seconds"):
             if entry.get(key):
                 click.echo(f"  {key.replace('_', ' ')}: {printable(entry[key])}")
         for note in entry.get("notes", ()):

@@ -1,14 +1,9 @@
 """`appliance serve` and `appliance reload`."""
 
 import asyncio
-import contextlib
-import ctypes
-import gc
 import logging
-import os
 import resource
 import signal
-import sys
 from pathlib import Path
 
 import click
@@ -18,6 +13,7 @@ from appliance.cli import admin
 from appliance.core import config as configuration
 from appliance.core import logs
 from appliance.core.errors import ConfigError
+from appliance.daemon.child import leave, return_large_blocks, spare_the_collector
 from appliance.daemon.service import Daemon
 from appliance.media.images import ignore_warnings
 
@@ -36,8 +32,8 @@ def serve(config_file: Path | None) -> None:
     loaded = configuration.load(config_file)
     logs.set_up(loaded.config.log.level)
     ignore_warnings()
-    _return_large_blocks()
-    _spare_the_collector()
+    return_large_blocks()
+    spare_the_collector()
     _allow_descriptors(loaded.config.connections.max)
 
     async def run() -> None:
@@ -45,12 +41,7 @@ def serve(config_file: Path | None) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
-    # Everybody has been answered. A thread of a graph that never ends would keep the interpreter from finishing, or
-    # crash it on the way out.
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave(0)  # everybody has been answered
 
 
 def _allow_descriptors(connections: int) -> None:
@@ -63,28 +54,6 @@ def _allow_descriptors(connections: int) -> None:
             hard,
             connections,
         )
-
-
-def _return_large_blocks() -> None:
-    """Let blocks of a MiB and more go back to the system when they are freed.
-
-    glibc raises that threshold as it sees large blocks come and go, and then keeps hundreds of MiB of decoded pictures.
-    Source: mallopt(3), M_MMAP_THRESHOLD = -3; other C libraries have no such knob.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(-3, 2**20)
-
-
-def _spare_the_collector() -> None:
-    """Let the garbage collector leave alone what was imported, and look for cycles less often.
-
-    What was imported stays for good, and to look through its 90 000 objects takes 50 to 100 ms, in which nobody is
-    answered. Answering makes no cycles, so there is little to find; but it makes many objects, and with the usual 700
-    the collector would look in every turn of a busy loop. Models are loaded later: what is replaced is still found.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 10, 10)
 
 
 @click.command()

@@ -359,6 +359,11 @@ class Principal(Section):
     )
     burst: int = Field(0, ge=0, description="Requests that may come at once; 0: one second's worth.")
     concurrency: int = Field(0, ge=0, description="Requests in flight at once; 0: no limit.")
+    priority: Literal["low", "normal", "high"] = Field(
+        "normal",
+        description="Whose inputs a model runs first when it has more than it can do. A lower priority that waits is "
+        "passed over for at most nine runs in a row. Principals of one priority take turns.",
+    )
 
     @field_validator("identities")
     @classmethod
@@ -437,6 +442,33 @@ class Deployment(Section):
     )
 
 
+class Processes(Section):
+    """Which processes do the work."""
+
+    mode: Literal["auto", "single", "processes"] = Field(
+        "auto",
+        description='"processes": fronts that talk to clients, and an engine for each device that runs models, so that '
+        'a model that crashes takes nothing down. "single": all in one process, for CPUs alone. "auto": single on a '
+        "machine with fewer than 4 CPUs and no GPU, else processes.",
+        json_schema_extra={"restart": True},
+    )
+    fronts: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="How many fronts; 0: by the CPUs we may use, one for every two beside a GPU, else for every four, "
+        "8 at most.",
+        json_schema_extra={"restart": True},
+    )
+    engine_silence_s: float = Field(
+        10.0,
+        ge=1,
+        le=600,
+        description="Seconds without a sign of life after which an engine is replaced.",
+        json_schema_extra={"restart": True},
+    )
+
+
 class Engine(Section):
     """How models run."""
 
@@ -453,6 +485,13 @@ class Engine(Section):
         description="CPU threads a model may use for one run; 0: as many as the CPUs we may use.",
         json_schema_extra={"restart": True},
     )
+    parallel: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Runs of one model at a time; 0: as many as are measured to give most, one if that gains little.",
+        json_schema_extra={"restart": True},
+    )
     decode_threads: int = Field(
         0,
         ge=0,
@@ -465,11 +504,23 @@ class Engine(Section):
         description="Inputs that may wait for one model; more are refused as overload.",
         json_schema_extra={"restart": True},
     )
+    queue_size: Size = Field(
+        2**30,
+        description="Bytes that the inputs which wait for one model may have, decoded; more are refused as overload.",
+        json_schema_extra={"restart": True},
+    )
     load_timeout_s: float = Field(
         300.0,
         gt=0,
         le=86400,
         description="Seconds in which a model must be loaded and warmed up.",
+        json_schema_extra={"restart": True},
+    )
+    run_memory: Size | None = Field(
+        None,
+        examples=["2GiB"],
+        description="Bytes of memory that all runs on the CPU may take together, their results included; a run that "
+        "needs more fails. Unset: a third of the memory we may use.",
         json_schema_extra={"restart": True},
     )
     gpu_memory: Size | None = Field(
@@ -659,6 +710,7 @@ class Config(Section):
     catalog: Catalog = Catalog()
     placement: Placement = Placement()
     deployment: tuple[Deployment, ...] = ()
+    processes: Processes = Processes()
     engine: Engine = Engine()
     limits: Limits = Limits()
     urls: Urls = Urls()
@@ -859,6 +911,23 @@ def keeping(old: Config, new: Config, keys: list[str]) -> Config:
         current = changes.get(section, getattr(new, section))
         changes[section] = current.model_copy(update={name: getattr(getattr(old, section), name)})
     return new.model_copy(update=changes)
+
+
+def as_data(config: Config) -> dict[str, Any]:
+    """The configuration as plain data, for another process of the appliance: secrets are told in the clear."""
+    data: dict[str, Any] = config.model_dump(mode="json")
+    for name in Config.model_fields:
+        section = getattr(config, name)
+        if isinstance(section, Section):
+            for key, value in section:
+                if isinstance(value, SecretStr):
+                    data[name][key] = value.get_secret_value()
+    return data
+
+
+def of_data(data: Mapping[str, Any]) -> Config:
+    """The configuration that `as_data` wrote."""
+    return Config.model_validate(data)
 
 
 def example() -> str:

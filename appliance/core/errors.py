@@ -309,3 +309,18 @@ class CertificateError(ConfigError):
 
 class DeviceError(ConfigError):
     """The device asked for cannot be used."""
+
+
+def as_data(error: ApplianceError) -> dict[str, str]:
+    """The error as plain data, for another process of the appliance; its nearest class that stands here goes along."""
+    name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
+    return {"error": name, "message": str(error), "detail": error.detail}
+
+
+def of_data(data: dict[str, str]) -> ApplianceError:
+    """The error that `as_data` wrote: class, sentence and detail, without what else it held."""
+    kind = globals().get(data["error"], ApplianceError)
+    error: ApplianceError = kind.__new__(kind)
+    Exception.__init__(error, data["message"])
+    error.detail = data["detail"]
+    return error

@@ -17,12 +17,26 @@ def usable_cpus() -> int:
     return max(1, min(cpus, math.ceil(quota)) if quota else cpus)
 
 
+def cpu_model() -> str:
+    """What the kernel calls this machine's CPUs; "" where it does not say."""
+    for line in _text(Path("/proc/cpuinfo")).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "CPU part", "cpu model"):
+            return value.strip()
+    return ""
+
+
 def usable_memory() -> int:
     """Bytes of memory that the cgroup leaves us, or that the machine has."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [_number(folder / "memory.max") for folder in _own_cgroups()]
     limits.append(_number(_CGROUP / "memory" / "memory.limit_in_bytes"))
     return min([physical, *(limit for limit in limits if limit)])
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now."""
+    return int(_text(Path("/proc/self/statm")).split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from types import TracebackType
 from typing import Self
 
 from appliance.core.errors import Overloaded
+from appliance.core.sharing import SharedUse
 
 STRANGER = ""
 """Owner of what comes from clients whose credentials nobody has seen."""
@@ -21,11 +22,18 @@ class MemoryBudget:
     Whoever announces much and sends it slowly must not shut the others out. What is still coming, or waits for a client
     to take it, may not use the last eighth; of that, one principal may have three quarters of the limit, and all
     strangers together a sixteenth. Used from the event loop's thread only.
+
+    Fronts that share a limit each have a budget of that limit, and see what the others hold of it. While they decide at
+    once, each may give one request too many. Shares are counted at each front by itself: a principal that calls at
+    several has its share at each, and all together still have no more than the limit.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, shared: SharedUse | None = None) -> None:
+        """Args: shared: what other fronts hold of the same limit; None: there are none."""
         self.limit = limit
         self.used = 0
+        """Bytes that are held here."""
+        self._shared = shared
         self._shares: dict[str, int] = {}  # owner → bytes
 
     def hold(self, count: int) -> "Reservation":
@@ -50,7 +58,18 @@ class MemoryBudget:
     @property
     def free(self) -> int:
         """Bytes for what is still coming, or waits to be taken."""
-        return self._for_coming - self.used
+        return self._for_coming - self.taken
+
+    @property
+    def taken(self) -> int:
+        """Bytes that are held, at all fronts."""
+        return self.used if self._shared is None else self.used + self._shared.others()
+
+    def add(self, count: int) -> None:
+        """Hold `count` bytes more here, or fewer, whatever the limit is."""
+        self.used += count
+        if self._shared is not None:
+            self._shared.write(self.used)
 
     @property
     def _for_coming(self) -> int:
@@ -73,12 +92,14 @@ class Reservation:
 
     def grow(self, count: int) -> None:
         """Reserve `count` more bytes. Raises: Overloaded: they are not free."""
+        if not count:  # nothing can always be had, even while replies that wait have taken more than there is
+            return
         budget, owner = self._budget, self._owner
-        free = budget.free if self._coming else budget.limit - budget.used
+        taken = budget.used if budget._shared is None else budget.taken
+        free = (budget._for_coming if self._coming else budget.limit) - taken
         if owner is not None:
             free = min(free, budget._share(owner) - budget._shares.get(owner, 0))
-        # Nothing can always be had, even while replies that wait have taken more than there is.
-        if count and count > free:
+        if count > free:
             raise Overloaded(
                 f"This request needs {_size(self.count + count)} of memory; {_size(max(0, free))} of "
                 f"limits.memory_in_flight ({_size(budget.limit)}) are free for it. "
@@ -109,9 +130,12 @@ class Reservation:
 
     def _add(self, count: int) -> None:
         self.count += count
-        self._budget.used += count
+        budget = self._budget
+        budget.used += count
+        if budget._shared is not None:
+            budget._shared.write(budget.used)
         if self._owner is not None:
-            shares = self._budget._shares
+            shares = budget._shares
             shares[self._owner] = shares.get(self._owner, 0) + count
             if not shares[self._owner]:
                 del shares[self._owner]

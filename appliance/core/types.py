@@ -5,7 +5,7 @@ No protobuf here and no onnxruntime: `api/` turns messages into these, `tasks/` 
 
 import enum
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -182,7 +182,7 @@ class Payload:
     """What one input of a request carries; the task takes the part it understands.
 
     Attributes:
-        image: encoded file bytes (JPEG, PNG, …).
+        image: encoded file bytes (JPEG, PNG, …); a view of the request's body must not outlive the request.
         text: decoded text.
         arrays: tensors by graph input name; "" for a tensor that came without a name.
         arguments: what a declared method is called with, by name; defaults are filled in.
@@ -190,7 +190,7 @@ class Payload:
         tokens: how many the text was for the model, once it is decoded; 0 for all else.
     """
 
-    image: bytes | None = None
+    image: bytes | memoryview | None = None
     text: str | None = None
     arrays: dict[str, Array] = field(default_factory=dict)
     arguments: Mapping[str, Value] = field(default_factory=dict)
@@ -224,15 +224,18 @@ class Concept:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ConceptScores:
-    """A classifier's answer, best first: indices into the model's concepts and their float32 values, equally long."""
+    """A classifier's answer, best first: places in the model's concepts, integers (n,), and their values, float32 (n,).
 
-    indices: Sequence[int]
-    values: Sequence[float]
+    Both may be views into the arrays of a whole batch.
+    """
+
+    indices: Array
+    values: Array
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Embedding:
     """An embedder's answer: float32 (dimensions,)."""
 

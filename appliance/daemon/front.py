@@ -4,10 +4,11 @@ The native wire is the rule. Where its extension is missing, grpcio steps in and
 """
 
 import logging
+import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from appliance.core.config import Config
 from appliance.core.errors import ConfigError
@@ -25,6 +26,10 @@ _log = logging.getLogger(__name__)
 
 _LAST_NEWS_S = 2.0
 """Seconds that clients have to hear that no new calls are taken."""
+
+
+Sockets: TypeAlias = Mapping[str, Sequence[socket.socket]]
+"""Setting → the sockets that listen for it. A transport that binds its ports itself is given none."""
 
 
 class Front(Protocol):
@@ -55,6 +60,22 @@ class Front(Protocol):
         """Accept no more, let calls end for `grace_s` seconds, then end them."""
 
 
+def open_sockets(config: Config, notifier: Notifier, fronts: int = 1) -> ListeningSockets:
+    """Have a listening socket for every setting and front, or none where the transport binds its ports itself.
+
+    Raises: ConfigError: one cannot be bound.
+    """
+    if not native(config):
+        close_inherited(notifier)
+        return ListeningSockets({})
+    wanted = {
+        "server.listen": config.server.listen,
+        "server.mtls_listen": config.server.mtls_listen,
+        "server.plain_listen": config.server.plain_listen,
+    }
+    return open_listening({name: address for name, address in wanted.items() if address}, notifier, fronts=fronts)
+
+
 def open_front(
     config: Config,
     endpoints: Mapping[str, Endpoint],
@@ -62,20 +83,25 @@ def open_front(
     certificates: CertificateFiles,
     budget: MemoryBudget,
     metrics: Metrics,
-    notifier: Notifier,
+    sockets: Sockets,
 ) -> Front:
-    """Bind all ports. Raises: ConfigError: one cannot be bound, or the transport cannot do what is configured."""
-    if config.server.transport == "native":
-        problem = _native_problem()
-        if problem is None:
-            return _Native(config, endpoints, pages, certificates, budget, metrics, notifier)
+    """The transport on its sockets. Raises: ConfigError: it cannot do what is configured."""
+    if native(config):
+        return _Native(config, endpoints, pages, certificates, budget, metrics, sockets)
+    problem = _native_problem()
+    if config.server.transport == "native" and problem is not None:
         _log.warning(
             "the native wire cannot be used, grpcio serves instead: slower, gRPC only (no REST, no gRPC-Web), "
             "client certificates only on server.mtls_listen, nothing of tls.sni_certificates: %s",
             problem,
         )
         _check_grpcio_will_do(config, problem)
-    return _Grpcio(config, endpoints, certificates, notifier)
+    return _Grpcio(config, endpoints, certificates)
+
+
+def native(config: Config) -> bool:
+    """Whether the native wire serves."""
+    return config.server.transport == "native" and _native_problem() is None
 
 
 def _native_problem() -> str | None:
@@ -115,27 +141,18 @@ class _Native:
         certificates: CertificateFiles,
         budget: MemoryBudget,
         metrics: Metrics,
-        notifier: Notifier,
+        sockets: Sockets,
     ) -> None:
         from appliance.wire.server import WireServer  # imports the extension, which may be missing elsewhere
 
         self._server = WireServer(endpoints, pages, wire_settings(config), budget, metrics)
-        server = config.server
-        wanted = {
-            "server.listen": server.listen,
-            "server.mtls_listen": server.mtls_listen,
-            "server.plain_listen": server.plain_listen,
-        }
         tls: dict[str, Callable[[], ssl.SSLContext] | None] = {
             "server.listen": certificates.context,
             "server.mtls_listen": partial(certificates.context, demand=True),
             "server.plain_listen": None,
         }
-        self._sockets: ListeningSockets = open_listening(
-            {name: address for name, address in wanted.items() if address}, notifier
-        )
-        for name, sockets in self._sockets.by_name.items():
-            for sock in sockets:
+        for name, own in sockets.items():
+            for sock in own:
                 self._server.listen(name, sock, tls[name])
 
     @property
@@ -158,7 +175,6 @@ class _Native:
     async def stop(self, grace_s: float) -> None:
         """See `Front.stop`."""
         await self._server.stop(grace_s)
-        self._sockets.close()
 
 
 class _Grpcio:
@@ -167,10 +183,7 @@ class _Grpcio:
     name = "grpcio"
     retires = False
 
-    def __init__(
-        self, config: Config, endpoints: Mapping[str, Endpoint], certificates: CertificateFiles, notifier: Notifier
-    ) -> None:
-        close_inherited(notifier)
+    def __init__(self, config: Config, endpoints: Mapping[str, Endpoint], certificates: CertificateFiles) -> None:
         self._server = GrpcioServer(endpoints, wire_settings(config))
         self._server.listen("server.listen", config.server.listen, certificates.tls)
         if config.server.mtls_listen:

@@ -1,7 +1,8 @@
 """The daemon's life: start → ready → drain → stop, and reload in between.
 
 `Daemon.run` is the table of contents. What is opened is closed in the reverse order; ready is announced after it is
-true, draining before it is.
+true, draining before it is. Which processes do the work is a `Staff`'s business: all in this one (`single`), or fronts
+and engines of their own (`supervisor`).
 """
 
 import asyncio
@@ -15,44 +16,25 @@ from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from starlette.routing import BaseRoute
-
 from appliance import __version__
-from appliance.api.auth import Authenticator
 from appliance.api.keys import KeyStore
-from appliance.api.kserve_http import kserve_routes
-from appliance.api.openai import openai_routes
-from appliance.api.pages import pages
-from appliance.api.rest import rest_routes
-from appliance.api.service import Api
-from appliance.catalog.bundle import BundleConfig, VersionFolder
-from appliance.catalog.repository import Repository, State, describe
+from appliance.catalog.repository import Repository
+from appliance.catalog.view import State, describe
 from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
 from appliance.core import logs
 from appliance.core.config import Config, LoadedConfig
 from appliance.core.errors import ApplianceError, ConfigError, Draining
 from appliance.core.machine import usable_memory
-from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
 from appliance.core.systemd import Notifier
-from appliance.core.types import Endpoint
 from appliance.daemon.admin import AdminServer
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
-from appliance.daemon.front import open_front, pass_through_warning
-from appliance.engine import session
-from appliance.engine.worker import LocalEngine
-from appliance.media import fetch
-from appliance.tasks import servable
-from appliance.tasks.servable import DecodePool, Servable
+from appliance.daemon.checks import check_urls, memory_for_requests
+from appliance.daemon.front import open_sockets, pass_through_warning
+from appliance.daemon.staff import Loaded, Staff, choose
 
 _log = logging.getLogger(__name__)
-
-_LAST_REPLIES_S = 2.0
-"""Seconds in which the last replies may reach their callers before connections are cut."""
-
-_LAST_CALLERS_S, _QUIET_S = 2.0, 0.3
-"""Seconds in which callers are refused before the port closes: at most so many, and until nobody came for a while."""
 
 
 class Phase(enum.IntEnum):
@@ -83,7 +65,7 @@ class Daemon:
         """Serve until told to stop. Raises: ConfigError: what the operator must change before it can start."""
         async with contextlib.AsyncExitStack() as stack:
             self._watch_signals()
-            self._open(stack)
+            await self._open(stack)
             await self._listen(stack)
             await self._load_models(stack)
             self._say_ready()
@@ -94,61 +76,43 @@ class Daemon:
 
     # ---- start ----
 
-    def _open(self, stack: contextlib.AsyncExitStack) -> None:
+    async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         """Everything that can be wrong is found here, before a port is bound."""
         config = self._config
         self._notifier = Notifier()
         stack.enter_context(_lock(config.catalog.state_dir))
         self._certificates = CertificateFiles(config)
-        _check_urls(config)
+        check_urls(config)
         self._keys = KeyStore(config.auth.keys_file)
         self._metrics = Metrics()
-        self._metrics.build.info({"version": __version__, "onnxruntime": session.version()})
-        self._engine = LocalEngine(config.engine, self._metrics)
-        _log.info("device %s: %s", self._engine.device, self._engine.device.reason)
-        self._pool = DecodePool(config.engine.decode_threads)
-        stack.callback(self._pool.close)
-        self._repository: Repository[Servable] = Repository(
+        self._staff: Staff = choose(config, self._metrics, self._publish)
+        stack.push_async_callback(self._staff.stop)
+        self._repository: Repository[Loaded] = Repository(
             config.catalog,
-            self._load_servable,
+            self._staff.load,
             self._publish,
             lambda model: self._metrics.swaps.labels(model).inc(),
         )
-        stack.push_async_callback(self._repository.close)
-        self._budget = MemoryBudget(_memory_for_requests(config))
-        authenticator = Authenticator(config, self._keys, trust=self._certificates.trust)
         self._workflows = Workflows(config.catalog, self._repository)
-        self._api = Api(config, self._repository, authenticator, self._budget, self._metrics, self._workflows)
+        await self._staff.open()
+        stack.push_async_callback(self._repository.close)
+        facts = self._staff.describe()
+        self._metrics.build.info({"version": __version__, "onnxruntime": str(facts["onnxruntime"])})
         self._metrics.watch(self._metrics.keys, lambda: len(self._keys))
         self._warn()
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         """Bind every port, then answer: what still loads says so, and nobody is refused."""
         config = self._config
-        self._admin = AdminServer(config.admin, self, self._metrics.registry)
+        self._admin = AdminServer(config.admin, self, self._staff.registry)
         self._admin.start()
         stack.push_async_callback(self._admin.stop)
-        endpoints = self._api.endpoints()
-        self._front = open_front(
-            config,
-            endpoints,
-            pages(self.readiness, self._routes(endpoints)),
-            self._certificates,
-            self._budget,
-            self._metrics,
-            self._notifier,
+        sockets = open_sockets(config, self._notifier, self._staff.fronts)
+        stack.callback(sockets.close)
+        ports = await self._staff.serve(
+            self._repository, self._workflows, self._certificates, self._keys, self.readiness, sockets
         )
-        stack.push_async_callback(self._front.stop, 0.0)
-        await self._front.start()
-        self.ports = {**self._front.ports, "admin.listen": self._admin.port}
-
-    def _routes(self, endpoints: Mapping[str, Endpoint]) -> list[BaseRoute]:
-        """What the main port serves over HTTP: KServe's and OpenAI's surfaces, and the twins of Clarifai's RPCs."""
-        return [
-            *kserve_routes(self._api.kserve, self._api),
-            *openai_routes(self._api.direct, self._api),
-            *rest_routes(endpoints, self._config.limits.request_size),
-        ]
+        self.ports = {**ports, "admin.listen": self._admin.port}
 
     async def _load_models(self, stack: contextlib.AsyncExitStack) -> None:
         """Wait until every wanted bundle is ready or failed, but not for ever; a stop does not wait for it."""
@@ -184,38 +148,8 @@ class Daemon:
         self._notifier.stopping()
         self._notifier.extend_timeout(settings.lame_duck_s + settings.drain_s + 10)
         self._publish()
-        _log.info("draining", extra={"in_flight": self._api.in_flight})
-        self._front.last()
-        await self._unless_now(self._stop_now.wait(), settings.lame_duck_s)
-        until = asyncio.get_running_loop().time() + settings.drain_s
-        await self._unless_now(self._front.retire(settings.drain_s), settings.drain_s + _LAST_CALLERS_S)
-        # Where a call may still come, it is answered UNAVAILABLE while the port is open: grpcio's own shutdown would
-        # reset those that arrive in its very moment, which clients do not try again.
-        self._api.refuse_new()
-        await self._unless_now(self._api.wait_idle(), max(0.0, until - asyncio.get_running_loop().time()))
-        if not self._front.retires:
-            await self._unless_now(self._callers_gone(), _LAST_CALLERS_S)
-        if self._api.in_flight:
-            _log.warning("calls were told to try again", extra={"count": self._api.in_flight})
-        self._api.end()
-        await self._front.stop(_LAST_REPLIES_S)
-        if self._api.in_flight:
-            self._metrics.lost.inc(self._api.in_flight)
-            _log.critical(
-                "calls were lost: they ended without a result or a status", extra={"count": self._api.in_flight}
-            )
-
-    async def _callers_gone(self) -> None:
-        """Return when nobody was refused for a while: those who were have heard it, and went elsewhere."""
-        while self._api.refused_ago() < _QUIET_S:  # noqa: ASYNC110  # what is waited for is that nothing happens
-            await asyncio.sleep(_QUIET_S / 4)
-
-    async def _unless_now(self, wait: Coroutine[Any, Any, object], seconds: float) -> None:
-        """Wait for something, at most so long, and not beyond a second signal."""
-        tasks = {asyncio.ensure_future(wait), asyncio.ensure_future(self._stop_now.wait())}
-        _, pending = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
+        _log.info("draining", extra={"in_flight": self._staff.in_flight})
+        await self._staff.drain(self._stop_now)
 
     # ---- signals and reload ----
 
@@ -258,7 +192,8 @@ class Daemon:
             if self._phase is Phase.READY:  # systemd takes the end of a reload for that of the start
                 self._notifier.reloading()
             try:
-                message = await asyncio.to_thread(self._reloaded)
+                config, keys, message = await asyncio.to_thread(self._reloaded)
+                await self._staff.configure(config, keys)
             except ApplianceError as error:
                 self._metrics.reloads.labels("failed").inc()
                 _log.error("reload failed, the old state goes on: %s", error)
@@ -270,8 +205,8 @@ class Daemon:
                 _log.exception("reload failed unexpectedly, the old state goes on")
                 self._say_reloaded("reload failed unexpectedly")
                 raise ConfigError("The reload failed unexpectedly; the daemon's log tells more.") from error
-            self._api.configure(self._config)
-            self._budget.limit = _memory_for_requests(self._config)
+            self._config = config
+            logs.set_level(config.log.level)
             self._repository.settings = self._workflows.settings = self._config.catalog
             self._repository.wake()
             self._workflows.wake()
@@ -285,8 +220,8 @@ class Daemon:
         if self._phase is Phase.READY:  # else a stop would be taken back
             self._notifier.ready(status)
 
-    def _reloaded(self) -> str:
-        """The part of a reload that reads files; nothing is kept unless all of it succeeds."""
+    def _reloaded(self) -> tuple[Config, KeyStore, str]:
+        """The part of a reload that reads files; of those, only certificates are taken over here."""
         fresh = configuration.load(self._main_file).config
         needs_restart = configuration.restart_needed(self._config, fresh)
         config = configuration.keeping(self._config, fresh, needs_restart)
@@ -294,14 +229,11 @@ class Daemon:
         if problems:  # the new file is sound, but not together with what only a restart can change
             raise configuration.ConfigInvalid(problems)
         keys = KeyStore(config.auth.keys_file)
-        _check_urls(config)
+        check_urls(config)
         self._certificates.reload(config)
-        self._keys.adopt(keys)
-        self._config = config
-        logs.set_level(config.log.level)
         if needs_restart:
-            return f"configuration taken over, except what needs a restart: {', '.join(needs_restart)}"
-        return "configuration, certificates and keys taken over"
+            return config, keys, f"configuration taken over, except what needs a restart: {', '.join(needs_restart)}"
+        return config, keys, "configuration, certificates and keys taken over"
 
     # ---- what others ask ----
 
@@ -318,13 +250,10 @@ class Daemon:
             "version": __version__,
             "phase": self._phase.name.lower(),
             "base_url": self._config.server.base_url,
-            "transport": self._front.name,
             "ports": dict(self.ports),
-            "device": str(self._engine.device),
-            "device_reason": self._engine.device.reason,
-            "onnxruntime": session.version(),
-            "in_flight": self._api.in_flight,
-            "catalog": self._described_catalog(),
+            "in_flight": self._staff.in_flight,
+            **self._staff.describe(),
+            "catalog": describe(self._repository, lambda loaded: loaded.described()),
             "workflows": self._workflows.describe(),
         }
 
@@ -335,15 +264,9 @@ class Daemon:
 
     def _not_ready(self) -> dict[str, str]:
         """Bundles, versions and workflows that do not answer, and why."""
-        return self._repository.not_ready() | self._workflows.problems()
-
-    def _described_catalog(self) -> list[dict[str, object]]:
-        return describe(self._repository, _described_servable)
+        return self._staff.problems() | self._repository.not_ready() | self._workflows.problems()
 
     # ---- helpers ----
-
-    async def _load_servable(self, path: Path, config: BundleConfig, version: VersionFolder) -> Servable:
-        return await servable.load(path, config, version, self._engine, self._pool, self._metrics, self._config.limits)
 
     def _publish(self) -> None:
         """Tell health checks and metrics what is ready."""
@@ -352,21 +275,15 @@ class Daemon:
             for bundle in self._repository.bundles
             if bundle.key is not None
         }
-        self._api.health.publish(self.readiness()[0], models)
-        self._api.catalog_changed()
-        for gauge in (self._metrics.model_state, self._metrics.model_load_seconds, self._metrics.queue_rows):
-            gauge.clear()  # a version that is gone leaves no sample, and no reference to its session
+        self._staff.publish(self.readiness()[0], models)
+        for gauge in (self._metrics.model_state, self._metrics.model_load_seconds):
+            gauge.clear()  # a version that is gone leaves no sample
         for bundle in self._repository.bundles:
             for version in bundle.versions.values():
                 state = State.READY if version.ready else version.state
                 labels = (version.config.key.model_id, version.id)
                 self._metrics.model_state.labels(*labels, state.value).set(1)
                 self._metrics.model_load_seconds.labels(*labels).set(version.load_seconds)
-                if version.servable is not None:
-                    self._metrics.watch(
-                        self._metrics.queue_rows.labels(*labels),
-                        lambda model=version.servable.model: model.waiting_rows,  # type: ignore[misc]
-                    )
 
     async def _tick(self) -> None:
         """Once a second: certificates that changed, keys, a model that died, and a word to the watchdog."""
@@ -377,7 +294,7 @@ class Daemon:
             try:
                 await asyncio.to_thread(self._certificates.refresh)
                 self._measure_certificates()
-                state = self._repository.not_ready()
+                state = self._not_ready()
                 if state != healthy:
                     healthy = state
                     self._publish()
@@ -404,7 +321,7 @@ class Daemon:
         ):
             if warning:
                 _log.warning("%s", warning)
-        kept = self._config.cache.size + _memory_for_requests(self._config)
+        kept = self._config.cache.size + memory_for_requests(self._config)
         if self._config.cache.size and kept > usable_memory():
             _log.warning(
                 "cache.size and limits.memory_in_flight together are more than the memory this service may use"
@@ -425,26 +342,6 @@ class Daemon:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.critical("a task of the daemon failed", exc_info=task.exception())
-
-
-def _memory_for_requests(config: Config) -> int:
-    """Bytes that requests may hold at once."""
-    return config.limits.memory_in_flight or usable_memory() // 4
-
-
-def _check_urls(config: Config) -> None:
-    """Raises: CertificateError: the authorities of hosts that inputs are fetched from cannot be read."""
-    if config.urls.ca is not None:
-        fetch.trust(config.urls.ca)
-
-
-def _described_servable(servable: Servable) -> dict[str, object]:
-    batching = servable.model.batching
-    return {
-        "device": str(servable.model.device),
-        "batching": f"{batching.mode}, up to {batching.max_rows} rows: {batching.reason}",
-        "notes": list(servable.notes),
-    }
 
 
 async def _cancelled(task: "asyncio.Task[object]") -> None:

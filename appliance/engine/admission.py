@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
-from appliance.catalog.graph import every_node
 from appliance.core.files import alone, write_atomically
 from appliance.engine import cuda, gpu
 from appliance.engine.gpu import Gpu, Need
@@ -33,8 +30,6 @@ _WEIGHTS = 1.2
 _WORKSPACE = 512 * 2**20
 """An estimate: weights and a fifth, for what is rounded up and packed, and workspaces, activations and kernels."""
 
-_BLOCK = 2**22
-
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -50,31 +45,10 @@ class Content:
 
 
 def content_of(plan: Plan) -> Content:
-    """Read all of a plan's graph and weights. Raises: OSError."""
-    graph = plan.model if plan.model is not None else plan.file.read_bytes()
-    digest = hashlib.sha256(graph)
-    size = len(graph)
-    model = onnx.load_model_from_string(graph)
-    for name in _locations(model):
-        digest.update(f"\0{name}\0".encode())
-        with (plan.file.parent / name).open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                size += len(block)
-    return Content(digest.hexdigest()[:32], size)
-
-
-def _locations(model: onnx.ModelProto) -> list[str]:
-    """The files beside the graph that hold tensors of it; each once, in order of name."""
-    constants = (attribute.t for node in every_node(model.graph.node) for attribute in node.attribute)
-    return sorted(
-        {
-            entry.value
-            for tensor in (*model.graph.initializer, *constants)
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }
-    )
+    """Of a plan that was made here. Its key is by content, config and libraries: whatever changes is measured anew."""
+    assert plan.model is not None, "a description has no content"
+    key = plan.key or hashlib.sha256(plan.model).hexdigest()
+    return Content(key[:32], len(plan.model) + sum(len(content) for content in plan.weights.values()))
 
 
 def need(content: Content, footprint: int | None) -> Need:

@@ -1,13 +1,16 @@
 """The batcher: rows of many requests become one run of the model, and every request ends exactly once.
 
 The law. Admission is a permit, refused at once when the queue is full. A batch is whatever queued while the last one
-ran: no timer. Only rows of one shape share a run; principals take turns, within a run and among the shapes, and within
-a principal the nearest deadline goes first. Who left or expired is skipped while the batch is formed. A failed batch is
+ran: no timer. Only rows of one shape share a run. The highest priority goes first, but a lower one that waits is passed
+over for `AGE` runs at most. Inside a priority principals take turns, within a run and among the shapes, and within a
+principal the nearest deadline goes first. Who left or expired is skipped while the batch is formed. A failed batch is
 halved until the rows at fault stand alone; the others are answered. When the device runs out of memory the batch is
-halved and the smaller size is kept. A run that nobody waits for any more is ended. A worker thread that dies, or a run
-that cannot be ended, makes the model not ready, loudly; everybody is answered.
+halved and the smaller size is kept; after a while a larger one is tried again. A run that nobody waits for any more is
+ended. A worker that dies, or a run that cannot be ended, makes the model not ready, loudly; everybody is answered.
 
-Rows, not requests: a big submission is cut into several runs, small ones share one.
+Rows, not requests: a big submission is cut into several runs, small ones share one. Several workers may run batches of
+one model at once. Rows that are suspected of having crashed a process run one by one, and nothing else in the engine
+runs meanwhile.
 """
 
 import asyncio
@@ -19,17 +22,29 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from appliance.core.errors import ApplianceError, DeadlineExceeded, Draining, InferenceFailed, Overloaded
 from appliance.core.types import Array
+from appliance.engine import gate as gates
+from appliance.engine.gate import Ledger, RunBoard, RunGate, Runs
 from appliance.engine.session import OutOfMemory
 
 _log = logging.getLogger(__name__)
 
-ShapeKey: TypeAlias = tuple[tuple[str, tuple[int, ...], str], ...]
+ShapeKey: TypeAlias = tuple[bool, tuple[tuple[str, tuple[int, ...], str], ...]]
+"""Whether each row runs alone, and the shapes of its inputs."""
+
+AGE = 8
+"""Runs that a priority is passed over for at most, while it waits; one more if a third one is due as well."""
+
+_GROW_S = 60.0
+"""Seconds after running out of memory until a larger size is tried: a neighbour on the device may have gone."""
+
+_GROW_MOST_S = 3600.0
+"""The same when larger sizes failed again and again: the wait doubles each time."""
 
 _NEVER = float("inf")
 
@@ -38,16 +53,6 @@ _LOOK_S = 1.0
 
 _DEAF_S = 30.0
 """Seconds after which a run that was told to end and did not makes the model not ready."""
-
-
-class Runs(Protocol):
-    """What the batcher runs; `Session` is one."""
-
-    def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
-        """Compute the named outputs for all rows of `feeds`."""
-
-    def terminate(self) -> None:
-        """End the runs in progress soon; they raise InferenceFailed."""
 
 
 @dataclass(slots=True)
@@ -85,7 +90,10 @@ class _Submission:
     outputs: tuple[str, ...]
     deadline: float
     principal: str
+    priority: int
     key: ShapeKey
+    row_bytes: int
+    ledger: Ledger | None
     future: "asyncio.Future[Outcome]"
     queued_at: float
     taken: int = 0
@@ -123,10 +131,72 @@ class _Piece:
     count: int
 
 
-class Batcher:
-    """Queue and worker thread of one model.
+@dataclass(slots=True)
+class _Level:
+    """What waits at one priority: by shape and principal, the nearest deadline first.
 
-    `submit`, `cancel` and `close` are called on the event loop's thread; runs happen on the worker's thread; outcomes
+    Attributes:
+        passed: runs that were begun with another priority since this one waits or last began one.
+    """
+
+    shapes: dict[ShapeKey, dict[str, list[tuple[float, int, _Submission]]]] = field(default_factory=dict)
+    passed: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """A thread that runs batches.
+
+    Attributes:
+        pieces: what it runs at this moment; None between runs, and while it waits to be let in.
+        told_at: when that run was told to end, as nobody waits for it.
+    """
+
+    thread: threading.Thread = field(init=False)
+    pieces: list[_Piece] | None = None
+    told_at: float | None = None
+
+
+class _Room:
+    """How many rows one run may have: half of them when the device runs out of memory, and in time more again.
+
+    Called with the batcher's lock held.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float]) -> None:
+        self.rows = self._most = most
+        self._clock = clock
+        self._wait_s = _GROW_S
+        self._grow_at = _NEVER
+        self._trial = False
+
+    def look(self) -> int:
+        """Rows in a run from now on."""
+        if self.rows < self._most and self._clock() >= self._grow_at:
+            self.rows = min(self._most, 2 * self.rows)
+            self._grow_at = self._clock() + self._wait_s
+            self._trial = True
+        return self.rows
+
+    def ran_out(self, rows: int) -> None:
+        """A run of so many rows was too large."""
+        self.rows = min(self.rows, max(1, rows // 2))
+        if self._trial:
+            self._wait_s = min(_GROW_MOST_S, 2 * self._wait_s)
+        self._trial = False
+        self._grow_at = self._clock() + self._wait_s
+
+    def fitted(self, rows: int) -> None:
+        """A run of so many rows was not."""
+        if self._trial and rows > self.rows // 2:
+            self._trial = False
+            self._wait_s = _GROW_S
+
+
+class Batcher:
+    """Queue and worker threads of one model.
+
+    `submit`, `cancel` and `close` are called on the event loop's thread; runs happen on the workers' threads; outcomes
     come back to the loop, one wake-up a batch.
     """
 
@@ -136,48 +206,74 @@ class Batcher:
         *,
         max_rows: int,
         queue_rows: int,
+        queue_bytes: int | None = None,
+        max_bytes: int | None = None,
+        parallel: int = 1,
+        spread: bool = True,
         separate: bool = False,
         whole: bool = False,
-        pad: bool = False,
+        sizes: tuple[int, ...] = (),
+        gate: RunGate | None = None,
+        board: RunBoard | None = None,
+        shapes: Mapping[ShapeKey, int] | None = None,
         on_run: Callable[[RunRecord], None] = lambda record: None,
         on_death: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start the worker.
+        """Start the workers.
 
         Args:
             max_rows: rows in one run.
-            queue_rows: rows that may wait.
+            queue_rows, queue_bytes: rows, and bytes of their inputs, that may wait.
+            max_bytes: bytes of one run's inputs; a row that is larger runs by itself.
+            parallel: worker threads, and so runs at once.
+            spread: idle workers share what waits: each has a core of its own. Else, as they share one device, a worker
+                begins beside another one's run only when a full run waits: then copying overlaps with computing.
             separate: one row a run (rows are not proven independent).
             whole: a submission is one run as it is (the graph has no batch axis).
-            pad: rows are filled up to a power of two, so that a GPU sees few shapes.
+            sizes: ascending; rows are filled up to one of these, so that a GPU sees few shapes. Empty: they are not.
+            shapes: rows in one run of those shapes, where they may be fewer.
+            gate: the engine's; None: no other model shares the process.
+            board: told of every run of this model.
             on_run, on_death: called on the loop's thread.
         """
         self._model = model
-        self.max_rows = 1 if separate or whole else max_rows
+        self._room = _Room(1 if separate or whole else max_rows, clock)
+        self._shapes = shapes or {}
         self.queue_rows = queue_rows
+        self._queue_bytes = queue_bytes
+        self._max_bytes = max_bytes
+        self._spread = spread
         self._whole = whole
-        self._pad = pad
+        self._sizes = sizes
+        self.gate = gate or RunGate()
+        self.board = board
         self._on_run = on_run
         self._on_death = on_death
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._queues: dict[ShapeKey, dict[str, list[tuple[float, int, _Submission]]]] = {}
+        self._levels: dict[int, _Level] = {}
         self._order = itertools.count()
         self._batches = itertools.count(1)
         self._last_turn: dict[str, int] = {}
         self._waiting = 0
+        self._waiting_bytes = 0
         self._unfinished: set[_Submission] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
-        self._running: list[_Piece] | None = None
-        self._told_to_end_at: float | None = None
+        self._busy = 0
+        self._free = 0
         self._look: asyncio.TimerHandle | None = None
         self.death: str | None = None
-        self._condition = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._rows_wait = threading.Condition(self._lock)
+        self._workers: list[_Worker] = []
+        for _ in range(parallel):
+            worker = _Worker()
+            worker.thread = threading.Thread(target=self._work, args=(worker,), name="batcher", daemon=True)
+            self._workers.append(worker)
+            worker.thread.start()
 
     # ---- on the loop's thread ----
 
@@ -187,12 +283,25 @@ class Batcher:
         return self._waiting
 
     @property
+    def max_rows(self) -> int:
+        """Rows in one run; fewer than at first while the device has too little memory."""
+        return self._room.rows
+
+    @property
     def at_rest(self) -> bool:
         """Whether it accepts rows, and has none."""
-        return not self._unfinished and self._running is None and not self._closing and self.death is None
+        return not self._unfinished and not self._busy and not self._closing and self.death is None
 
     def submit(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str],
+        deadline: float | None,
+        principal: str,
+        *,
+        priority: int = 0,
+        alone: bool = False,
+        ledger: Ledger | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Queue rows; the future ends with their outcome. Cancelling it takes them out of the queue.
 
@@ -201,6 +310,10 @@ class Batcher:
             outputs: what to compute.
             deadline: `time.monotonic()` seconds.
             principal: whose turn this uses up.
+            priority: higher goes first.
+            alone: the rows run one by one, and nothing else in the engine meanwhile. They were accepted before, so a
+                full queue does not refuse them.
+            ledger: told which of the rows are in a run.
         Raises:
             Overloaded: the queue is full. Draining: the model is being closed. InferenceFailed: the worker died.
         """
@@ -210,18 +323,21 @@ class Batcher:
             raise InferenceFailed("The model's worker has died; the appliance must be restarted.", detail=self.death)
         if self._closing:
             raise Draining
-        if self._waiting and self._waiting + count > self.queue_rows:
-            raise Overloaded(
-                f"{self._waiting} inputs wait for this model already; the limit is {self.queue_rows} "
-                "(engine.queue_rows). Try again."
-            )
+        size = 0
+        for array in feeds.values():
+            size += array.nbytes
+        if self._waiting and not alone:
+            self._check_room(count, size)
         submission = _Submission(
             feeds=feeds,
             count=count,
             outputs=tuple(outputs),
             deadline=_NEVER if deadline is None else deadline,
             principal=principal,
-            key=_shape_key(feeds, self._whole),
+            priority=priority,
+            key=shape_key(feeds, self._whole, alone),
+            row_bytes=size // count,
+            ledger=ledger,
             future=self._loop.create_future(),
             queued_at=self._clock(),
             open=count,
@@ -230,13 +346,31 @@ class Batcher:
         self._unfinished.add(submission)
         self._idle.clear()
         if self._look is None:
-            self._look = self._loop.call_later(_LOOK_S, self._look_at_run)
-        with self._condition:
-            queue = self._queues.setdefault(submission.key, {}).setdefault(principal, [])
+            self._look = self._loop.call_later(_LOOK_S, self._look_at_runs)
+        with self._lock:
+            level = self._levels.get(priority)
+            if level is None:
+                level = self._levels[priority] = _Level()
+            queue = level.shapes.setdefault(submission.key, {}).setdefault(principal, [])
             heapq.heappush(queue, (submission.deadline, next(self._order), submission))
             self._waiting += count
-            self._condition.notify()
+            self._waiting_bytes += count * submission.row_bytes
+            if self._free and self._may_begin():
+                self._rows_wait.notify()
         return submission.future
+
+    def _check_room(self, rows: int, size: int) -> None:
+        """Raises: Overloaded: beside what waits there is no room for so many rows and bytes."""
+        if self._waiting + rows > self.queue_rows:
+            raise Overloaded(
+                f"{self._waiting} inputs wait for this model already; the limit is {self.queue_rows} "
+                "(engine.queue_rows). Try again."
+            )
+        if self._queue_bytes is not None and self._waiting_bytes + size > self._queue_bytes:
+            raise Overloaded(
+                f"Inputs of {self._waiting_bytes} bytes wait for this model already; the limit is {self._queue_bytes} "
+                "(engine.queue_size). Try again."
+            )
 
     async def wait_idle(self) -> None:
         """Return when every accepted submission has ended."""
@@ -244,35 +378,38 @@ class Batcher:
 
     def close(self, error: ApplianceError | None = None) -> None:
         """Accept no more and answer what waits with `error` (Draining by default); a run in progress finishes."""
-        with self._condition:
+        with self._lock:
             self._closing = True
             for submission in list(self._unfinished):
                 if submission.taken == 0:
                     self._fail(submission, error or Draining())
-            self._condition.notify()
+            self._rows_wait.notify_all()
 
-        self._end_run_for_nobody()
+        self._end_runs_for_nobody()
 
-    def _look_at_run(self) -> None:
+    def _look_at_runs(self) -> None:
         """While there is work: end a run that nobody waits for, and give the model up when it does not obey."""
         self._look = None
-        self._end_run_for_nobody()
-        told_at = self._told_to_end_at
-        if told_at is not None and self.death is None and self._clock() - told_at > _DEAF_S:
+        self._end_runs_for_nobody()
+        if self.death is not None:
+            return
+        now = self._clock()
+        if any(worker.told_at is not None and now - worker.told_at > _DEAF_S for worker in self._workers):
             self._die("a run cannot be ended")
-        elif self.death is None and (self._unfinished or self._running is not None):
-            self._look = self._loop.call_later(_LOOK_S, self._look_at_run)
+        elif self._unfinished or self._busy:
+            self._look = self._loop.call_later(_LOOK_S, self._look_at_runs)
 
-    def _end_run_for_nobody(self) -> None:
-        running = self._running
-        if running is not None and all(piece.submission.left for piece in running):
-            self._model.terminate()
-            if self._told_to_end_at is None:
-                self._told_to_end_at = self._clock()
+    def _end_runs_for_nobody(self) -> None:
+        with self._lock:  # no worker goes on to its next run meanwhile: none is ended in place of another
+            for worker in self._workers:
+                if worker.pieces is not None and all(piece.submission.left for piece in worker.pieces):
+                    self._model.terminate(worker.thread.ident)
+                    if worker.told_at is None:
+                        worker.told_at = self._clock()
 
     def _forget(self, submission: _Submission) -> None:
         """The future is done: answered here, or its caller went away; what still waited makes room at once."""
-        with self._condition:
+        with self._lock:
             self._leave(submission)
             if not submission.taken:
                 submission.feeds = {}  # the queue lets go of the rest when it comes across it
@@ -284,7 +421,11 @@ class Batcher:
         """Count its waiting rows no longer; the lock is held."""
         if not submission.left:
             submission.left = True
-            self._waiting -= submission.count - submission.taken
+            self._wait_no_more(submission, submission.count - submission.taken)
+
+    def _wait_no_more(self, submission: _Submission, rows: int) -> None:
+        self._waiting -= rows
+        self._waiting_bytes -= rows * submission.row_bytes
 
     @staticmethod
     def _fail(submission: _Submission, error: ApplianceError) -> None:
@@ -316,61 +457,123 @@ class Batcher:
             submission.future.set_exception(InferenceFailed(message, detail=repr(error)))
 
     def _die(self, reason: str) -> None:
-        self.death = reason
+        if self.death is not None:
+            return
+        with self._lock:
+            self.death = reason
+            self._rows_wait.notify_all()
         for submission in list(self._unfinished):
             self._fail(submission, InferenceFailed("The model's worker has died.", detail=reason))
         self._on_death(reason)
 
-    # ---- on the worker's thread ----
+    # ---- on a worker's thread ----
 
-    def _work(self) -> None:
+    def _work(self, worker: _Worker) -> None:
         try:
             while (pieces := self._next_batch()) is not None:
                 if pieces:
-                    self._run(pieces)
+                    self._run(worker, pieces)
         except BaseException as error:  # whatever it is, callers must not wait for ever
             _log.critical("the batcher's worker died: %r", error, exc_info=error)
             self._to_loop(self._die, repr(error))
 
     def _next_batch(self) -> list[_Piece] | None:
-        """Wait for rows and take a batch of them; None when closed and nothing waits."""
-        with self._condition:
-            while not self._queues:
-                if self._closing:
+        """Wait for rows and take a batch of them; None when closed and nothing waits, or when the model died."""
+        with self._lock:
+            while not (self._levels and self._may_begin()) and self.death is None:
+                if self._closing and not self._levels:
                     return None
-                self._condition.wait()
-            return self._take(min(self._queues, key=self._urgency))
+                self._free += 1
+                self._rows_wait.wait()
+                self._free -= 1
+            if self.death is not None:
+                return None
+            pieces = self._take()
+            self._busy += bool(pieces)
+            if self._levels and self._free and self._may_begin():
+                self._rows_wait.notify()
+            return pieces
 
-    def _urgency(self, key: ShapeKey) -> tuple[int, tuple[float, int]]:
+    def _may_begin(self) -> bool:
+        """Whether one more run may begin beside those in progress; the lock is held."""
+        return self._spread or not self._busy or self._closing or self._waiting >= self._room.rows
+
+    def _take(self) -> list[_Piece]:
+        """The rows of the next run: of one shape, led by the priority and the principals whose turn it is."""
+        order = self._order_of_levels()
+        shapes = self._levels[order[0]].shapes
+        key = next(iter(shapes)) if len(shapes) == 1 else min(shapes, key=lambda key: self._urgency(shapes[key]))
+        room = self._rows_of(key, next(iter(shapes[key].values()))[0][2].row_bytes)
+        turn = next(self._batches)
+        pieces: list[_Piece] = []
+        for priority in order:
+            level = self._levels[priority]
+            queues = level.shapes.get(key)
+            if queues is not None and room:
+                room -= self._take_turns(queues, room, turn, pieces)
+                if not queues:
+                    del level.shapes[key]
+                    if not level.shapes:
+                        del self._levels[priority]
+            if pieces:
+                level.passed = 0 if priority == order[0] else level.passed + 1
+        return pieces
+
+    def _order_of_levels(self) -> list[int]:
+        """The priorities that wait, the highest first; before it one that was passed over for too long."""
+        if len(self._levels) == 1:
+            return list(self._levels)
+        order = sorted(self._levels, reverse=True)
+        longest = max(order, key=lambda priority: self._levels[priority].passed)
+        if self._levels[longest].passed >= AGE:
+            order.remove(longest)
+            order.insert(0, longest)
+        return order
+
+    def _urgency(self, queues: Mapping[str, list[tuple[float, int, _Submission]]]) -> tuple[int, tuple[float, int]]:
         """Shapes are ordered by who waits longest for a turn, then by the nearest deadline."""
-        queues = self._queues[key]
         return (
             min(self._last_turn.get(principal, 0) for principal in queues),
             min(queue[0][:2] for queue in queues.values()),
         )
 
-    def _take(self, key: ShapeKey) -> list[_Piece]:
-        """Up to `max_rows` rows of one shape, in turns of the principals."""
-        queues = self._queues[key]
-        room = self.max_rows
-        turn = next(self._batches)
-        pieces: list[_Piece] = []
-        while room and queues:
-            share = max(1, room // len(queues))
+    def _rows_of(self, key: ShapeKey, row_bytes: int) -> int:
+        """How many rows of that shape the next run may have."""
+        rows = self._room.look()
+        rows = min(rows, self._shapes.get(key, rows))
+        if key[0]:
+            return 1
+        if self._max_bytes is not None and row_bytes:
+            rows = max(1, min(rows, self._max_bytes // row_bytes))
+        if self._sizes:
+            rows = max((size for size in self._sizes if size <= rows), default=rows)
+        if self._spread:
+            rows = max(1, min(rows, -(-self._waiting // (self._free + 1))))
+        return rows
+
+    def _take_turns(
+        self,
+        queues: dict[str, list[tuple[float, int, _Submission]]],
+        room: int,
+        turn: int,
+        pieces: list[_Piece],
+    ) -> int:
+        """Move up to `room` rows into `pieces`, in turns of the principals. Returns: how many."""
+        left = room
+        while left and queues:
+            share = max(1, left // len(queues))
             for principal in list(queues):
-                taken = self._take_from(queues[principal], min(share, room), pieces)
-                room -= taken
+                taken = self._take_from(queues[principal], min(share, left), pieces)
+                left -= taken
                 if taken:
                     self._last_turn[principal] = turn
                 if not queues[principal]:
                     del queues[principal]
                 elif taken:
                     queues[principal] = queues.pop(principal)  # to the end: the next batch begins with another one
-                if not room:
+                if not left:
                     break
-        if not queues:
-            del self._queues[key]
-        return pieces
+        return room - left
 
     def _take_from(self, queue: list[tuple[float, int, _Submission]], limit: int, pieces: list[_Piece]) -> int:
         """Move up to `limit` rows of the first live submissions into `pieces`; drop those that left or expired."""
@@ -388,61 +591,78 @@ class Batcher:
             count = min(submission.count - submission.taken, limit - moved)
             pieces.append(_Piece(submission, submission.taken, count))
             submission.taken += count
-            self._waiting -= count
+            self._wait_no_more(submission, count)
             moved += count
             if submission.taken == submission.count:
                 heapq.heappop(queue)
         return moved
 
-    def _run(self, pieces: list[_Piece]) -> None:
+    def _run(self, worker: _Worker, pieces: list[_Piece]) -> None:
         """Run one batch and hand its results over; a failure is narrowed down to the rows at fault."""
         started = self._clock()
         waits = [started - piece.submission.queued_at for piece in pieces]
         rows = sum(piece.count for piece in pieces)
-        self._running = pieces
         try:
-            done = self._attempt(pieces)
+            done = self._attempt(worker, pieces)
         finally:
-            self._running = self._told_to_end_at = None
+            with self._lock:
+                self._busy -= 1
         self._to_loop(self._deliver, done, RunRecord(rows, self._clock() - started, waits))
 
-    def _attempt(self, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
-        pieces = [piece for piece in pieces if not piece.submission.left]
-        if not pieces:
-            return []
+    def _attempt(self, worker: _Worker, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
+        failure: InferenceFailed | None = None
+        alone = pieces[0].submission.key[0]
+        self.gate.enter(alone)
         try:
+            with self._lock:
+                pieces = [piece for piece in pieces if not piece.submission.left]
+                worker.pieces = pieces
+            if not pieces:
+                return []
             return self._compute(pieces)
         except InferenceFailed as error:
+            failure = error
+        finally:
             rows = sum(piece.count for piece in pieces)
-            if isinstance(error, OutOfMemory) and rows > 1:
-                self.max_rows = min(self.max_rows, max(1, rows // 2))
-                _log.warning("the device ran out of memory with %d rows; %d from now on", rows, self.max_rows)
-            if rows == 1:
-                return [(pieces[0], error)]
-            first, second = _halves(pieces, rows // 2)
-            return self._attempt(first) + self._attempt(second)
+            with self._lock:
+                worker.pieces = worker.told_at = None
+                if failure is None:
+                    self._room.fitted(rows)
+                elif isinstance(failure, OutOfMemory) and rows > 1:
+                    self._room.ran_out(rows)
+            self.gate.leave(alone)
+        if isinstance(failure, OutOfMemory) and rows > 1:
+            _log.warning("the device ran out of memory with %d rows; %d from now on", rows, self.max_rows)
+        if rows == 1:
+            return [(pieces[0], failure)]
+        first, second = _halves(pieces, rows // 2)
+        return self._attempt(worker, first) + self._attempt(worker, second)
 
     def _compute(self, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
-        names = tuple(dict.fromkeys(name for piece in pieces for name in piece.submission.outputs))
+        names = pieces[0].submission.outputs
+        if len(pieces) > 1:
+            names = tuple(dict.fromkeys(name for piece in pieces for name in piece.submission.outputs))
+        marks = [(p.submission.ledger, p.start, p.count) for p in pieces if p.submission.ledger is not None]
         if self._whole:
-            results = self._model.run(names, pieces[0].submission.feeds)
+            results = gates.run(self._model, names, pieces[0].submission.feeds, 1, marks, self.board)
             return [(pieces[0], dict(zip(names, results, strict=True)))]
         rows = sum(piece.count for piece in pieces)
         try:
-            feeds = _gather(pieces, _padded(rows, self.max_rows) if self._pad else rows)
+            feeds = _gather(pieces, rows, next((size for size in self._sizes if size >= rows), rows))
         except MemoryError as error:
             raise OutOfMemory(f"no memory to put {rows} rows together") from error
-        results = self._model.run(names, feeds)
-        for name, result in zip(names, results, strict=True):
+        results = gates.run(self._model, names, feeds, rows, marks, self.board)
+        named = list(zip(names, results, strict=True))
+        for name, result in named:
             if not isinstance(result, np.ndarray) or result.ndim == 0 or len(result) < rows:
                 raise InferenceFailed(f"The output {name!r} does not have one entry for each row.")
         done: list[tuple[_Piece, dict[str, Array] | ApplianceError]] = []
         offset = 0
         for piece in pieces:
-            span = slice(offset, offset + piece.count)
-            wanted = set(piece.submission.outputs)
-            done.append((piece, {n: r[span] for n, r in zip(names, results, strict=True) if n in wanted}))
-            offset += piece.count
+            end = offset + piece.count
+            wanted = piece.submission.outputs
+            done.append((piece, {name: result[offset:end] for name, result in named if name in wanted}))
+            offset = end
         return done
 
     def _to_loop(self, function: Callable[..., None], *arguments: object) -> None:
@@ -451,26 +671,26 @@ class Batcher:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def _shape_key(feeds: Mapping[str, Array], whole: bool) -> ShapeKey:
+def powers_of_two(most: int) -> tuple[int, ...]:
+    """1, 2, 4, … and `most` itself."""
+    return (*(1 << power for power in range((most - 1).bit_length())), most)
+
+
+def shape_key(feeds: Mapping[str, Array], whole: bool = False, alone: bool = False) -> ShapeKey:
     """Rows of equal keys can be put into one run."""
     skipped = 0 if whole else 1
-    return tuple((name, array.shape[skipped:], array.dtype.str) for name, array in sorted(feeds.items()))
+    return alone, tuple((name, array.shape[skipped:], array.dtype.str) for name, array in sorted(feeds.items()))
 
 
-def _gather(pieces: list[_Piece], rows: int) -> dict[str, Array]:
-    """The rows of all pieces as one array an input, filled up to `rows` with copies of the first row."""
+def _gather(pieces: list[_Piece], rows: int, size: int) -> dict[str, Array]:
+    """The `rows` rows of all pieces as one array an input, filled up to `size` with copies of the first row."""
     feeds = {}
     for name in pieces[0].submission.feeds:
         parts = [p.submission.feeds[name][p.start : p.start + p.count] for p in pieces]
-        missing = rows - sum(len(part) for part in parts)
-        if missing:
-            parts.append(np.repeat(parts[0][:1], missing, axis=0))
+        if size > rows:
+            parts.append(np.repeat(parts[0][:1], size - rows, axis=0))
         feeds[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return feeds
-
-
-def _padded(rows: int, limit: int) -> int:
-    return max(rows, min(limit, 1 << (rows - 1).bit_length()))
 
 
 def _halves(pieces: list[_Piece], rows: int) -> tuple[list[_Piece], list[_Piece]]:

@@ -10,6 +10,7 @@ from appliance.core.errors import BundleInvalid, ConfigError
 from appliance.core.types import Array
 from appliance.engine import binding, probes, tensorrt
 from appliance.engine.admission import content_of
+from appliance.engine.plan import only
 from appliance.engine.session import Session
 from appliance.engine.tensorrt import Compiled
 from appliance.engine.transport import LoadRequest
@@ -43,14 +44,16 @@ def build(engine: LocalEngine, request: LoadRequest, max_rows: int, *, fp16: boo
     device, plan = engine.device, request.plan
     rows = max(max_rows, _FEWEST_ROWS)
     shortest, longest = tensorrt.shapes(request.examples, rows)
-    model, beside = plan.model or plan.file, plan.file.parent
+    assert plan.model is not None, "a description cannot be compiled"
+    graph = only(plan.model, {*request.served, *request.compared})  # as a load does
+    session = partial(Session, graph, plan.file.parent, device, 1, weights=plan.weights, tf32=plan.tf32)
     try:
         folder = engine.engine_folder(content_of(plan), device)
         if folder is None:
             raise ConfigError("What GPU this is is not known, so no engine can be kept for it; install nvidia-ml-py.")
         wanted = Compiled(tensorrt.begin(folder), fp16, rows, shortest, longest, {})
-        built = Session(model, beside, device, 1, tf32=plan.tf32, compiled=wanted)  # builds
-        plain = Session(model, beside, device, 1, tf32=plan.tf32)
+        built = session(compiled=wanted)  # builds
+        plain = session()
         deviation = max((_deviation(plain, built, request, bucket) for bucket in request.examples), default=0.0)
         feeds = probes.join([request.examples[-1][0]] * rows)
         cuda_s, tensorrt_s = (binding.seconds(partial(each.run, request.served, feeds)) for each in (plain, built))

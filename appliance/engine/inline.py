@@ -2,8 +2,9 @@
 
 Rows that arrive in one turn of the loop are gathered, and run together when the turn ends. Its law:
 
-- Rows take it only while the batcher has nothing to do. One turn runs as many rows as `turn_rows` says; a few turns'
-  worth may wait, first come, first served. All others go to the batcher, where principals take turns.
+- Rows take it only while the batcher has nothing to do, and no run is to have the engine for itself. One turn runs as
+  many rows as `turn_rows` says; a few turns' worth may wait, first come, first served. All others go to the batcher,
+  where principals take turns.
 - Every accepted submission ends exactly once. Who left or expired meanwhile is not run. Only rows of one shape share a
   run, and none do where the batcher would run them one by one.
 - What fails here is handed to the batcher, which finds the rows at fault and answers the others.
@@ -25,7 +26,9 @@ import numpy as np
 
 from appliance.core.errors import ApplianceError, DeadlineExceeded, InferenceFailed
 from appliance.core.types import Array
-from appliance.engine.batcher import Batcher, Outcome, RunRecord, Runs
+from appliance.engine import gate as gates
+from appliance.engine.batcher import Batcher, Outcome, RunRecord
+from appliance.engine.gate import Ledger, Runs
 
 LONGEST_RUN_S = 200e-6
 """Seconds of a one-row run up to which a model gets a lane: the way through the batcher's thread costs a call 100 to
@@ -79,6 +82,8 @@ class _Entry:
     principal: str
     waiter: Waiter
     queued_at: float
+    priority: int
+    ledger: Ledger | None
 
 
 class InlineLane:
@@ -117,14 +122,26 @@ class InlineLane:
             and count <= self._batcher.max_rows
             and self.waiting_rows + count <= self._limit
             and self._batcher.at_rest
+            and not self._batcher.gate.shut
         )
 
     def submit(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str], count: int, deadline: float | None, principal: str
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str],
+        count: int,
+        deadline: float | None,
+        principal: str,
+        *,
+        priority: int = 0,
+        ledger: Ledger | None = None,
     ) -> "asyncio.Future[Outcome]":
-        """Run rows at the end of this turn, or of a next one; `takes` has said yes. See `Batcher.submit`."""
+        """Run rows at the end of this turn, or of a next one; `takes` has said yes. See `Batcher.submit`.
+
+        Args:    priority: counts where the batcher runs them instead.
+        """
         future: asyncio.Future[Outcome] = self._loop.create_future()
-        self.submit_for(future, feeds, outputs, count, deadline, principal)
+        self.submit_for(future, feeds, outputs, count, deadline, principal, priority=priority, ledger=ledger)
         return future
 
     def submit_for(
@@ -135,11 +152,17 @@ class InlineLane:
         count: int,
         deadline: float | None,
         principal: str,
+        *,
+        priority: int = 0,
+        ledger: Ledger | None = None,
     ) -> None:
         """The same for a waiter that is no future: it is told once, later than now, unless it is done before."""
         if not self._entries:
             self._loop.call_soon(self._end_turn)
-        self._entries.append(_Entry(feeds, tuple(outputs), count, deadline, principal, waiter, self._clock()))
+        queued_at = self._clock()
+        self._entries.append(
+            _Entry(feeds, tuple(outputs), count, deadline, principal, waiter, queued_at, priority, ledger)
+        )
         self.waiting_rows += count
 
     async def wait_idle(self) -> None:
@@ -164,7 +187,7 @@ class InlineLane:
         if self._entries:
             self._loop.call_soon(self._end_turn)
         for batch in _batches(waiting, self._batcher.max_rows):
-            if self.closed:
+            if self.closed or not self._batcher.gate.try_enter():
                 self._hand_over(batch)
                 continue
             try:
@@ -172,15 +195,19 @@ class InlineLane:
             except Exception:
                 # Whatever it is, a bug of ours too: the batcher's thread meets it again and says what is wrong.
                 self._hand_over(batch)
+            finally:
+                self._batcher.gate.leave()
 
     def _run(self, batch: list[_Entry]) -> None:
         """Run a batch and answer it. Raises: what the model, or putting rows together, raises; nobody is answered."""
         first = batch[0]
         rows = sum(entry.count for entry in batch)
+        marks = [(entry.ledger, 0, entry.count) for entry in batch if entry.ledger is not None]
         started, cpu_before = self._clock(), time.thread_time()
         self._watchdog.begin(self._model)
         try:
-            results = self._model.run(first.outputs, first.feeds if len(batch) == 1 else _joined(batch))
+            feeds = first.feeds if len(batch) == 1 else _joined(batch)
+            results = gates.run(self._model, first.outputs, feeds, rows, marks, self._batcher.board)
         finally:
             hung = self._watchdog.end()
             seconds = self._clock() - started
@@ -213,7 +240,14 @@ class InlineLane:
             if entry.waiter.done():
                 continue
             try:
-                theirs = self._batcher.submit(entry.feeds, entry.outputs, entry.deadline, entry.principal)
+                theirs = self._batcher.submit(
+                    entry.feeds,
+                    entry.outputs,
+                    entry.deadline,
+                    entry.principal,
+                    priority=entry.priority,
+                    ledger=entry.ledger,
+                )
             except ApplianceError as error:
                 entry.waiter.set_exception(error)
             else:
@@ -259,18 +293,18 @@ class Watchdog:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs = 0
-        self._current: tuple[Runs, float] | None = None
+        self._current: tuple[Runs, float, int] | None = None
         self._told = False
         self._awake = False
 
     def begin(self, model: Runs) -> None:
-        """A run of `model` begins. Raises: RuntimeError: there is no thread to watch it."""
+        """A run of `model` begins on this thread. Raises: RuntimeError: there is no thread to watch it."""
         with self._lock:
             if not self._awake:
                 threading.Thread(target=self._look, name="inline watchdog", daemon=True).start()
                 self._awake = True
             self._runs += 1
-            self._current, self._told = (model, time.monotonic()), False
+            self._current, self._told = (model, time.monotonic(), threading.get_ident()), False
 
     def end(self) -> bool:
         """It is over. The lock sees to it that another run of the model is never ended in its place.
@@ -288,7 +322,8 @@ class Watchdog:
             now = time.monotonic()
             with self._lock:
                 if self._current is not None and now - self._current[1] > _HANGS_S:
-                    self._current[0].terminate()
+                    model, _, thread = self._current
+                    model.terminate(thread)
                     self._told = True
                 if self._current is not None or self._runs != seen:
                     seen, idle_since = self._runs, now

@@ -3,21 +3,31 @@
 In front, uint8 NHWC pixels are cast, normalised and transposed; behind, scores become probabilities and the best 200
 are picked. So the host moves a quarter of the bytes in and a few hundred out, and what a model means by its input and
 output is defined in one place. `plan: raw` leaves the graph alone: the task then does the same on the host.
+
+Weights stay where they are. The graph refers to the bytes of the bundle's files, which are read once: what is
+hashed, what the plan is made of and what onnxruntime loads are the same, whatever becomes of the files meanwhile. (Left
+to itself, onnxruntime maps files with weights for as long as it serves: writing into one would kill the process.)
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from appliance.catalog import graph as graphs
 from appliance.catalog.bundle import BundleConfig, OnnxSection, VersionFolder, check_inside
-from appliance.catalog.graph import axes, every_node, graph_inputs, read_graph
+from appliance.catalog.graph import axes, every_body, every_node, graph_inputs, locations, parse_graph, read_file
 from appliance.catalog.sections import EmbeddingOutput, ImageInput
 from appliance.core.errors import BundleInvalid
+from appliance.engine import session
+from appliance.engine.cache import FileCache
 from appliance.engine.half import halve
 from appliance.engine.session import TensorSpec
 
@@ -32,6 +42,9 @@ EMBEDDING = "appliance_embedding"
 
 _OLDEST_TOP_K = 10
 """The first operator set whose TopK takes K as an input (onnx/onnx docs/Changelog.md)."""
+
+_CACHE_SIZE = 64 * 2**20
+"""Bytes of all wrapped graphs that are kept; without weights one has some ten or hundred thousand."""
 
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
 
@@ -60,13 +73,15 @@ class Plan:
     """A graph ready to be loaded.
 
     Attributes:
-        model: the wrapped graph; None when the file is loaded as it is.
-        file: the bundle's ONNX file; tensors outside the graph lie beside it.
+        model: the graph without its large tensors, serialised; None when only the description came here.
+        file: the bundle's ONNX file.
         wrapped_input, wrapped_output: which halves the graph does; the task does the other on the host.
         mixes_rows: why rows of a batch may influence each other, "" when no operator says so.
         notes: sentences for `appliance models inspect`.
         inputs, outputs: of the wrapped graph.
         finds_rows: an operator may give as many rows as it finds, so a free first axis of an output is no batch axis.
+        key: SHA-256 of all that the answers depend on: the files' content, the config, the libraries' versions.
+        weights: content of the files that the graph refers to, by the name it uses.
         half: products are computed in half precision.
         tf32, cuda_graphs: what the bundle says of runs on a GPU; None follows the engine.
     """
@@ -80,19 +95,119 @@ class Plan:
     mixes_rows: str
     notes: tuple[str, ...]
     finds_rows: bool = False
+    key: str = ""
+    weights: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     half: bool = False
     tf32: bool = False
     cuda_graphs: bool | None = None
 
+    def described(self) -> dict[str, Any]:
+        """All but graph and weights, as plain data that JSON can hold: what a task needs to know of it."""
+        return {
+            "file": str(self.file),
+            "inputs": [_spelled(spec) for spec in self.inputs],
+            "outputs": [_spelled(spec) for spec in self.outputs],
+            "wrapped_input": self.wrapped_input,
+            "wrapped_output": self.wrapped_output,
+            "mixes_rows": self.mixes_rows,
+            "notes": list(self.notes),
+            "finds_rows": self.finds_rows,
+            "key": self.key,
+            "half": self.half,
+            "tf32": self.tf32,
+            "cuda_graphs": self.cuda_graphs,
+        }
 
-def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int) -> Plan:
-    """Read the graph of a version and wrap it as its config says; `concepts` is how many it has, 0 if not known.
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Self:
+        """The plan that `described` tells of, without its graph.
 
+        Raises: KeyError, TypeError, ValueError: that is no such description.
+        """
+        return cls(
+            model=None,
+            file=Path(described["file"]),
+            inputs=tuple(_read_spec(entry) for entry in described["inputs"]),
+            outputs=tuple(_read_spec(entry) for entry in described["outputs"]),
+            wrapped_input=bool(described["wrapped_input"]),
+            wrapped_output=bool(described["wrapped_output"]),
+            mixes_rows=str(described["mixes_rows"]),
+            notes=tuple(map(str, described["notes"])),
+            finds_rows=bool(described["finds_rows"]),
+            key=str(described["key"]),
+            half=bool(described["half"]),
+            tf32=bool(described["tf32"]),
+            cuda_graphs=described["cuda_graphs"],
+        )
+
+
+def cache_in(state_dir: Path) -> FileCache:
+    """Where wrapped graphs are kept, below the folder of the appliance's state."""
+    return FileCache(state_dir / "cache" / "plans", _CACHE_SIZE)
+
+
+def make_plan(
+    bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int, cache: FileCache | None = None
+) -> Plan:
+    """Read the graph of a version and wrap it as its config says.
+
+    Args:
+        concepts: how many it has, 0 if not known.
+        cache: keeps graphs that were wrapped before, so that they are not wrapped again.
     Raises: BundleInvalid: the file is not ONNX, needs what we refuse, or its tensors do not fit the config.
     """
     file = check_inside(bundle, version.model_file)
-    model = read_graph(bundle, file)
-    section = config.onnx
+    content = read_file(file)
+    key = _key(config.onnx, concepts, file.name, content)
+    stored = cache.get(key) if cache else None
+    restored = _restored(stored) if stored else None
+    if restored:
+        plan, outside = restored
+    else:
+        plan, outside = _made(bundle, file, content, config.onnx, concepts)
+        if cache:
+            cache.put(key, _stored(plan, outside))
+    weights = {
+        name: content if name == file.name else read_file(check_inside(bundle, file.parent / name)) for name in outside
+    }
+    others = [hashlib.sha256(data).hexdigest() for name, data in weights.items() if data is not content]
+    key = hashlib.sha256("".join([key, *others]).encode()).hexdigest()
+    return replace(plan, file=file, key=key, weights=weights)
+
+
+def _key(section: OnnxSection, concepts: int, name: str, content: bytes) -> str:
+    """SHA-256 of what the wrapped graph is made from and with."""
+    parts = [
+        section.model_dump_json(exclude={"methods", "batching", "device"}),
+        str(concepts),
+        name,
+        hashlib.sha256(content).hexdigest(),
+        session.version(),
+        onnx.__version__,
+        *(hashlib.sha256(Path(code).read_bytes()).hexdigest() for code in (__file__, graphs.__file__)),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _stored(plan: Plan, outside: list[str]) -> bytes:
+    """A line of JSON, then the graph."""
+    assert plan.model is not None
+    return json.dumps({"plan": plan.described(), "outside": outside}).encode() + b"\n" + plan.model
+
+
+def _restored(stored: bytes) -> tuple[Plan, list[str]] | None:
+    """What `_stored` wrote, or None."""
+    try:
+        head, _, model = stored.partition(b"\n")
+        found = json.loads(head)
+        return replace(Plan.of(found["plan"]), model=model), [str(name) for name in found["outside"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _made(bundle: Path, file: Path, content: bytes, section: OnnxSection, concepts: int) -> tuple[Plan, list[str]]:
+    """The plan without its weights, and the names of the files that those lie in."""
+    model = parse_graph(bundle, file, content)
     notes: list[str] = []
     opset = _opset(model)
     wrap_input = section.image is not None and section.plan == "wrapped"
@@ -112,12 +227,12 @@ def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concep
         _wrap_pooling(model, section, file)
     elif section.embedding:
         _check_embedding(model, section.embedding, file)
-    halved = section.precision == "fp16" and halve(model)
+    halved = halve(model) if section.precision == "fp16" else 0
     if section.precision == "fp16":
         notes.append(f"precision fp16: {halved} operators compute in half precision")
-    wrapped = wrap_input or wrap_output or halved
-    return Plan(
-        model=model.SerializeToString() if wrapped else None,
+    _prune(model)
+    plan = Plan(
+        model=model.SerializeToString(),
         file=file,
         inputs=tuple(_spec(value) for value in graph_inputs(model)),
         outputs=tuple(_spec(value) for value in model.graph.output),
@@ -130,13 +245,25 @@ def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concep
         tf32=section.tf32,
         cuda_graphs=section.cuda_graphs,
     )
+    return plan, locations(model)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    if not value.type.HasField("tensor_type") or value.type.tensor_type.elem_type == TensorProto.STRING:
+    if not value.type.HasField("tensor_type"):
         return TensorSpec(value.name, None, ())
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+    if dtype.kind not in "biuf":  # strings, complex numbers, and those that NumPy has no type of its own for
+        return TensorSpec(value.name, None, ())
     return TensorSpec(value.name, dtype, tuple(axes(value)))
+
+
+def _spelled(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": None if spec.dtype is None else spec.dtype.str, "shape": list(spec.shape)}
+
+
+def _read_spec(entry: Mapping[str, Any]) -> TensorSpec:
+    dtype = None if entry["dtype"] is None else np.dtype(entry["dtype"])
+    return TensorSpec(str(entry["name"]), dtype, tuple(None if axis is None else int(axis) for axis in entry["shape"]))
 
 
 def _opset(model: ModelProto) -> int:
@@ -149,6 +276,53 @@ def _pools(section: OnnxSection) -> bool:
 
 def _nodes(model: ModelProto) -> Iterator[NodeProto]:
     return every_node((*model.graph.node, *(node for function in model.functions for node in function.node)))
+
+
+def only(model: bytes, outputs: Collection[str]) -> bytes:
+    """A serialised graph without the outputs that are not named, and without what only they need.
+
+    onnxruntime computes every node at every run, whichever outputs are asked for.
+    """
+    read = ModelProto.FromString(model)
+    kept = [value for value in read.graph.output if value.name in outputs]
+    if len(kept) == len(read.graph.output):
+        return model
+    del read.graph.output[:]
+    read.graph.output.extend(kept)
+    _prune(read)
+    return read.SerializeToString()
+
+
+def _prune(model: ModelProto) -> None:
+    """Take nodes and weights out that no output needs."""
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    needed: set[str] = set()
+    waiting = [value.name for value in graph.output]
+    while waiting:
+        name = waiting.pop()
+        if name and name not in needed:
+            needed.add(name)
+            if name in makers:
+                waiting += _read_by(makers[name])
+    dead = {tensor.name for tensor in graph.initializer} - needed
+    _keep(graph.node, lambda node: needed.intersection(node.output))
+    _keep(graph.initializer, lambda tensor: tensor.name not in dead)
+    _keep(graph.input, lambda value: value.name not in dead)  # where old exporters list weights too
+
+
+def _keep(field: Any, wanted: Callable[[Any], object]) -> None:
+    """Take the messages out of a repeated field that are not wanted."""
+    kept = [message for message in field if wanted(message)]
+    if len(kept) < len(field):
+        del field[:]
+        field.extend(kept)
+
+
+def _read_by(node: NodeProto) -> list[str]:
+    """The values that a node reads, those of its bodies included."""
+    names = [name for inner in every_node((node,)) for name in inner.input]
+    return [*names, *(value.name for body in every_body(node) for value in body.output)]
 
 
 def _mixes_rows(model: ModelProto) -> str:

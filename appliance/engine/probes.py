@@ -1,24 +1,19 @@
-"""Load-time probes: are a model's rows independent, and how many of them are worth running at once?
+"""Load-time probes: are a model's rows independent?
 
 Rows of different requests share a run only when it is shown that a neighbour cannot change an answer: otherwise
 batching would not only be wrong, it would leak one caller's data into another's reply.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from appliance.core.errors import InferenceFailed
 from appliance.core.types import Array
-from appliance.engine.batcher import Runs
+from appliance.engine.gate import Runs
 
 MAX_ROWS = 128
 """Rows in one run unless the bundle says otherwise; as many as one request may have inputs."""
-
-_GOOD_ENOUGH = 0.97
-_LONGEST_RUN_S = 0.5
-_TIME_LIMIT_S = 3.0
 
 
 def row_dependence(
@@ -47,56 +42,6 @@ def row_dependence(
         detail = error.detail if isinstance(error, InferenceFailed) else str(error)
         return f"a batch of two or three rows failed: {detail.splitlines()[0][:200] if detail else error}"
     return ""
-
-
-def best_rows(
-    model: Runs,
-    outputs: Sequence[str],
-    row: Mapping[str, Array],
-    limit: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> int:
-    """The least number of rows a run that comes within 3 % of the best items/s; also warms these sizes up.
-
-    Sizes are powers of two; it stops where a run takes over half a second, memory ends, or the time is spent.
-    """
-    rates: dict[int, float] = {}
-    begun = clock()
-    size = 1
-    while size <= limit:
-        feeds = join([row] * size)
-        try:
-            model.run(outputs, feeds)  # the first run of a shape allocates
-            seconds = _shortest_run(model, outputs, feeds, clock)
-        except InferenceFailed:
-            break
-        rates[size] = size / seconds
-        if seconds > _LONGEST_RUN_S or clock() - begun > _TIME_LIMIT_S:
-            break
-        size *= 2
-    best = max(rates.values(), default=0.0)
-    return min((size for size, rate in rates.items() if rate >= _GOOD_ENOUGH * best), default=1)
-
-
-def run_seconds(model: Runs, outputs: Sequence[str], row: Mapping[str, Array], rows: int) -> float:
-    """How long a run of `rows` rows takes at its best. Raises: InferenceFailed."""
-    feeds = join([row] * rows)
-    model.run(outputs, feeds)
-    return _shortest_run(model, outputs, feeds, time.perf_counter)
-
-
-def _shortest_run(model: Runs, outputs: Sequence[str], feeds: Mapping[str, Array], clock: Callable[[], float]) -> float:
-    """Seconds of the fastest of a few runs: what disturbs a run only makes it slower."""
-    started = before = clock()
-    shortest = float("inf")
-    for repeat in range(50):
-        model.run(outputs, feeds)
-        after = clock()
-        shortest, before = min(shortest, after - before), after
-        spent = after - started
-        if spent > _LONGEST_RUN_S or (repeat >= 2 and spent > 0.02):
-            break
-    return max(shortest, 1e-9)
 
 
 def join(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:

@@ -6,12 +6,14 @@ database otherwise, and `disable_telemetry_events()` comes too late to prevent t
 
 import contextlib
 import ctypes
+import functools
 import io
 import os
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,7 @@ class Session:
         device: Device,
         threads: int,
         gpu_memory: int | None = None,
+        weights: Mapping[str, bytes] | None = None,
         *,
         tf32: bool = False,
         compiled: Compiled | None = None,
@@ -123,6 +126,8 @@ class Session:
             external_folder: where tensors stored outside the graph lie.
             threads: CPU threads for one run.
             gpu_memory: bound of the session's GPU arena, bytes; weights come on top.
+            weights: content of files that tensors are stored in, by the name that the graph gives them; not read from
+                the folder then, and not needed any more once the session is there (on a GPU: once it is settled).
             tf32: the GPU may round to 10 bits of mantissa in matrix products and convolutions.
             compiled: the TensorRT engine to run instead of CUDA's kernels.
             on_poison: called on the thread whose run showed that this process can use its GPU no more.
@@ -134,11 +139,11 @@ class Session:
         self._gpu_memory = gpu_memory
         self._tf32 = tf32
         self._on_poison = on_poison
-        load = partial(_load, model, external_folder, device, threads)
+        load = partial(_load, model, external_folder, device, threads, weights or {})
         self._load = load if device.kind == "gpu" else None
         wanted = _providers(device, gpu_memory, tf32=tf32, compiled=compiled)
         self._session = load(wanted)
-        self._runs: set[Any] = set()
+        self._runs: dict[int, Any] = {}
         self._ended = False
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         if device.kind == "gpu" and self.providers[0] != wanted[0][0]:
@@ -157,8 +162,19 @@ class Session:
         Raises: OutOfMemory: fewer rows may fit. DevicePoisoned: nothing runs in this process any more.
             InferenceFailed: the graph cannot compute these inputs.
         """
+        try:
+            return self._run(outputs, feeds)
+        except OutOfMemory:
+            if not _bounded or self.device.kind == "gpu":
+                raise
+        # What the arena keeps for runs of other shapes may be what is missing.
+        give_memory_back()
+        return self._run(outputs, feeds)
+
+    def _run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         options = ort.RunOptions()
-        self._runs.add(options)
+        thread = threading.get_ident()
+        self._runs[thread] = options
         options.terminate = self._ended
         try:
             if self._bound is not None:
@@ -167,17 +183,20 @@ class Session:
         except Exception as error:  # onnxruntime raises classes of its own, and RuntimeError
             raise self._failure(str(error)) from error
         finally:
-            self._runs.discard(options)
+            del self._runs[thread]
         return results
 
-    def terminate(self, *, for_good: bool = False) -> None:
+    def terminate(self, thread: int | None = None, *, for_good: bool = False) -> None:
         """End the runs in progress soon: they raise InferenceFailed. Called from any thread.
 
-        Args:    for_good: later runs fail at once too.
+        Args:
+            thread: only the run on this thread (`threading.get_ident`).
+            for_good: later runs fail at once too.
         """
         self._ended = self._ended or for_good
-        for options in tuple(self._runs):
-            options.terminate = True
+        for runner, options in tuple(self._runs.items()):
+            if thread is None or runner == thread:
+                options.terminate = True
 
     def capture(self, outputs: Sequence[str], batches: Sequence[Mapping[str, Array]]) -> str:
         """Replay CUDA graphs of these batches from now on, if they then run at least 5 % faster in sum.
@@ -258,7 +277,12 @@ class Session:
 
 
 def _load(
-    model: bytes | Path, external_folder: Path, device: Device, threads: int, providers: Sequence[Any]
+    model: bytes | Path,
+    external_folder: Path,
+    device: Device,
+    threads: int,
+    weights: Mapping[str, bytes],
+    providers: Sequence[Any],
 ) -> ort.InferenceSession:
     """Raises: BundleInvalid: onnxruntime cannot load the graph."""
     options = ort.SessionOptions()
@@ -268,10 +292,16 @@ def _load(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_folder))
+    if weights:
+        sizes = [len(content) for content in weights.values()]
+        options.add_external_initializers_from_files_in_memory(list(weights), list(weights.values()), sizes)
+    if _bounded:
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    if _bounded or device.kind == "gpu":
+        # Weights are not what runs take; and they would be rounded up in an arena.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     more = {}
     if device.kind == "gpu":
-        # Weights stay as long as the session: in the arena they would be rounded up, and count against its bound.
-        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         more["enable_fallback"] = 0  # its Python layer would go on with the CPU after an error
     try:
         return ort.InferenceSession(
@@ -301,9 +331,54 @@ def _dtypes(nodes: Sequence[Any]) -> dict[str, np.dtype[Any] | None]:
     return {node.name: _spec(node).dtype for node in nodes}
 
 
+_bounded: list[int] = []
+
+
+def bound_runs(size: int) -> None:
+    """Bound the bytes of the CPU's memory that all runs of this process take at once, results included.
+
+    A graph may make more of its input than anybody reserved: a shape that a caller chooses, say. Weights do not count.
+    The first call is the one that counts, for sessions that are made after it.
+    """
+    if _bounded:
+        return
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    # Extended as requested: doubling would meet the bound at half of it.
+    ort.create_and_register_allocator(info, ort.OrtArenaCfg({"max_mem": size, "arena_extend_strategy": 1}))
+    _bounded.append(size)
+    give_memory_back()  # an arena never gives its first piece back: let that be a small one
+
+
+def give_memory_back() -> None:
+    """Have the arena of `bound_runs` give back what no run holds; takes some tens of microseconds."""
+    if not _bounded:
+        return
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    _small_session().run(None, {"x": np.ones((1,), np.float32)}, options)
+
+
+@functools.cache
+def _small_session() -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return ort.InferenceSession(_identity_graph(), options, providers=["CPUExecutionProvider"])
+
+
 def version() -> str:
     """onnxruntime's version."""
     return str(ort.__version__)
+
+
+def canary(device: Device) -> None:
+    """Run a graph of one addition on the device. Raises: InferenceFailed, DeviceError: it cannot."""
+    _canary_session(device).run(["y"], {"x": np.ones((1,), np.float32)})
+
+
+@lru_cache(maxsize=1)
+def _canary_session(device: Device) -> Session:
+    return Session(_identity_graph(), Path(), device, 1)
 
 
 def resolve_device(wanted: str) -> Device:

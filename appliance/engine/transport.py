@@ -7,6 +7,7 @@ from typing import Protocol
 
 from appliance.core.types import Array
 from appliance.engine.batcher import Outcome
+from appliance.engine.gate import RunBoard
 from appliance.engine.inline import Waiter
 from appliance.engine.plan import Plan
 from appliance.engine.session import Device, TensorSpec
@@ -21,9 +22,11 @@ class LoadRequest:
         device: overrides the engine's own; None follows it.
         compared: outputs whose values the independence probe may compare.
         served: the outputs that most requests ask for; used to warm up.
-        max_rows: from the bundle; None measures it.
+        max_rows, parallel: rows in one run, and runs at a time, from the bundle; None measures it.
+        threads: for one run on the CPU, from the bundle; None: as the engine is configured.
         examples: for each shape bucket four rows with a batch axis of 1, the last one an outlier, shortest bucket
             first; empty when the inputs have axes whose length only the caller knows.
+        board: told of every run, or None.
     """
 
     name: tuple[str, str]
@@ -33,6 +36,9 @@ class LoadRequest:
     served: tuple[str, ...]
     max_rows: int | None
     examples: Sequence[Sequence[Mapping[str, Array]]]
+    board: RunBoard | None = None
+    parallel: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +47,20 @@ class Batching:
 
     Attributes:
         mode: "rows" (merged), "separate" (one a run) or "whole" (no batch axis).
+        max_rows: in one run, of the shape that may have most.
         inline_rows: how many may be run in one turn of the loop by the loop itself; 0: none, the runs are too long.
+        buckets: rows in one run for each shape bucket, shortest first; empty: `max_rows` for each.
+        parallel: runs at a time.
+        curve: what was measured, for operators.
     """
 
     mode: str
     max_rows: int
     reason: str = ""
     inline_rows: int = 0
+    buckets: tuple[int, ...] = ()
+    parallel: int = 1
+    curve: str = ""
 
 
 class LoadedModel(Protocol):
@@ -70,8 +83,22 @@ class LoadedModel(Protocol):
     def prompt(self, rows: int) -> bool:
         """Whether so many rows that are submitted now are run soon, on the loop's own thread."""
 
+    def join(self, rows: Sequence[Mapping[str, Array]]) -> Mapping[str, Array]:
+        """Rows, each with an axis for them, as one array an input; may be called from any thread.
+
+        What it gives is submitted next, and once: it may lie in memory that the submission frees.
+
+        Raises: Overloaded: there is no memory for them now.
+        """
+
     def submit(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str],
+        deadline: float | None,
+        principal: str,
+        *,
+        priority: int = 0,
     ) -> "asyncio.Future[Outcome]":
         """Queue rows; see `Batcher.submit`."""
 
@@ -83,6 +110,8 @@ class LoadedModel(Protocol):
         rows: int,
         deadline: float | None,
         principal: str,
+        *,
+        priority: int = 0,
     ) -> None:
         """Run rows that `prompt` has just said yes to. The waiter is told once, later than now."""
 

@@ -3,43 +3,55 @@
 import asyncio
 import contextlib
 import logging
-import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias
 
 from appliance.core.config import Engine as EngineSettings
 from appliance.core.errors import BundleInvalid, DeviceError, InferenceFailed
-from appliance.core.machine import usable_cpus
+from appliance.core.machine import resident_memory, usable_cpus, usable_memory
 from appliance.core.metrics import Metrics
 from appliance.core.types import Array
-from appliance.engine import probes, tensorrt
+from appliance.engine import curves, probes, tensorrt
 from appliance.engine.admission import Admission, Content, content_of
-from appliance.engine.batcher import Batcher, Outcome, RunRecord
+from appliance.engine.batcher import Batcher, Outcome, RunRecord, powers_of_two, shape_key
+from appliance.engine.cache import FileCache
+from appliance.engine.curves import Idle, Measured, Subject
+from appliance.engine.gate import Ledger, RunGate
 from appliance.engine.inline import LONGEST_RUN_S, TURN_S, InlineLane, Waiter, Watchdog
-from appliance.engine.session import Device, Session, TensorSpec, resolve_device, version
+from appliance.engine.plan import only
+from appliance.engine.session import Device, Session, TensorSpec, bound_runs, resolve_device, version
 from appliance.engine.tensorrt import Compiled
+from appliance.engine.threads import on_own_thread
 from appliance.engine.transport import Batching, LoadRequest
 
 _log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
+_CURVES_SIZE = 4 * 2**20
+"""Bytes of all curves that are kept; those of one model have one or two thousand."""
+
+_Build: TypeAlias = Callable[[Batching], tuple[Batcher, InlineLane | None]]
 
 
 class LocalModel:
     """A session with its batcher and, if its runs are short, its inline lane; implements `LoadedModel`."""
 
-    def __init__(
-        self, session: Session, batcher: Batcher, lane: InlineLane | None, device: Device, batching: Batching
-    ) -> None:
-        self._batcher = batcher
-        self._lane = lane
+    def __init__(self, session: Session, device: Device, batching: Batching, build: _Build, idle: Idle) -> None:
+        """Args: build: makes batcher and lane. idle: told of every submission."""
+        self._build = build
+        self._idle = idle
+        self._batcher, self._lane = build(batching)
         self.inputs: tuple[TensorSpec, ...] = session.inputs
         self.outputs: tuple[TensorSpec, ...] = session.outputs
         self.providers = session.providers
         self.device = device
         self.batching = batching
+        self.closed = False
+        self.unmeasured: _Unmeasured | None = None
+        """What is left to measure while the engine is idle."""
 
     @property
     def death(self) -> str | None:
@@ -51,19 +63,54 @@ class LocalModel:
         """Rows in the queue now."""
         return self._batcher.waiting_rows + (self._lane.waiting_rows if self._lane else 0)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether it accepts rows, and has none."""
+        return self._batcher.at_rest and not (self._lane and self._lane.waiting_rows)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it accepts no rows any more."""
+        return self.closed or self._batcher.death is not None
+
+    def rebatch(self, batching: Batching) -> bool:
+        """Run rows so from now on. Returns: whether it does: not while there are rows."""
+        if not self.at_rest:
+            return False
+        if self._lane is not None and self._lane.closed:  # it was found too slow for the loop
+            batching = replace(batching, inline_rows=0)
+        old = self._batcher
+        self._batcher, self._lane = self._build(batching)
+        self.batching = batching
+        old.close()
+        return True
+
     def prompt(self, rows: int) -> bool:
         """Whether so many rows that are submitted now are run soon, on the loop's own thread."""
         return self._lane is not None and self._lane.takes(rows)
 
+    def join(self, rows: Sequence[Mapping[str, Array]]) -> Mapping[str, Array]:
+        """See `LoadedModel.join`."""
+        return rows[0] if len(rows) == 1 else probes.join(rows)
+
     def submit(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str], deadline: float | None, principal: str
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str],
+        deadline: float | None,
+        principal: str,
+        *,
+        priority: int = 0,
+        alone: bool = False,
+        ledger: Ledger | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Run rows inline if that is quick, else queue them; see `Batcher.submit`."""
-        if self._lane is not None:
+        self._idle.asked = True
+        if self._lane is not None and not alone:
             count = len(next(iter(feeds.values())))
             if self._lane.takes(count):
-                return self._lane.submit(feeds, outputs, count, deadline, principal)
-        return self._batcher.submit(feeds, outputs, deadline, principal)
+                return self._lane.submit(feeds, outputs, count, deadline, principal, priority=priority, ledger=ledger)
+        return self._batcher.submit(feeds, outputs, deadline, principal, priority=priority, alone=alone, ledger=ledger)
 
     def submit_prompt(
         self,
@@ -73,10 +120,14 @@ class LocalModel:
         rows: int,
         deadline: float | None,
         principal: str,
+        *,
+        priority: int = 0,
+        ledger: Ledger | None = None,
     ) -> None:
         """Run rows inline; `prompt` has just said yes to them. The waiter is told once, later than now."""
         assert self._lane is not None, "not prompt"
-        self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal)
+        self._idle.asked = True
+        self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal, priority=priority, ledger=ledger)
 
     async def drain(self) -> None:
         """Return when everything accepted has ended."""
@@ -86,7 +137,19 @@ class LocalModel:
 
     def close(self) -> None:
         """Answer what waits; the session goes when the worker lets go of it."""
+        self.closed = True
+        self.unmeasured = None
         self._batcher.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Unmeasured:
+    """What is known of a model, what is to be measured, and what that is kept under."""
+
+    request: LoadRequest
+    measured: Measured
+    subject: Subject
+    key: str
 
 
 class LocalEngine:
@@ -102,13 +165,19 @@ class LocalEngine:
         """Find the device.
 
         Args:
-            state_dir: where footprints and TensorRT's engines are; None: nowhere.
+            state_dir: what is measured is kept in there, under cache/curves and in footprints.json, and TensorRT's
+                engines are looked for; None: none of it.
             on_poison: called on a run's thread when this process can use its GPU no more; it should end the process.
         Raises:  DeviceError: the device is required and cannot be used.
         """
+        memory = settings.run_memory or usable_memory() // 3
+        bound_runs(memory)
         self.device = resolve_device(settings.device)
         self._threads = settings.threads or usable_cpus()
+        self._parallel = settings.parallel
+        self._most_bytes = memory // 2
         self._queue_rows = settings.queue_rows
+        self._queue_bytes = settings.queue_size
         self._gpu_memory = settings.gpu_memory
         self._cuda_graphs = settings.cuda_graphs
         self._state_dir = state_dir
@@ -117,34 +186,67 @@ class LocalEngine:
         self._load_timeout_s = settings.load_timeout_s
         self._metrics = metrics
         self._watchdog = Watchdog()
+        self._gate = RunGate()
+        self._kept = FileCache(state_dir / "cache" / "curves", _CURVES_SIZE) if state_dir else None
+        self._loads = 0
+        self._models: weakref.WeakSet[LocalModel] = weakref.WeakSet()
+        self._idle = Idle(self._busy)
+        self._unmeasured: deque[weakref.ref[LocalModel]] = deque()
+        self._measuring: asyncio.Task[None] | None = None
 
     async def load(self, request: LoadRequest) -> LocalModel:
         """Load, probe and warm up a graph; see `Engine.load`."""
         device = self.device if request.device in (None, "auto") else resolve_device(request.device or "auto")
         loading = _Loading()
+        self._loads += 1
         try:
             async with asyncio.timeout(self._load_timeout_s):
-                session, batching = await _on_own_thread(lambda: self._admitted(request, device, loading))
+                session, batching, unmeasured = await on_own_thread(
+                    lambda: self._admitted(request, device, loading), "load"
+                )
                 loading.succeeded()
         except TimeoutError as error:
             raise BundleInvalid(
                 f"The model was not loaded and warmed up within {self._load_timeout_s:g} s (engine.load_timeout_s)."
             ) from error
         finally:
+            self._loads -= 1
             loading.end()
+        # What is kept for as long as the model is there must not keep the files' content.
+        request = replace(request, plan=replace(request.plan, model=None, weights={}))
+        model = LocalModel(session, device, batching, self._builder(request, session, device), self._idle)
+        self._models.add(model)
+        if unmeasured is not None:
+            model.unmeasured = replace(unmeasured, request=request)
+            self._unmeasured.append(weakref.ref(model))
+            if self._measuring is None or self._measuring.done():
+                self._measuring = asyncio.create_task(self._measure_all(), name="curves")
+        return model
+
+    def _builder(self, request: LoadRequest, session: Session, device: Device) -> _Build:
+        """Makes batcher and lane of that session."""
         on_run = self._observer(request.name)
-        batcher = Batcher(
-            session,
-            max_rows=batching.max_rows,
-            queue_rows=self._queue_rows,
-            separate=batching.mode == "separate",
-            whole=batching.mode == "whole",
-            pad=device.kind == "gpu",
-            on_run=on_run,
-            on_death=lambda reason: _log.critical("model is not ready any more", extra=_fields(request, reason)),
-        )
-        lane = None
-        if batching.inline_rows:
+
+        def build(batching: Batching) -> tuple[Batcher, InlineLane | None]:
+            firsts = [rows[0] for rows in request.examples]
+            batcher = Batcher(
+                session,
+                max_rows=batching.max_rows,
+                queue_rows=self._queue_rows,
+                queue_bytes=self._queue_bytes,
+                gate=self._gate,
+                board=request.board,
+                separate=batching.mode == "separate",
+                whole=batching.mode == "whole",
+                sizes=powers_of_two(batching.max_rows) if device.kind == "gpu" else (),
+                parallel=batching.parallel,
+                spread=device.kind == "cpu",
+                shapes={shape_key(row): rows for row, rows in zip(firsts, batching.buckets, strict=False)},
+                on_run=on_run,
+                on_death=lambda reason: _log.critical("model is not ready any more", extra=_fields(request, reason)),
+            )
+            if not batching.inline_rows:
+                return batcher, None
             lane = InlineLane(
                 session,
                 batcher,
@@ -153,38 +255,42 @@ class LocalEngine:
                 on_run,
                 lambda reason: _log.warning("runs have their own thread from now on", extra=_fields(request, reason)),
             )
-        return LocalModel(session, batcher, lane, device, batching)
+            return batcher, lane
 
-    def _admitted(self, request: LoadRequest, device: Device, loading: "_Loading") -> tuple[Session, Batching]:
-        """The slow part, on a thread of its own. On a GPU: if it fits, and then measured.
+        return build
+
+    # ---- loading, on a thread of its own ----
+
+    def _admitted(
+        self, request: LoadRequest, device: Device, loading: "_Loading"
+    ) -> tuple[Session, Batching, _Unmeasured | None]:
+        """Load. On a GPU: if it fits, and then measured; by TensorRT's engine, if one was built.
 
         Raises: DeviceError: it does not fit.
         """
         if device.kind == "cpu":
             return self._prepare(request, device, loading, None)
-        try:
-            content = content_of(request.plan)
-        except OSError as error:
-            raise BundleInvalid(f"{request.plan.file} cannot be read: {error.strerror}.") from error
+        content = content_of(request.plan)
         name = ":".join(request.name)
         compiled = self._compiled(content, device)
         if compiled is not None and tensorrt.covers(compiled, request.examples):
             rows = min(request.max_rows or compiled.max_rows, compiled.max_rows)
             try:
                 with self._admission.load(content, device, "tensorrt", name):
-                    session, batching = self._prepare(replace(request, max_rows=rows), device, loading, compiled)
-                    session.settle()
-                    return session, batching
+                    prepared = self._prepare(replace(request, max_rows=rows), device, loading, compiled)
+                    prepared[0].settle()
+                    return prepared
             except (BundleInvalid, DeviceError) as error:
                 _log.warning("TensorRT's engine cannot be used, CUDA serves", extra=_fields(request, str(error)))
         with self._admission.load(content, device, "cuda", name):
-            session, batching = self._prepare(request, device, loading, None)
+            prepared = self._prepare(request, device, loading, None)
+            session, batching, _ = prepared
             graphs = self._cuda_graphs if request.plan.cuda_graphs is None else request.plan.cuda_graphs
             if graphs and batching.mode == "rows":
-                found = session.capture(request.served, _batches(request, batching.max_rows))
+                found = session.capture(request.served, _batches(request, batching))
                 _log.info("CUDA graphs were tried", extra=_fields(request, found))
             session.settle()
-            return session, batching
+            return prepared
 
     def _compiled(self, content: Content, device: Device) -> Compiled | None:
         """TensorRT's engine for that graph on this GPU, if one was built."""
@@ -205,36 +311,127 @@ class LocalEngine:
 
     def _prepare(
         self, request: LoadRequest, device: Device, loading: "_Loading", compiled: Compiled | None
-    ) -> tuple[Session, Batching]:
-        """Session, probes, warm-up of every bucket."""
+    ) -> tuple[Session, Batching, _Unmeasured | None]:
+        """Session, a run of every bucket, and what is known or quickly found out of the model."""
         plan = request.plan
+        assert plan.model is not None, "a description cannot be loaded"
+        threads = request.threads or self._threads
+        graph = only(plan.model, {*request.served, *request.compared})
         session = Session(
-            plan.model or plan.file,
+            graph,
             plan.file.parent,
             device,
-            self._threads,
+            threads,
             self._gpu_memory,
+            plan.weights,
             tf32=plan.tf32,
             compiled=compiled,
             on_poison=self._on_poison,
         )
         loading.take(session)
-        buckets = request.examples
+        _first_runs(session, request)
+        mode, reason = _mode(session, request)
+        if mode == "whole":
+            return session, Batching(mode, 1, reason, parallel=request.parallel or self._parallel or 1), None
+        asked: list[object] = [request.compared, request.served, request.max_rows, request.parallel or self._parallel]
+        asked += ["tensorrt"] if compiled is not None else []
+        key = curves.key_of(plan.key, device, threads, asked)
+        kept = curves.read(self._kept, key) if self._kept and plan.key else None
         coarse = plan.half or plan.tf32 or (compiled is not None and compiled.fp16)
-        batching = _batching(session, request, coarse)
-        if batching.mode == "whole":
-            _first_run(session, request, buckets)
-            return session, batching
-        for rows in buckets:
-            _first_run(session, request, [rows])
-        if batching.mode == "separate":
-            return session, replace(batching, inline_rows=_inline_rows(session, request, device, 1))
-        limit = request.max_rows or probes.MAX_ROWS
-        # The longest bucket decides: shorter rows at that size are cheaper still. All sizes get warm on the way.
-        sizes = [probes.best_rows(session, request.served, rows[0], limit) for rows in buckets]
-        max_rows = request.max_rows or sizes[-1]
-        inline_rows = _inline_rows(session, request, device, max_rows)
-        return session, Batching("rows", max_rows, batching.reason, inline_rows)
+        measured = kept or _quickly_measured(session, request, mode, coarse)
+        subject = None
+        if not measured.measured_at:
+            subject = self._subject(session, request, device, threads, mode, measured)
+        if subject is not None and device.kind == "gpu":
+            with contextlib.suppress(InferenceFailed):
+                measured = curves.at_once(curves.steps(subject, measured, visits=1))
+            subject = None
+        batching = self._batching(request, device, mode, reason, measured, kept is not None)
+        if subject is None and not measured.measured_at:  # the bundle and the configuration say all there is to say
+            batching = replace(batching, curve="")
+        if kept is None:
+            self._keep(key, measured)
+        elif device.kind == "gpu":
+            _warm(session, request, batching)
+        return session, batching, _Unmeasured(request, measured, subject, key) if subject is not None else None
+
+    def _subject(
+        self, session: Session, request: LoadRequest, device: Device, threads: int, mode: str, measured: Measured
+    ) -> Subject | None:
+        """What is to be measured, if anything is."""
+        rows = mode == "rows" and not measured.dependence
+        runs: Sequence[int] = curves.sizes(threads if device.kind == "cpu" else 2)
+        if request.parallel or self._parallel or _is_tiny(measured, device):
+            runs = ()
+        most_rows = (request.max_rows or probes.MAX_ROWS) if rows else 1
+        if len(runs) < 2 and (most_rows == 1 or request.max_rows):
+            return None
+        firsts = [bucket[0] for bucket in request.examples]
+        if most_rows == 1:
+            firsts = firsts[-1:]
+        return Subject(session, request.served, firsts, most_rows, self._most_bytes, runs, resident_memory)
+
+    def _batching(
+        self, request: LoadRequest, device: Device, mode: str, reason: str, measured: Measured, kept: bool
+    ) -> Batching:
+        """How rows are run, by what is known."""
+        if mode == "rows" and measured.dependence:
+            mode, reason = "separate", measured.dependence
+        most = request.max_rows or probes.MAX_ROWS
+        buckets: tuple[int, ...] = ()
+        if mode == "separate":
+            most = 1
+        elif request.max_rows is None and measured.measured_at:
+            buckets = tuple(curves.best_rows(curve, self._most_bytes) for curve in measured.curves)
+            most = max(buckets)
+        elif request.max_rows is None:
+            most = curves.default_rows(measured.row_seconds, most)
+        return Batching(
+            mode,
+            most,
+            reason,
+            inline_rows=int(TURN_S / measured.shared_seconds) if _is_tiny(measured, device) else 0,
+            buckets=buckets,
+            parallel=request.parallel or self._parallel or curves.best_runs(measured.at_a_time),
+            curve=curves.told(measured, kept),
+        )
+
+    # ---- measuring, while nothing is asked for ----
+
+    def _busy(self) -> bool:
+        return self._loads > 0 or any(not (model.at_rest or model.ended) for model in self._models)
+
+    async def _measure_all(self) -> None:
+        """Measure what was loaded, one model after the other."""
+        while self._unmeasured:
+            model = self._unmeasured.popleft()()
+            if model is not None:
+                await self._measure(model)
+            del model  # it may go while others are measured
+
+    async def _measure(self, model: LocalModel) -> None:
+        """Measure a model, and run its rows accordingly."""
+        work = model.unmeasured
+        if work is None:
+            return
+        try:
+            measured = await self._idle.measure(curves.steps(work.subject, work.measured), lambda: model.ended)
+        except InferenceFailed as error:
+            _log.warning("the model cannot be measured", extra=_fields(work.request, str(error)))
+            return
+        if measured is None:
+            return
+        await asyncio.to_thread(self._keep, work.key, measured)
+        old = model.batching
+        batching = self._batching(work.request, model.device, old.mode, old.reason, measured, kept=False)
+        while not model.ended and not model.rebatch(batching):
+            await self._idle.wait(lambda: model.ended)
+        model.unmeasured = None
+        _log.info("measured", extra=_fields(work.request, batching.curve))
+
+    def _keep(self, key: str, measured: Measured) -> None:
+        if self._kept is not None:
+            curves.write(self._kept, key, measured)
 
     def _observer(self, name: tuple[str, str]) -> Callable[[RunRecord], None]:
         compute = self._metrics.compute_seconds.labels(*name)
@@ -274,70 +471,66 @@ class _Loading:
             self._session.terminate(for_good=True)
 
 
-async def _on_own_thread(work: Callable[[], _T]) -> _T:
-    """The result of `work`, on a daemon thread: a graph that never ends must not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_T] = loop.create_future()
-
-    def end(result: _T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]  # without an error there is a result
-
-    def run() -> None:
-        result, failure = None, None
-        try:
-            result = work()
-        except BaseException as error:  # handed to whoever waits
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(end, result, failure)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return await future
-
-
-def _batching(session: Session, request: LoadRequest, coarse: bool) -> Batching:
-    """Whether rows may share a run, from the graph's axes, its operators and the probes."""
+def _mode(session: Session, request: LoadRequest) -> tuple[str, str]:
+    """What the graph's axes and operators say of its rows, and why; the probes have the last word about "rows"."""
     if not request.examples:
-        return Batching("whole", 1, "its inputs have axes of unknown length, so its rows could not be probed")
+        return "whole", "its inputs have axes of unknown length, so its rows could not be probed"
     fixed = [spec for spec in session.inputs if not spec.dynamic_batch]
     if any(not spec.shape or spec.shape[0] != 1 for spec in fixed):
-        return Batching("whole", 1, f"the input {fixed[0].name!r} has no dynamic batch axis")
+        return "whole", f"the input {fixed[0].name!r} has no dynamic batch axis"
     if fixed:
-        return Batching("separate", 1, f"the batch axis of {fixed[0].name!r} is fixed at 1; export it as dynamic")
+        return "separate", f"the batch axis of {fixed[0].name!r} is fixed at 1; export it as dynamic"
     if request.plan.mixes_rows:
-        return Batching("separate", 1, request.plan.mixes_rows)
+        return "separate", request.plan.mixes_rows
+    return "rows", "the probes show rows independent"
+
+
+def _dependence(session: Session, request: LoadRequest, coarse: bool) -> str:
+    """Why rows must not share a run, by the probes; "" when they may."""
     for rows in request.examples:
         dependence = probes.row_dependence(session, request.compared, rows, coarse=coarse)
         if dependence:
-            return Batching("separate", 1, dependence)
-    return Batching("rows", probes.MAX_ROWS, "the probes show rows independent")
+            return dependence
+    return ""
 
 
-def _inline_rows(session: Session, request: LoadRequest, device: Device, max_rows: int) -> int:
-    """How many rows of the longest bucket one turn of the loop may run itself; 0 when a single one takes too long."""
+def _quickly_measured(session: Session, request: LoadRequest, mode: str, coarse: bool) -> Measured:
+    """What a few runs tell: whether rows may share one, and how many may be expected to be worth running together."""
+    dependence = _dependence(session, request, coarse) if mode == "rows" else ""
     row = request.examples[-1][0]
-    if device.kind != "cpu" or probes.run_seconds(session, request.served, row, 1) > LONGEST_RUN_S:
-        return 0
-    try:
-        return int(TURN_S / probes.run_seconds(session, request.served, row, max_rows) * max_rows)
-    except InferenceFailed:  # the bundle's max_rows does not fit in memory: the batcher finds out what does
-        return 0
+    one = curves.shortest_run(session, request.served, row)
+    shared = one
+    if one <= LONGEST_RUN_S and mode == "rows" and not dependence:
+        rows = request.max_rows or probes.MAX_ROWS
+        # Where so many do not fit in memory, the batcher finds out what does.
+        with contextlib.suppress(InferenceFailed):
+            shared = curves.shortest_run(session, request.served, probes.join([row] * rows)) / rows
+    return Measured(dependence, one, shared)
 
 
-def _batches(request: LoadRequest, max_rows: int) -> list[dict[str, Array]]:
-    """What the batcher makes of each bucket's rows: powers of two, and `max_rows`."""
-    sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
-    return [probes.join([rows[0]] * size) for rows in request.examples for size in sizes]
+def _is_tiny(measured: Measured, device: Device) -> bool:
+    """Whether the loop may run it itself."""
+    return device.kind == "cpu" and measured.row_seconds <= LONGEST_RUN_S
 
 
-def _first_run(session: Session, request: LoadRequest, buckets: Sequence[Sequence[Mapping[str, Array]]]) -> None:
+def _warm(session: Session, request: LoadRequest, batching: Batching) -> None:
+    """Run every size once that a GPU will see: the first run of a shape is slow."""
+    for rows, most in zip(request.examples, batching.buckets, strict=False):
+        for size in curves.sizes(most):
+            with contextlib.suppress(InferenceFailed):
+                session.run(request.served, probes.join([rows[0]] * size))
+
+
+def _batches(request: LoadRequest, batching: Batching) -> list[dict[str, Array]]:
+    """What the batcher makes of each bucket's rows."""
+    most = batching.buckets or (batching.max_rows,) * len(request.examples)
+    pairs = zip(request.examples, most, strict=True)
+    return [probes.join([rows[0]] * size) for rows, limit in pairs for size in powers_of_two(limit)]
+
+
+def _first_runs(session: Session, request: LoadRequest) -> None:
     """Run one row of each bucket. Raises: BundleInvalid: the model fails on an ordinary input."""
-    for rows in buckets:
+    for rows in request.examples:
         try:
             session.run(request.served, rows[0])
         except InferenceFailed as error:

@@ -66,7 +66,7 @@ class ImageHeader:
         return (8 if mode.startswith(("I", "F")) else 4) * self.pixels
 
 
-def read_header(data: bytes, max_bytes: int, max_pixels: int) -> ImageHeader:
+def read_header(data: bytes | memoryview, max_bytes: int, max_pixels: int) -> ImageHeader:
     """Look at the header of an encoded image; nothing is decoded.
 
     Raises: InvalidInput: empty. InputTooLarge: over `max_bytes` or `max_pixels`. UnsupportedFormat: not an image of
@@ -107,14 +107,14 @@ class ImageRecipe:
     filter: str
 
 
-def decode_image(source: bytes | ImageHeader, recipe: ImageRecipe) -> NDArray[np.uint8]:
+def decode_image(source: bytes | memoryview | ImageHeader, recipe: ImageRecipe) -> NDArray[np.uint8]:
     """Decode in full (no scaled JPEG decoding: scores equal the training framework's) and fit to the recipe.
 
     Args:    source: the file's bytes, or what `read_header` made of them.
     Returns: uint8 (height, width, channels), contiguous; 1 channel for grey, else 3.
     Raises: UnsupportedFormat: the file is broken behind its header.
     """
-    image: Image.Image = _open(source) if isinstance(source, bytes) else source.opened
+    image: Image.Image = source.opened if isinstance(source, ImageHeader) else _open(source)
     try:
         image.load()
         if image.info or image.format not in _TELL_ALL_IN_INFO:
@@ -144,9 +144,37 @@ def ignore_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+class _Viewed(io.RawIOBase):
+    """A file whose bytes lie elsewhere: `BytesIO` would copy them all."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, target: "memoryview | bytearray") -> int:  # type: ignore[override]  # the stub's type is private
+        part = self._data[self._place : self._place + len(target)]
+        target[: len(part)] = part
+        self._place += len(part)
+        return len(part)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        # Broken pictures ask for places before the first byte; they are answered as `BytesIO` answers them.
+        if whence == io.SEEK_SET and offset < 0:
+            raise ValueError(f"negative seek value {offset}")
+        self._place = max(0, (0, self._place, len(self._data))[whence] + offset)
+        return self._place
+
+
+def _open(data: bytes | memoryview) -> ImageFile.ImageFile:
+    file = io.BytesIO(data) if isinstance(data, bytes) else io.BufferedReader(_Viewed(data))
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     except (OSError, ValueError, SyntaxError, struct.error, IndexError, TypeError, OverflowError) as error:
         raise UnsupportedFormat(f"The bytes are not an image we can read; send a {_READS} file.") from error
 

@@ -112,12 +112,15 @@ def cut(values: Array, indices: Array, options: PredictOptions) -> list[Result |
     """
     sound: list[bool] = np.logical_and.reduce(np.isfinite(values), axis=1).tolist()
     values, indices = values[:, : options.max_concepts], indices[:, : options.max_concepts]
-    kept: Sequence[int] = (values.shape[1],) * len(values)
     if options.min_value:  # 0 means no filter, and scores without an activation may be negative
-        kept = (values >= options.min_value).sum(axis=1).tolist()
+        kept: list[int] = (values >= options.min_value).sum(axis=1).tolist()
+        return [
+            ConceptScores(row_indices[:keep], row_values[:keep]) if good else _not_numbers()
+            for row_indices, row_values, keep, good in zip(indices, values, kept, sound, strict=True)
+        ]
     return [
-        ConceptScores(row_indices[:keep], row_values[:keep]) if good else _not_numbers()
-        for row_indices, row_values, keep, good in zip(indices.tolist(), values.tolist(), kept, sound, strict=True)
+        ConceptScores(row_indices, row_values) if good else _not_numbers()
+        for row_indices, row_values, good in zip(indices, values, sound, strict=True)
     ]
 
 

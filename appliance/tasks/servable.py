@@ -6,10 +6,10 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,9 @@ PREDICT = "predict"
 _LARGE_ANSWER = 64 * 1024
 """Bytes of a declared method's outputs from which what it returns is made on a thread."""
 
+_LARGE_COPY = 1 << 20
+"""Bytes of rows from which they are put together on a thread: some hundred microseconds."""
+
 _SMALL_WORK = 256 * 1024
 """Bytes of decoded inputs below which a request is decoded on the loop: a hop to a thread costs more than the work."""
 _FEW = 8
@@ -56,11 +59,13 @@ class Ticket:
         principal: whose turn in the queue it uses.
         deadline: `time.monotonic()` seconds.
         memory: grows by what decoding needs.
+        priority: higher goes first.
     """
 
     principal: str
     deadline: float | None
     memory: Reservation
+    priority: int = field(default=0, kw_only=True)
 
 
 class DecodePool:
@@ -194,7 +199,9 @@ class Servable:
             return None
         self._decode_seconds.observe(time.perf_counter() - begun)
         outputs = self.task.outputs(options)
-        self.model.submit_prompt(waiter, row.feeds, outputs, row.rows, ticket.deadline, ticket.principal)
+        self.model.submit_prompt(
+            waiter, row.feeds, outputs, row.rows, ticket.deadline, ticket.principal, priority=ticket.priority
+        )
         return row
 
     def answer(self, row: Decoded, outcome: Outcome, options: PredictOptions, ticket: Ticket) -> Answer:
@@ -203,6 +210,21 @@ class Servable:
         if outcome.errors:
             return next(iter(outcome.errors.values()))
         return _squeezed(self.task.encode(outcome.arrays, 1, options)[0], row)
+
+    async def _joined(self, model: LoadedModel, rows: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+        """The rows as one array an input, where the engine finds them; large ones are copied on a thread."""
+        if sum(_bytes(row) for row in rows) < _LARGE_COPY:
+            return model.join(rows)
+        return await self._pool.run(model.join, rows)
+
+    def described(self) -> dict[str, object]:
+        """Device, batching and notes, as plain data for operators."""
+        batching = self.model.batching
+        return {
+            "device": str(self.model.device),
+            "batching": f"{batching.mode}, up to {batching.max_rows} rows: {batching.reason}",
+            "notes": list(self.notes),
+        }
 
     async def drain(self) -> None:
         """Return when everything accepted has ended."""
@@ -264,8 +286,10 @@ class Servable:
         futures = []
         try:
             for members in groups:
-                feeds = _stack([decoded[index] for index in members])
-                futures.append(model.submit(feeds, outputs, ticket.deadline, ticket.principal))
+                feeds = await self._joined(model, [decoded[index].feeds for index in members])
+                futures.append(
+                    model.submit(feeds, outputs, ticket.deadline, ticket.principal, priority=ticket.priority)
+                )
             if len(futures) == 1:
                 outcomes = [await futures[0]]
             else:
@@ -291,6 +315,15 @@ class Servable:
                 answers[index] = error or _squeezed(results[position], decoded[index])
 
 
+def watch_queue(servable: Servable, metrics: Metrics) -> None:
+    """Show how many rows wait for the servable, until that gauge is cleared."""
+    gauge = metrics.queue_rows.labels(servable.key.model_id, servable.version)
+    metrics.watch(gauge, lambda: servable.model.waiting_rows)
+
+
+MakePlan: TypeAlias = Callable[[Path, BundleConfig, VersionFolder, int], Plan]
+
+
 async def load(
     bundle: Path,
     config: BundleConfig,
@@ -299,18 +332,22 @@ async def load(
     pool: DecodePool,
     metrics: Metrics,
     limits: Limits,
+    make_plan: MakePlan = plans.make_plan,
 ) -> Servable:
     """Read, wrap, load, probe and warm up one version.
 
+    Plans are made, and graphs loaded, in an order that depends on nothing but the arguments.
+
+    Args:   make_plan: in a front, gives the plans that the engine's process made.
     Raises: BundleInvalid, DeviceError: with what is wrong and what to do.
     """
     concepts = await asyncio.to_thread(concepts_of, config, version)
-    plan = await asyncio.to_thread(plans.make_plan, bundle, config, version, len(concepts))
+    plan = await asyncio.to_thread(make_plan, bundle, config, version, len(concepts))
     concepts = _numbered(concepts, config, plan)
     tasks: list[tuple[Plan, Task]] = []
     if all(section.name != PREDICT for section in config.onnx.methods):
         tasks.append((plan, await asyncio.to_thread(_make_task, bundle, config, version, plan, limits)))
-    tasks += await asyncio.to_thread(_declared, bundle, config, version, concepts, limits, plan)
+    tasks += await asyncio.to_thread(_declared, bundle, config, version, concepts, limits, plan, make_plan)
     models: dict[tuple[Plan, bool], LoadedModel] = {}
     try:
         # Tasks on one graph share its session, but for inputs that are no rows: theirs is not cut into rows.
@@ -340,6 +377,8 @@ def _load_request(config: BundleConfig, version: VersionFolder, plan: Plan, task
         served=_union([task.outputs(PredictOptions()) for task in tasks]),
         max_rows=config.onnx.batching.max_rows,
         examples=next((found for task in tasks if (found := task.examples())), []),
+        parallel=config.onnx.batching.parallel,
+        threads=config.onnx.batching.threads,
     )
 
 
@@ -354,6 +393,7 @@ def _declared(
     concepts: tuple[Concept, ...],
     limits: Limits,
     main: Plan,
+    make_plan: MakePlan,
 ) -> list[tuple[Plan, Task]]:
     """The declared methods, each with its file as it is; those of one file have the same plan.
 
@@ -366,7 +406,7 @@ def _declared(
         if file not in found:
             ways = config.onnx.model_dump(include={"device", "precision", "tf32", "cuda_graphs"})
             raw = dataclasses.replace(config, onnx=OnnxSection(file=file.name, **ways))
-            found[file] = plans.make_plan(bundle, raw, dataclasses.replace(version, model_file=file), 0)
+            found[file] = make_plan(bundle, raw, dataclasses.replace(version, model_file=file), 0)
         plan = found[file]
         task = Declared(
             section, plan.inputs, plan.outputs, concepts, version.path, limits.concepts_default, plan.finds_rows
@@ -437,12 +477,6 @@ def _groups(decoded: Mapping[int, Decoded], merge: bool) -> list[list[int]]:
         key = tuple((name, array.shape) for name, array in row.feeds.items()) if merge else index
         groups.setdefault(key, []).append(index)
     return list(groups.values())
-
-
-def _stack(rows: list[Decoded]) -> Mapping[str, np.ndarray]:
-    if len(rows) == 1:
-        return rows[0].feeds
-    return {name: np.concatenate([row.feeds[name] for row in rows]) for name in rows[0].feeds}
 
 
 def _squeezed(answer: Answer, row: Decoded) -> Answer:

@@ -485,7 +485,7 @@ class Http2(asyncio.Protocol):
     def _charge(self, pending: int) -> None:
         """Replies that wait for their clients count against the memory budget; one client cannot take all of it."""
         budget = self._context.budget
-        budget.used += pending - self._charged
+        budget.add(pending - self._charged)
         self._charged = pending
         if pending > max(budget.limit // _SHARE, _PULL) and pending > self._settings.max_reply:
             told = f"closed: {pending} bytes of replies wait for the client"

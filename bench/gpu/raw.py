@@ -88,7 +88,8 @@ def _measure_here(job: dict[str, Any]) -> dict[str, Any]:
     outputs = [plans.TOP_VALUES, plans.TOP_INDICES]
     threads = len(os.sched_getaffinity(0))
     begun = time.perf_counter()
-    session = Session(plan.model, plan.file.parent, device, threads)
+    graph = plans.only(plan.model, outputs)  # as it is loaded
+    session = Session(graph, plan.file.parent, device, threads, weights=plan.weights)
     figures: dict[str, Any] = {"load_s": round(time.perf_counter() - begun, 2), "ways": {}, "notes": []}
     best = session.run(outputs, {plans.IMAGE: pixels})[1][:, 0]
     figures["answers"] = [{"concept": concepts[index].id} for index in best]
@@ -103,8 +104,8 @@ def _measure_here(job: dict[str, Any]) -> dict[str, Any]:
     def ours(batch: int) -> Callable[[], object]:
         return lambda: session.run(outputs, feeds[batch])
 
-    plain = _plain(plan.model, plan.file.parent, device, threads)
-    nhwc = _plain(plan.model, plan.file.parent, device, threads, prefer_nhwc="1") if device.kind == "gpu" else None
+    plain = _plain(graph, plan.file.parent, device, threads)
+    nhwc = _plain(graph, plan.file.parent, device, threads, prefer_nhwc="1") if device.kind == "gpu" else None
     for batch in job["batches"]:
         take("numpy", batch, [lambda batch=batch: plain.run(outputs, feeds[batch])])  # type: ignore[misc]
         if nhwc is not None:

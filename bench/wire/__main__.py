@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from bench.common import machine_facts
 from bench.cpu import Cpus, choose_cpus
-from bench.report import machine_facts
 from bench.wire import build, certificates, digits, report, workload
 from bench.wire.load import H2load
 from bench.wire.plan import Bench, Results, cases
@@ -28,13 +28,13 @@ _PAYLOADS = ("text", "jpeg", "batch")
 _PARTS = ("h2load", "clients", "handshakes", "idle")
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Measure, print, write."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: stopped"))  # unwinds, so the servers are stopped too
-    arguments = _arguments()
+    arguments = _arguments(given)
     cpus = choose_cpus()
     facts = machine_facts(cpus) | report.wire_facts()
-    os.sched_setaffinity(0, {cpus.load})  # this process reads clocks while the server runs; not on its CPU
+    os.sched_setaffinity(0, cpus.load)  # this process reads clocks while the server runs; not on its CPU
     rounds = arguments.rounds or (1 if arguments.quick else 3)
     seconds = arguments.seconds or (0.1 if arguments.quick else 0.5)
     try:
@@ -139,7 +139,7 @@ def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(given: list[str] | None) -> argparse.Namespace:
     def names(known: Sequence[str]) -> Callable[[str], list[str]]:
         def parse(text: str) -> list[str]:
             unknown = set(text.split(",")) - set(known)
@@ -164,7 +164,7 @@ def _arguments() -> argparse.Namespace:
         "--seconds", type=float, help="of one short measurement; those that bars stand on take twice it"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 if __name__ == "__main__":

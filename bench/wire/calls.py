@@ -27,7 +27,7 @@ _WARM_UP_S = 0.3
 # ---- in the benchmark's own process ----------------------------------------------------------------------------------
 
 
-def check(checks: Sequence[dict[str, Any]], folder: Path, cpu: int) -> list[str]:
+def check(checks: Sequence[dict[str, Any]], folder: Path, cpu: tuple[int, ...]) -> list[str]:
     """Make one call for each check; what is wrong with its reply, or "".
 
     Args: checks: each with address, mode, method, and the files `request` and `expected`.
@@ -39,7 +39,14 @@ def check(checks: Sequence[dict[str, Any]], folder: Path, cpu: int) -> list[str]
 
 
 def measure(
-    address: str, mode: str, method: str, payload: Path, folder: Path, pids: Sequence[int], cpu: int, seconds: float
+    address: str,
+    mode: str,
+    method: str,
+    payload: Path,
+    folder: Path,
+    pids: Sequence[int],
+    cpu: tuple[int, ...],
+    seconds: float,
 ) -> Figures:
     """Load for so many seconds. Args: payload: path of the request's files without the suffix."""
     job = {

@@ -22,7 +22,7 @@ _TIMEOUT_S = 300.0
 class Client:
     """A running `python -m MODULE`, pinned to one CPU."""
 
-    def __init__(self, module: str, cpu: int, job: dict[str, Any]) -> None:
+    def __init__(self, module: str, cpu: tuple[int, ...], job: dict[str, Any]) -> None:
         """Start it and give it its job."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
@@ -31,7 +31,7 @@ class Client:
             text=True,
             cwd=ROOT,
             env=os.environ | {"GRPC_VERBOSITY": "NONE"},
-            preexec_fn=pin_to(cpu),
+            preexec_fn=pin_to(*cpu),
         )
         self.pid = self._process.pid
         self.tell(job)

@@ -63,7 +63,9 @@ class Idle:
 # ---- in the benchmark's own process ----------------------------------------------------------------------------------
 
 
-def measure_handshakes(port: int, mode: str, folder: Path, pids: Sequence[int], cpu: int, seconds: float) -> Handshakes:
+def measure_handshakes(
+    port: int, mode: str, folder: Path, pids: Sequence[int], cpu: tuple[int, ...], seconds: float
+) -> Handshakes:
     """Open and close connections for so many seconds."""
     job = {"do": "handshakes", "port": port, "mode": mode, "folder": str(folder), "seconds": seconds}
     client = Client("bench.wire.connections", cpu, job)
@@ -78,7 +80,7 @@ def measure_handshakes(port: int, mode: str, folder: Path, pids: Sequence[int], 
     return Handshakes(found["count"] / span, work / 1e3 / count, load / 1e9 / span, found["errors"])
 
 
-def measure_idle(port: int, mode: str, folder: Path, pids: Sequence[int], cpu: int, wanted: int) -> Idle:
+def measure_idle(port: int, mode: str, folder: Path, pids: Sequence[int], cpu: tuple[int, ...], wanted: int) -> Idle:
     """Open connections and keep them, while the server's memory is read; then close them."""
     job = {"do": "idle", "port": port, "mode": mode, "folder": str(folder), "count": wanted}
     client = Client("bench.wire.connections", cpu, job)

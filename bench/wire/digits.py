@@ -11,7 +11,7 @@ from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 
 from bench import workload
 from bench.cpu import Cpus
-from bench.graphs import mlp, write_bundle
+from bench.models.tiny import mlp, write_bundle
 from bench.server import Server, serving
 from bench.wire.load import Figures, H2load, Shot
 from bench.wire.process import tree
@@ -62,8 +62,8 @@ def measure(cpus: Cpus, rounds: int, seconds: float, say: Callable[[str], None])
         subjects = [_pictures(), _arrays(folder), _mlp(folder), _mlp(folder, like_peers=True)]
         for subject in subjects:
             say(f"digits: {subject.title}")
-            shared = (cpus.load,) if subject.like_peers else ()
-            with serving(subject.bundle, cpus.server, *shared) as server:
+            shared = cpus.load if subject.like_peers else ()
+            with serving(subject.bundle, (*cpus.server, *shared)) as server:
                 for _ in range(rounds):
                     _round(subject, server, load, folder, seconds)
         return subjects
@@ -96,8 +96,8 @@ def _round(subject: Subject, server: Server, load: H2load, folder: Path, seconds
 
 def _pictures() -> Subject:
     digits = workload.digits()
-    request = digits.request(workload.Shape(1, ()))
-    title = f"the shipped bundle: PNG of {len(digits.pictures[0])} bytes → 10 concepts"
+    request = digits.request(workload.Shape(1))
+    title = f"the shipped bundle: PNG of {len(digits.inputs[0])} bytes → 10 concepts"
     return Subject("digits", title, digits.bundle, request)
 
 

@@ -83,7 +83,7 @@ class Figures:
 class H2load:
     """Runs h2load on one CPU. Attributes: missing: why it cannot run, or ""."""
 
-    def __init__(self, cpu: int, folder: Path, preload: Path | None) -> None:
+    def __init__(self, cpu: tuple[int, ...], folder: Path, preload: Path | None) -> None:
         """Args: folder: for log files. preload: the built client_certificate.c, for shots with a certificate."""
         self.missing = "" if shutil.which("h2load") else "h2load is missing; on Debian: apt-get install nghttp2-client"
         self._cpu = cpu
@@ -113,7 +113,7 @@ class H2load:
             stdout=subprocess.PIPE,
             text=True,
             env=self._environment(shot),
-            preexec_fn=pin_to(self._cpu),
+            preexec_fn=pin_to(*self._cpu),
         )
         samples = _watch(process, pids)
         output = process.communicate()[0]

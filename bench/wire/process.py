@@ -73,14 +73,14 @@ def python_server(kind: str, folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(name: str, command: Sequence[str], cpu: int) -> Iterator[Process]:
+def running(name: str, command: Sequence[str], cpu: tuple[int, ...]) -> Iterator[Process]:
     """A server pinned to one CPU, listening; stopped at the end.
 
     Raises: RuntimeError: it did not start; with the end of what it wrote to its standard error.
     """
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, preexec_fn=pin_to(cpu)
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, preexec_fn=pin_to(*cpu)
         )
         try:
             assert process.stdout is not None

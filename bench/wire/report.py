@@ -170,7 +170,7 @@ def digits_as_dict(facts: Mapping[str, Any], subjects: Sequence[Subject]) -> dic
 
 
 def wire_facts() -> dict[str, Any]:
-    """Versions that matter here, beside those of `bench.report.machine_facts`."""
+    """Versions that matter here, beside those of `bench.common.machine_facts`."""
     return {
         "libgrpc++": build.grpc_version(),
         "openssl": ssl.OPENSSL_VERSION.removeprefix("OpenSSL ").split()[0],

@@ -40,6 +40,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("APPLIANCE_", "CLARIFAI_"))}
 
+MODE = os.environ.get("TEST_MODE", "")
+"""Which processes do the work where a test does not say: "single" or "processes"; "" is the appliance's own choice."""
+
 
 def run(*arguments: str | Path, config: Path | None = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
     """Run the `appliance` command to its end."""
@@ -87,6 +90,7 @@ class Appliance:
     Attributes:
         key: a key that fixtures made, if they did.
         transport: which wire serves; "" is the appliance's own choice.
+        mode: which processes do the work; likewise.
         config: sections of the configuration file beside what the folder layout gives.
     """
 
@@ -96,6 +100,7 @@ class Appliance:
     process: "subprocess.Popen[bytes] | None" = None
     key: str = ""
     transport: str = ""
+    mode: str = MODE
 
     def __post_init__(self) -> None:
         for folder in (self.models, self.state):
@@ -146,6 +151,8 @@ class Appliance:
         }
         if self.transport:
             base["server"]["transport"] = self.transport
+        if self.mode:
+            base["processes"] = {"mode": self.mode, "fronts": 2}
         for section, content in self.config.items():
             base[section] = {**base.get(section, {}), **content} if isinstance(content, dict) else content
         self.file.write_text(to_toml(base), encoding="utf-8")

@@ -139,7 +139,8 @@ def planned(folder: Path) -> tuple[BundleConfig, VersionFolder, tuple[Concept, .
 def opened(folder: Path) -> Opened:
     """The bundle's graph as the engine would load it."""
     config, version, concepts, plan = planned(folder)
-    session = Session(plan.model or plan.file, plan.file.parent, CPU, 1)
+    assert plan.model is not None
+    session = Session(plan.model, plan.file.parent, CPU, 1, weights=plan.weights)
     return Opened(config, version, concepts, plan, session)
 
 

@@ -42,7 +42,7 @@ class FakeModel:
         self._entered = threading.Semaphore(0)
         self._go = threading.Semaphore(0)
 
-    def terminate(self) -> None:
+    def terminate(self, thread: int | None = None) -> None:
         self.terminated += 1
         if self.gated and self.obeys:
             self.crash = InferenceFailed("The model failed on this input.", detail="terminated")
@@ -98,7 +98,8 @@ def submitter(batcher: Batcher) -> Submit:
         deadline: float | None = None,
         principal: str = "ada",
         width: int = 1,
+        **more: Any,
     ) -> "asyncio.Future[Any]":
-        return batcher.submit(rows(*values, width=width), outputs, deadline, principal)
+        return batcher.submit(rows(*values, width=width), outputs, deadline, principal, **more)
 
     return submit

@@ -415,6 +415,12 @@ def gather_model(rows: int = 1000) -> ModelProto:
     )
 
 
+def constant_of_shape_model() -> ModelProto:
+    """`n` int64 (1) → `y` float32 (n): as large as the caller says."""
+    node = helper.make_node("ConstantOfShape", ["n"], ["y"])
+    return make([node], {"n": (TensorProto.INT64, [1])}, {"y": (TensorProto.FLOAT, ["n"])})
+
+
 def nan_model() -> ModelProto:
     """`x` float32 (batch, 3) → `y` = x / x: ones, and NaN where x is 0."""
     shape = (TensorProto.FLOAT, ["batch", 3])

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -10,11 +11,16 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from hypothesis import given
+from hypothesis import strategies as st
 
-from appliance.api.auth import Authenticator
+from appliance.api.auth import Authenticator, Grant, Meter
+from appliance.api.context import Context
 from appliance.api.keys import KeyStore, create_key, read_keys, revoke_key
 from appliance.core.config import Auth, Config, Principal
 from appliance.core.errors import ConfigError, CredentialsMissing, KeyInvalid, NotPermitted, RateLimited
+from appliance.core.memory import MemoryBudget
+from appliance.core.sharing import FrontsBoard
 from appliance.core.types import Call, ModelKey
 from appliance.pki.leaf import Subject, issue
 from appliance.pki.profiles import DEFAULTS, Profile
@@ -367,6 +373,19 @@ def test_which_credentials_count(
             authenticator.grant(asked)
 
 
+@pytest.mark.parametrize(("mine", "yours", "both"), [("low", "high", -1), ("normal", "high", 0), ("high", "high", 1)])
+def test_with_both_the_lower_priority_counts(world: World, pem: Any, mine: str, yours: str, both: int) -> None:
+    """And the model's queue sees it."""
+    key = world.key("ada")
+    ada = Principal(name="ada", priority=mine)
+    line = Principal(name="line", identities=("cn:line-3",), priority=yours)
+    asked = call(f"Key {key}", pem())
+    grant = world.authenticator(ada, line, require="both").grant(asked)
+    assert grant.priority == both
+    context = Context(grant.name, 1.0, MemoryBudget(100).hold(0), asked, grant, "id")
+    assert context.priority == both
+
+
 def test_with_both_the_rights_intersect(world: World, pem: Any) -> None:
     """What only one of the two may use, they may not use together."""
     key = world.key("ada")
@@ -500,8 +519,8 @@ def test_a_refused_request_uses_up_nothing(world: World, pem: Any) -> None:
     )
     grant = authenticator.grant(keyed(key, pem()))
     assert requests_let_through(world, grant, 10) == 1
-    assert grant.meters[0]._tokens == 4
     assert [meter.in_flight for meter in grant.meters] == [0, 0]
+    assert requests_let_through(world, Grant(grant.meters[:1]), 10) == 4
 
 
 def test_no_limits_are_no_limits(world: World) -> None:
@@ -538,3 +557,116 @@ def test_time_that_stands_still_or_jumps_is_no_gift(world: World) -> None:
     for world.now in itertools.chain([0.0] * 5, [1e9] * 5):
         total += requests_let_through(world, grant, 20)
     assert total == 10
+
+
+# ---- several fronts --------------------------------------------------------------------------------------------------
+
+
+def fronts(world: World, count: int, *principals: Principal, slots: int = 8) -> list[Authenticator]:
+    """So many authenticators with a board in common."""
+    board = FrontsBoard.create(count, slots)
+    config = Config(auth=Auth(keys_file=world.path), principal=principals)
+    return [
+        Authenticator(
+            config,
+            KeyStore(world.path),
+            clock=lambda: world.now,
+            board=FrontsBoard.attach(os.dup(board.segment.descriptor), index),
+        )
+        for index in range(count)
+    ]
+
+
+SECONDS = st.sampled_from([0.0, 0.001, 0.3, 0.5, 1.0, 7.0, 1000.0])
+
+
+@given(
+    st.sampled_from([0.1, 1, 3, 2.5, 1000]),
+    st.sampled_from([0, 1, 5]),
+    st.integers(0, 3),
+    st.lists(st.tuples(st.integers(0, 2), SECONDS, st.booleans()), max_size=60),
+)
+def test_fronts_admit_what_one_process_would(
+    rate: float, burst: int, concurrency: int, steps: list[tuple[int, float, bool]]
+) -> None:
+    """Wherever a request comes and whenever a front looks: rate, burst and concurrency are those of one meter."""
+    principal = Principal(name="ada", requests_per_second=rate, burst=burst, concurrency=concurrency)
+    now = 1e6
+    board = FrontsBoard.create(3)
+    boards = [FrontsBoard.attach(os.dup(board.segment.descriptor), index) for index in range(3)]
+    meters = [Meter(principal, lambda: now, board) for board in boards]
+    alone = Meter(principal, lambda: now)
+    flying: list[Meter] = []
+    for index, seconds, leaves in steps:
+        now += seconds
+        for meter, others in ((alone, None), (meters[index], flying)):
+            try:
+                meter.check()
+            except RateLimited:
+                passed = False
+            else:
+                passed = True
+                meter.take()
+            if others is None:
+                expected = passed
+            elif passed:
+                others.append(meter)
+        assert passed == expected
+        if leaves and flying:
+            flying.pop(0).leave()
+            alone.leave()
+    for each in (board, *boards):
+        each.segment.close()
+
+
+def test_all_keys_of_a_principal_share_its_limits_at_all_fronts(world: World) -> None:
+    """And principals do not share theirs."""
+    keys = {name: [world.key(name) for _ in range(2)] for name in ("ada", "bob")}
+    doors = fronts(world, 2, *(Principal(name=name, requests_per_second=3) for name in keys))
+    for name in keys:
+        grants = [door.grant(keyed(key)) for door in doors for key in keys[name]]
+        assert [requests_let_through(world, grant, 1) for grant in grants] == [1, 1, 1, 0]
+
+
+def test_a_reload_at_one_front_keeps_what_all_have_counted(world: World) -> None:
+    """Until the limits change; what is in flight leaves as it came."""
+    key = world.key("ada")
+    ada = Principal(name="ada", requests_per_second=3, concurrency=2)
+    one, two = fronts(world, 2, ada)
+    grants = [door.grant(keyed(key)) for door in (one, two)]
+    with grants[0].admitted():
+        fewer = ada.model_copy(update={"models": ("digits",)})
+        one.configure(Config(auth=Auth(keys_file=world.path), principal=(fewer,)))
+        again = one.grant(keyed(key))
+        with again.admitted(), pytest.raises(RateLimited, match="2 requests at once"):
+            grants[1].check()
+    assert [requests_let_through(world, grant, 2) for grant in (grants[1], again)] == [1, 0]
+    faster = ada.model_copy(update={"requests_per_second": 4.0})
+    for door in (one, two):
+        door.configure(Config(auth=Auth(keys_file=world.path), principal=(faster,)))
+    assert [requests_let_through(world, door.grant(keyed(key)), 3) for door in (one, two)] == [3, 1]
+
+
+def test_where_the_board_is_full_each_front_has_its_part(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """At least one request; the sentence names the limit that is configured."""
+    keys = [world.key(name) for name in ("ada", "bob")]
+    principals = [Principal(name=name, requests_per_second=6, concurrency=1) for name in ("ada", "bob", "eve")]
+    doors = fronts(world, 3, *principals, slots=1)
+    assert len(caplog.records) == 3  # a word of each front
+    assert [requests_let_through(world, door.grant(keyed(keys[0])), 9) for door in doors] == [6, 0, 0]
+    assert [requests_let_through(world, door.grant(keyed(keys[1])), 9) for door in doors] == [2, 2, 2]
+    grant = doors[0].grant(keyed(keys[1]))
+    with pytest.raises(RateLimited, match="limit of 6 requests per second"):
+        grant.check()
+    world.now = 0.5
+    with grant.admitted(), pytest.raises(RateLimited, match="limit of 1 requests at once"):
+        grant.check()
+
+
+def test_a_principal_without_limits_takes_no_slot(world: World) -> None:
+    """Nor any time."""
+    doors = fronts(world, 2, *(Principal(name=str(number)) for number in range(20)), slots=1)
+    key = world.key("7")
+    assert requests_let_through(world, doors[1].grant(keyed(key)), 1000) == 1000
+    assert doors[1]._board is not None
+    assert doors[1]._board.meter("somebody") is not None

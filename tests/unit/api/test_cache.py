@@ -432,9 +432,9 @@ async def test_an_error_of_the_run_ends_the_request_and_keeps_nothing() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda n: ConceptScores([1000 + (n * 7 + i) % 300 for i in range(20)], [n + i / 7 for i in range(20)]),
-        lambda n: ConceptScores([], []),
-        lambda n: ConceptScores([n], [n / 3]),
+        lambda n: ConceptScores(np.arange(n, n + 20), np.full(20, n, np.float32)),
+        lambda n: ConceptScores(np.zeros(0, np.int64), np.zeros(0, np.float32)),
+        lambda n: ConceptScores(np.array([n]), np.array([n / 3], np.float32)),
         lambda n: Embedding(np.full(384, n, np.float32)),
         lambda n: Tensors({f"output-{i}": np.full((3, 5), n, np.float64) for i in range(4)}),
     ],

@@ -181,16 +181,16 @@ def test_an_array_that_lies_is_named() -> None:
 def test_a_pythonic_call_gives_arrays_by_argument() -> None:
     """And pictures by the task's own."""
     given = {"a": Data(ndarray=ndarray([1])), "b": Data(ndarray=ndarray([2]))}
-    payload = payload_of_arguments("ndarray", given["a"], given)
+    payload = payload_of_arguments("ndarray", "a", given)
     assert isinstance(payload, Payload)
     assert {name: array.tolist() for name, array in payload.arrays.items()} == {"a": [1], "b": [2]}
-    assert payload_of_arguments("image", Data(image=Image(base64=b"x")), {}) == Payload(image=b"x")
+    assert payload_of_arguments("image", "a", {"a": Data(image=Image(base64=b"x"))}) == Payload(image=b"x")
 
 
 def test_an_argument_that_is_no_array_is_named() -> None:
     """A text where an array belongs."""
     with pytest.raises(InvalidInput, match="The array 'a' has dtype ''"):
-        payload_of_arguments("ndarray", Data(), {"a": Data(string_value="no")})
+        payload_of_arguments("ndarray", "a", {"a": Data(string_value="no")})
 
 
 @given(

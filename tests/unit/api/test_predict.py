@@ -69,7 +69,7 @@ def test_what_is_written_beforehand_is_what_would_be_written(pythonic: bool) -> 
         written = replies.written(Returned(value), kind, pythonic=pythonic)
         texts = []
         for answer in (written, Returned(value)):
-            body = writer.output(b"", given, answer, kind, pythonic=pythonic)
+            body = b"".join(writer.output(b"", given, answer, kind, pythonic=pythonic))
             (output,) = service_pb2.MultiOutputResponse.FromString(body).outputs
             texts.append(str(output.data))
         assert texts[0] == texts[1] != ""

@@ -15,7 +15,8 @@ from support import reference_replies
 
 from appliance.api import messages, replies
 from appliance.api.replies import ReplyWriter
-from appliance.catalog.repository import Running, Version
+from appliance.api.varints import Pieces
+from appliance.catalog.view import Running, Version
 from appliance.core.errors import ApplianceError, InferenceFailed, InvalidInput
 from appliance.core.types import Concept, ConceptScores, Embedding, ModelKey, Tensors
 
@@ -42,14 +43,14 @@ def written(
 ) -> service_pb2.MultiOutputResponse:
     """The joined reply, parsed; its code is checked on the way."""
     head = writer.head(writer.brief(version), replies.success("req"))
-    outputs = [
-        replies.error_output(given, answer, "req")
-        if isinstance(answer, ApplianceError)
-        else writer.output(head, given, answer, pythonic=pythonic)
-        for given, answer in zip(inputs, answers, strict=True)
-    ]
+    outputs: Pieces = []
+    for asked, answer in zip(inputs, writer.scored(answers), strict=True):
+        if isinstance(answer, ApplianceError):
+            outputs += replies.error_output(asked, answer, "req")
+        else:
+            outputs += writer.output(head, asked, answer, pythonic=pythonic)
     failures = [answer for answer in answers if isinstance(answer, ApplianceError)]
-    reply = replies.reply(outputs, failures, note, "req")
+    reply = replies.reply(outputs, len(answers), failures, note, "req")
     response = service_pb2.MultiOutputResponse.FromString(reply.body)
     assert response.status.code == reply.code
     return response
@@ -92,7 +93,7 @@ errors = st.builds(InferenceFailed, st.text(max_size=9)) | st.builds(InvalidInpu
 def scores(draw: st.DrawFn, known: int) -> ConceptScores:
     """Of some of the concepts, in any order."""
     indices = draw(st.lists(st.integers(0, known - 1), max_size=8))
-    return ConceptScores(indices, [draw(floats) for _ in indices])
+    return ConceptScores(np.array(indices, np.int64), np.array([draw(floats) for _ in indices], np.float32))
 
 
 @settings(deadline=None)
@@ -120,10 +121,54 @@ def test_any_reply_is_the_message_it_would_be(
     same(found, wanted, asked)
 
 
+@settings(deadline=None)
+@given(data=st.data(), known=concepts, pythonic=st.booleans())
+def test_many_concepts_are_written_as_few_are(data: st.DataObject, known: list[Concept], pythonic: bool) -> None:
+    """From so many on that all their values are written at once; some answers have none, some inputs failed."""
+    servable = Fake(tuple(known))
+    counts = data.draw(st.lists(st.sampled_from([0, 1, 3, 20, 200]), min_size=1, max_size=6))
+    random = np.random.default_rng(len(counts))
+    answers: list[Any] = [
+        ConceptScores(random.integers(0, len(known), count), random.random(count, np.float32))
+        for count in [*counts, replies._MANY]
+    ]
+    answers.insert(data.draw(st.integers(0, len(answers))), InferenceFailed("no"))
+    asked = [Input(id=str(index)) for index in range(len(answers))]
+    found = written(ReplyWriter(servable), version_of(servable), asked, answers, pythonic, "")  # type: ignore[arg-type]
+    wanted = reference_replies.reply(
+        asked,
+        answers,
+        model=messages.model_brief(version_of(servable)),
+        concepts=known,
+        app_id="app",
+        pythonic=pythonic,
+        note="",
+        req_id="req",
+    )
+    same(found, wanted, asked)
+
+
+def test_scores_that_are_views_into_a_batch_are_written_as_they_are() -> None:
+    """Rows of larger arrays, cut to a few columns, and of another width of floats."""
+    servable = Fake(tuple(Concept(f"c{index}", "") for index in range(200)))
+    indices = np.tile(np.arange(200), (9, 1))
+    for dtype in (np.float32, np.float16, np.dtype(">f4")):
+        values = np.random.default_rng(0).random((9, 200)).astype(dtype)
+        answers = [ConceptScores(row, value) for row, value in zip(indices[:, 3:70:2], values[:, 3:70:2], strict=True)]
+        asked = [Input()] * 9
+        found = written(ReplyWriter(servable), None, asked, answers, False, "")  # type: ignore[arg-type]
+        for output, answer in zip(found.outputs, answers, strict=True):
+            assert [concept.id for concept in output.data.concepts] == [f"c{index}" for index in range(3, 70, 2)]
+            assert [concept.value for concept in output.data.concepts] == answer.values.astype(np.float32).tolist()
+
+
 def test_a_large_reply_is_the_message_it_would_be() -> None:
     """Lengths of several bytes."""
     servable = Fake()
-    answers = [Tensors({"y": np.arange(size, dtype=np.float32)}) for size in (0, 1, 31, 32, 4095, 4096, 700_000)]
+    sizes = (0, 1, 31, 32, 4095, 4096, 700_000)
+    answers: list[Any] = [Tensors({"y": np.arange(size, dtype=np.float32)}) for size in sizes]
+    answers += [Embedding(np.arange(size, dtype=np.float32)) for size in sizes[1:]]
+    answers.append(Tensors({"strided": np.arange(40_000.0).reshape(200, 200).T, "half": np.ones(9000, np.float16)}))
     asked = [Input(id="x" * index) for index in range(len(answers))]
     version = version_of(servable)
     found = written(ReplyWriter(servable), version, asked, answers, False, "")  # type: ignore[arg-type]
@@ -171,7 +216,7 @@ def both(result: Any) -> tuple[Any, Any]:
 
 def test_concepts_are_given_by_id_name_and_value() -> None:
     """In both forms, in order, the value exact to the bit."""
-    for data in both(ConceptScores([1, 0], [float(np.float32(0.6)), 0.25])):
+    for data in both(ConceptScores(np.array([1, 0]), np.array([0.6, 0.25], np.float32))):
         assert [(c.id, c.name, c.app_id) for c in data.concepts] == [("c-dog", "dog", "app"), ("c-cat", "cat", "app")]
         assert data.concepts[0].value == np.float32(0.6)
 

@@ -490,7 +490,7 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> "list[asyncio.Future[Any]]":
     """Let nothing reach any device: what is submitted waits for ever."""
     futures: list[asyncio.Future[Any]] = []
 
-    def submit(*arguments: Any) -> Any:
+    def submit(*arguments: Any, **more: Any) -> Any:
         futures.append(asyncio.get_running_loop().create_future())
         return futures[-1]
 
@@ -679,9 +679,9 @@ async def test_a_bundle_that_vanishes_meanwhile_is_answered(world: World, monkey
     client = world.api()
     original = LocalModel.submit
 
-    def submit(self: Any, *arguments: Any) -> Any:
+    def submit(self: Any, *arguments: Any, **more: Any) -> Any:
         world.repository._bundles.pop("colours", None)
-        return original(self, *arguments)
+        return original(self, *arguments, **more)
 
     bundle = world.repository._bundles["colours"]
     monkeypatch.setattr(LocalModel, "submit", submit)

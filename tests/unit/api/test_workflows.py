@@ -17,7 +17,7 @@ from support import graphs, pictures
 from support.api_world import IDS, PICTURE, QUICK, Client, World, predict_request, soon
 
 from appliance.api.predict import Predictions
-from appliance.catalog.repository import State
+from appliance.catalog.view import State
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Catalog, Limits, Placement, Principal
 from appliance.core.errors import Draining, Overloaded

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from support import graphs
 
-from appliance.catalog.graph import axes, every_node, graph_inputs, read_graph
+from appliance.catalog.graph import axes, every_node, graph_inputs, locations, read_graph, without_weights
 from appliance.core.errors import BundleInvalid
 
 
@@ -145,3 +146,73 @@ def test_a_graph_without_outputs_is_refused(tmp_path: Path) -> None:
 def test_the_test_graphs_are_valid_onnx() -> None:
     for make in (graphs.if_model, graphs.two_in_two_out_model, graphs.gather_model, graphs.dynamic_quantize_model):
         onnx.checker.check_model(make())
+
+
+# ---- without weights -------------------------------------------------------------------------------------------------
+
+
+def refilled(model: ModelProto, content: bytes) -> ModelProto:
+    """The model with the bytes that its tensors refer to put back."""
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            assert where["location"] == "here"
+            start = int(where["offset"])
+            tensor.raw_data = content[start : start + int(where["length"])]
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+    return model
+
+
+def heavy_model(*sizes: int) -> ModelProto:
+    """A chain of Adds with a weight of so many float32 each."""
+    weights = {f"w{i}": np.random.default_rng(i).random(size).astype(np.float32) for i, size in enumerate(sizes)}
+    nodes = [helper.make_node("Add", [f"v{i}", f"w{i}"], [f"v{i + 1}"]) for i in range(len(sizes))]
+    shape = (TensorProto.FLOAT, ["batch", None])
+    return graphs.make(nodes, {"v0": shape}, {f"v{len(sizes)}": shape}, weights)
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (256,), (257,), (1, 300, 2, 40_000, 1), (300_000,) * 3])
+def test_large_tensors_are_referred_to_and_nothing_else_changes(sizes: tuple[int, ...]) -> None:
+    """Put back, they make the model that there was, field by field; small ones were never taken out."""
+    model = heavy_model(*sizes)
+    model.metadata_props.add(key="k", value="v" * 2000)
+    model.graph.doc_string = "d" * 5000
+    content = model.SerializeToString()
+    light = without_weights(content, "here")
+    assert len(light) < 20_000
+    read = ModelProto.FromString(light)
+    assert [t.data_location == TensorProto.EXTERNAL for t in read.graph.initializer] == [n > 256 for n in sizes]
+    assert locations(read) == (["here"] if max(sizes, default=0) > 256 else [])
+    assert refilled(read, content) == model
+
+
+def test_what_protobuf_merges_is_merged_still() -> None:
+    """A message may be written in parts, and a field twice: the last one counts."""
+    first, second = heavy_model(300), heavy_model(400)
+    second.graph.initializer[0].name = "other"
+    content = first.SerializeToString() + second.SerializeToString()
+    read = ModelProto.FromString(without_weights(content, "here"))
+    assert refilled(read, content) == ModelProto.FromString(content)
+    twice = TensorProto(name="t", dims=[300], data_type=1, raw_data=b"a" * 1200).SerializeToString()
+    twice += TensorProto(raw_data=b"b" * 1200).SerializeToString()
+    graph = b"\x2a" + bytes([len(twice) & 0x7F | 0x80, len(twice) >> 7]) + twice
+    content = b"\x3a" + bytes([len(graph) & 0x7F | 0x80, len(graph) >> 7]) + graph
+    read = ModelProto.FromString(without_weights(content, "here"))
+    assert refilled(read, content).graph.initializer[0].raw_data == b"b" * 1200
+
+
+def test_what_is_no_protobuf_is_said_or_copied() -> None:
+    """Bytes at random, and a model cut off anywhere or with bytes changed: one of three errors, and nothing else."""
+    random = np.random.default_rng(5)
+    whole = heavy_model(300, 300).SerializeToString()
+    for _ in range(2000):
+        content = bytearray(whole if random.random() < 0.8 else random.bytes(int(random.integers(1, 200))))
+        for place in random.integers(0, min(len(content), 120), 3):
+            content[place] = int(random.integers(256))
+        del content[int(random.integers(1, len(content) + 1)) :]
+        try:
+            light = without_weights(bytes(content), "here")
+        except (ValueError, IndexError, DecodeError):
+            continue
+        assert len(light) <= len(content) + 200

@@ -18,8 +18,9 @@ from support.waiting import eventually_async
 
 from appliance.catalog import repository as module
 from appliance.catalog.bundle import BundleConfig, VersionFolder
-from appliance.catalog.repository import Repository, State, describe
+from appliance.catalog.repository import Repository
 from appliance.catalog.state import write_held
+from appliance.catalog.view import State, describe
 from appliance.core.config import Catalog
 from appliance.core.errors import BundleInvalid, ConfigError, NotDeployed, NotReady, UnknownModel
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from appliance.core.metrics import _ROWS, _SECONDS, PREFIX, Metrics
+from appliance.core.shared import Segment
 
 _MODEL = ("model", "version")
 _VALUES = (0, 0.00005, 0.00006, 0.3, 60, 61, 1e9)
@@ -54,6 +55,66 @@ def test_what_is_exposed_is_what_prometheus_clients_objects_expose(
     for family in (metrics.requests, metrics.inputs, metrics.request_seconds, metrics.batch_rows):
         ours.register(family)
     assert _comparable(write(ours)) == _comparable(write(theirs))
+
+
+@pytest.mark.parametrize("write", [generate_latest, openmetrics.generate_latest])
+@pytest.mark.parametrize("shared", [False, True])
+def test_gauges_and_series_without_labels_are_exposed_as_prometheus_clients(
+    write: Callable[[CollectorRegistry], bytes], shared: bool
+) -> None:
+    """Zero from the beginning; what was cleared is gone, and comes back at the end; wherever the numbers are."""
+    segment = Segment.create("test", 2**16) if shared else None
+    metrics, theirs, ours = Metrics(segment), CollectorRegistry(), CollectorRegistry()
+    lost = Counter(
+        f"{PREFIX}_requests_lost",
+        "Accepted calls that ended without a result or a status; stays 0.",
+        registry=theirs,
+    )
+    in_flight = Gauge(f"{PREFIX}_in_flight_requests", "Calls being worked on.", registry=theirs)
+    in_flight.set_function(lambda: 7)
+    metrics.watch(metrics.in_flight, lambda: 7)
+    rows = Gauge(f"{PREFIX}_queue_rows", "Rows waiting for the model.", _MODEL, registry=theirs)
+    handshakes = Histogram(
+        f"{PREFIX}_handshake_seconds",
+        "From accept to the end of the TLS handshake.",
+        buckets=_SECONDS,
+        registry=theirs,
+    )
+    for name in ("requests_lost", "in_flight_requests", "queue_rows", "handshake_seconds"):
+        ours.register(metrics.families[name])
+    assert _comparable(write(ours)) == _comparable(write(theirs))
+    lost.inc(3)
+    metrics.lost.inc(3)
+    handshakes.observe(0.02)
+    metrics.handshake_seconds.observe(0.02)
+    for gauge in (metrics.queue_rows, rows):
+        for model in "abc":
+            gauge.labels(model, 1).set(2.5)
+        gauge.clear()
+        for model in "ca":
+            gauge.labels(model, 1)
+        gauge.labels("c", 1).set(-1)
+    assert _comparable(write(ours)) == _comparable(write(theirs))
+
+
+def test_what_is_cleared_is_watched_no_more() -> None:
+    """Nothing of a model that went is kept alive, nor asked."""
+    metrics = Metrics()
+    metrics.watch(metrics.queue_rows.labels("m", "1"), lambda: 1 / 0)
+    metrics.queue_rows.clear()
+    metrics.queue_rows.labels("m", "1")
+    metrics.sample()
+    assert metrics.registry.get_sample_value(f"{PREFIX}_queue_rows", {"model": "m", "version": "1"}) == 0
+
+
+def test_no_call_fails_for_a_full_segment() -> None:
+    """What has no room is counted all the same, where nobody else sees it."""
+    segment = Segment.create("test", 4096)
+    metrics = Metrics(segment)
+    for number in range(100):
+        metrics.swaps.labels(number).inc()
+        metrics.batch_rows.labels(number, 1).observe(1)
+    assert metrics.registry.get_sample_value(f"{PREFIX}_model_swaps_total", {"model": "99"}) == 1
 
 
 def test_a_series_is_made_once() -> None:

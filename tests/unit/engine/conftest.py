@@ -31,5 +31,6 @@ async def make(model: FakeModel) -> Any:
     model.open_gate()
     for batcher in made:
         batcher.close()
-        await asyncio.to_thread(batcher._thread.join, WAIT_S)
-        assert not batcher._thread.is_alive()
+        for worker in batcher._workers:
+            await asyncio.to_thread(worker.thread.join, WAIT_S)
+            assert not worker.thread.is_alive()

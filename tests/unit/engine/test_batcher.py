@@ -2,7 +2,10 @@
 
 import asyncio
 import gc
+import itertools
+import threading
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.fake_model import FakeModel, rows, submitter
-from support.waiting import eventually_async
+from support.waiting import eventually, eventually_async
 
 from appliance.core.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
-from appliance.engine.batcher import Batcher, RunRecord
+from appliance.core.types import Array
+from appliance.engine.batcher import AGE, Batcher, RunRecord, powers_of_two
+from appliance.engine.gate import RunGate
 from appliance.engine.session import OutOfMemory
 
 
@@ -89,9 +94,9 @@ async def test_a_cancellation_in_the_same_instant_is_honoured(model: FakeModel, 
     gone.cancel()
     model.open_gate()
     until = time.monotonic() + 5
-    while batcher._queues and time.monotonic() < until:  # the loop must not turn meanwhile
+    while batcher._levels and time.monotonic() < until:  # the loop must not turn meanwhile
         time.sleep(0.001)  # noqa: ASYNC251
-    assert not batcher._queues
+    assert not batcher._levels
     assert model.runs == [[-1.0]]
 
 
@@ -271,7 +276,7 @@ async def test_the_arrays_are_not_changed(model: FakeModel, make: Any) -> None:
     """The caller keeps its rows until it is answered; they may be shared memory."""
     feeds = rows(1, 2, 3)
     feeds["x"].flags.writeable = False
-    outcome = await make(pad=True).submit(feeds, ("double",), None, "ada")
+    outcome = await make(sizes=(4, 8)).submit(feeds, ("double",), None, "ada")
     assert doubled(outcome) == [2, 4, 6]
 
 
@@ -397,7 +402,7 @@ async def test_a_row_that_does_not_fit_alone_is_an_error_of_its_own(model: FakeM
 @pytest.mark.parametrize(("count", "padded"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 12), (12, 12)])
 async def test_runs_are_padded_to_a_power_of_two(model: FakeModel, make: Any, count: int, padded: int) -> None:
     """So that a GPU sees few shapes; never beyond max_rows, and nobody sees the padding."""
-    outcome = await submitter(make(max_rows=12, pad=True))(*range(count))
+    outcome = await submitter(make(max_rows=12, sizes=powers_of_two(12)))(*range(count))
     assert doubled(outcome) == [2.0 * i for i in range(count)]
     assert model.shapes[0]["x"] == (padded, 1)
 
@@ -588,8 +593,413 @@ async def test_the_arrays_of_answered_rows_are_let_go(model: FakeModel, make: An
     await asyncio.to_thread(lambda: None)
     gc.collect()
     assert batcher.waiting_rows == 0
-    assert not batcher._queues
+    assert not batcher._levels
     assert not batcher._unfinished
+
+
+# ---- bytes, sizes, room ----------------------------------------------------------------------------------------------
+
+
+async def test_admission_is_refused_when_what_waits_has_too_many_bytes(model: FakeModel, make: Any) -> None:
+    """Rows of 40 bytes; the sentence names the key. Who leaves makes room, and an empty queue takes anything."""
+    batcher = make(queue_bytes=100, max_rows=1)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    first = submit(1, 2, width=10)
+    with pytest.raises(Overloaded, match=r"80 bytes wait .* limit is 100 \(engine\.queue_size\)"):
+        submit(3, width=10)
+    small = submit(4, width=5)
+    first.cancel()
+    await asyncio.sleep(0)
+    second = submit(5, 6, width=10)
+    model.open_gate()
+    assert doubled(await small) == [8]
+    assert doubled(await second) == [10, 12]
+    assert doubled(await submit(*range(9), width=10)) == [2.0 * i for i in range(9)]
+
+
+@pytest.mark.parametrize(("width", "sizes"), [(10, [2, 2, 1]), (25, [1] * 5), (1000, [1] * 5), (1, [5])])
+async def test_a_run_has_no_more_bytes_than_it_may(model: FakeModel, make: Any, width: int, sizes: list[int]) -> None:
+    """A row that is larger runs by itself: somebody waits for it."""
+    outcome = await submitter(make(max_bytes=100))(*range(5), width=width)
+    assert doubled(outcome) == [2.0 * i for i in range(5)]
+    assert [len(run) for run in model.runs] == sizes
+
+
+@pytest.mark.parametrize("limit", [{"max_rows": 13}, {"max_rows": 64, "max_bytes": 13 * 4}])
+async def test_only_given_sizes_are_seen_by_the_model(model: FakeModel, make: Any, limit: dict[str, int]) -> None:
+    """Whatever waits, and whichever bound holds: graphs and profiles are recorded for these sizes only."""
+    batcher = make(sizes=(2, 4, 8, 16), **limit)
+    submit = submitter(batcher)
+    for count in (1, 3, 7, 12, 30):
+        assert doubled(await submit(*range(count))) == [2.0 * i for i in range(count)]
+    assert {shape["x"][0] for shape in model.shapes} == {2, 4, 8}
+
+
+async def test_after_a_while_a_larger_size_is_tried_again(model: FakeModel, make: Any) -> None:
+    """Whoever took the device's memory may have gone. Never beyond what the model was given at first."""
+    now = [0.0]
+    model.room = 4
+    batcher = make(max_rows=16, clock=lambda: now[0])
+    submit = submitter(batcher)
+    await submit(*range(16))
+    assert batcher.max_rows == 4
+    model.room = None
+    for step, size in enumerate([4, 8, 16, 16]):
+        await submit(*range(40))
+        assert max(len(run) for run in model.runs[-2:]) == size, step
+        now[0] += 61
+    assert batcher.max_rows == 16
+
+
+async def test_sizes_that_do_not_fit_are_tried_ever_more_rarely(model: FakeModel, make: Any) -> None:
+    """A trial costs a failed run; at last there is one an hour, and every row is answered all the same."""
+    now = [0.0]
+    model.room = 4
+    batcher = make(max_rows=8, clock=lambda: now[0])
+    submit = submitter(batcher)
+    trials: list[float] = []
+    while now[0] < 30_000:
+        model.runs.clear()
+        assert doubled(await submit(*range(8))) == [2.0 * i for i in range(8)]
+        if any(len(run) == 8 for run in model.runs):
+            trials.append(now[0])
+        now[0] += 20
+    waits = [after - before for before, after in itertools.pairwise(trials)]
+    assert waits == sorted(waits)
+    assert waits[0] == 60
+    assert waits[-1] == 3600
+    assert len(trials) < 16
+
+
+# ---- priorities ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_higher_priority_goes_first(model: FakeModel, make: Any) -> None:
+    """Whoever came first, whose turn it is and whose deadline is nearest; what room is left is for the others."""
+    batcher = make(max_rows=3)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    soon = time.monotonic() + 60
+    futures = [
+        submit(1, 2, principal="low", priority=-1, deadline=soon),
+        submit(3, 4, principal="normal"),
+        submit(5, 6, principal="high", priority=1),
+    ]
+    model.open_gate()
+    await asyncio.gather(*futures)
+    assert model.runs[1:] == [[5, 6, 3], [4, 1, 2]]
+
+
+async def test_a_higher_priority_chooses_the_shape(model: FakeModel, make: Any) -> None:
+    batcher = make()
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(1, width=1), submit(2, width=2, priority=1), submit(3, width=3, priority=-1)]
+    model.open_gate()
+    await asyncio.gather(*futures)
+    assert model.runs[1:] == [[2], [1], [3]]
+
+
+@pytest.mark.parametrize("width", [1, 2])
+async def test_a_lower_priority_is_passed_over_for_eight_runs_at_most(model: FakeModel, make: Any, width: int) -> None:
+    """Of its own shape or another one, however much of the higher one waits; then again after as many runs."""
+    batcher = make(max_rows=2, queue_rows=1000)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(*range(100, 300), principal="high", priority=1)]
+    futures += [submit(1, 2, 3, 4, principal="low", width=width)]
+    model.open_gate()
+    await asyncio.gather(*futures)
+    assert [number for number, run in enumerate(model.runs) if run[0] < 100] == [0, AGE + 1, 2 * AGE + 2]
+
+
+async def test_of_three_priorities_none_starves(model: FakeModel, make: Any) -> None:
+    """Both lower ones are due in the end; the second one waits for one run more."""
+    batcher = make(max_rows=1, queue_rows=1000)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(*[2] * 60, priority=2), submit(*[1] * 9, priority=1), submit(*[-1] * 9, priority=-1)]
+    model.open_gate()
+    await asyncio.gather(*futures)
+    order = [run[0] for run in model.runs[1:]]
+    for priority in (1.0, -1.0):
+        places = [-1, *(place for place, value in enumerate(order) if value == priority)]
+        assert max(after - before for before, after in itertools.pairwise(places)) <= AGE + 2
+
+
+# ---- rows that are suspected -----------------------------------------------------------------------------------------
+
+
+class Log:
+    """A ledger: which rows are in a run now, and whether they ever were."""
+
+    def __init__(self) -> None:
+        self.now: list[int] = []
+        self.ever: set[int] = set()
+        self.spans: list[tuple[int, int]] = []
+
+    def running(self, start: int, count: int) -> None:
+        assert not set(self.now) & set(range(start, start + count))
+        self.spans.append((start, count))
+        self.now += range(start, start + count)
+        self.ever |= set(self.now)
+
+    def idle(self, start: int, count: int) -> None:
+        for row in range(start, start + count):
+            self.now.remove(row)
+
+
+async def test_suspected_rows_share_a_run_with_nobody(model: FakeModel, make: Any) -> None:
+    """One row a run, though rows of the same shape wait."""
+    batcher = make()
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    futures = [submit(1), submit(2, 3, alone=True), submit(4), submit(5, alone=True, principal="bob")]
+    model.open_gate()
+    assert [doubled(outcome) for outcome in await asyncio.gather(*futures)] == [[2], [4, 6], [8], [10]]
+    assert sorted(model.runs[1:]) == [[1, 4], [2], [3], [5]]
+
+
+async def test_suspected_rows_are_let_in_though_the_queue_is_full(model: FakeModel, make: Any) -> None:
+    """They were accepted before the crash: nothing accepted is lost."""
+    batcher = make(queue_rows=1)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    first, suspect = submit(1), submit(2, 3, alone=True)
+    model.open_gate()
+    assert doubled(await first) == [2]
+    assert doubled(await suspect) == [4, 6]
+
+
+async def test_while_a_suspected_row_runs_nothing_else_in_the_engine_does(model: FakeModel, make: Any) -> None:
+    """No other model's run either: a second crash is that row's doing."""
+    other = FakeModel()
+    shared = RunGate()
+    batcher, neighbour = make(gate=shared), make(model=other, gate=shared)
+    model.gated = other.gated = True
+    running = submitter(neighbour)(1)
+    await other.entered()
+    suspect = submitter(batcher)(2, alone=True)
+    await eventually_async(lambda: shared.shut)
+    assert model.runs == []
+    waiting = submitter(neighbour)(3)
+    other.open_gate()
+    assert doubled(await running) == [2]
+    await model.entered()
+    assert other.runs == [[1]]
+    model.open_gate()
+    assert doubled(await suspect) == [4]
+    assert doubled(await waiting) == [6]
+
+
+async def test_who_waits_to_be_let_in_is_no_run_that_cannot_be_ended(
+    model: FakeModel, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its callers may leave; the row never runs, and the model goes on."""
+    monkeypatch.setattr("appliance.engine.batcher._LOOK_S", 0.001)
+    monkeypatch.setattr("appliance.engine.batcher._DEAF_S", 0.002)
+    shared = RunGate()
+    batcher = make(gate=shared)
+    looks = []
+    look = batcher._end_runs_for_nobody
+    monkeypatch.setattr(batcher, "_end_runs_for_nobody", lambda: looks.append(look()))
+    await asyncio.to_thread(shared.enter, True)
+    gone = submitter(batcher)(1)
+    await eventually_async(lambda: batcher.waiting_rows == 0)
+    gone.cancel()
+    seen = len(looks)
+    await eventually_async(lambda: len(looks) > seen + 20)
+    assert batcher.death is None
+    shared.leave(True)
+    assert doubled(await submitter(batcher)(2)) == [4]
+    assert model.runs == [[2]]
+    assert not model.terminated
+
+
+async def test_a_ledger_is_told_of_each_run_and_each_part_of_a_failed_one(model: FakeModel, make: Any) -> None:
+    """Rows of its own submission, by their place in it, and none of them is left in the end."""
+    batcher = make(max_rows=6)
+    await plugged(model, batcher)
+    submit = submitter(batcher)
+    first, second, gone = Log(), Log(), Log()
+    model.poison = {4.0}
+    futures = [submit(1, 2, ledger=first), submit(3, 4, 5, 6, 7, ledger=second)]
+    cancelled = submit(8, ledger=gone)
+    cancelled.cancel()
+    during: list[tuple[list[int], list[int]]] = []
+    compute = model.compute
+    model.compute = lambda name, x: (during.append((first.now[:], second.now[:])), compute(name, x))[1]  # type: ignore[method-assign]
+    model.open_gate()
+    await asyncio.gather(*futures)
+    assert first.now == second.now == gone.now == []
+    assert gone.ever == set()
+    assert first.spans == [(0, 2), (0, 2)]
+    assert second.spans == [(0, 4), (0, 1), (1, 3), (1, 1), (2, 2), (4, 1)]
+    assert during == [([], []), ([0, 1], [0]), ([], [2, 3]), ([], [4])]
+
+
+# ---- several workers -------------------------------------------------------------------------------------------------
+
+
+class Parallel(FakeModel):
+    """Runs wait, each on its own thread, until they are let go by their value, or told to end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.inside: dict[int, list[float]] = {}
+        self.most = 0
+        self.free: set[float] = set()
+        self.deaf: set[float] = set()
+        self.ended: set[int] = set()
+        self.killers: dict[float, BaseException] = {}
+
+    def terminate(self, thread: int | None = None) -> None:
+        assert thread is not None
+        self.ended.add(thread)
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        thread = threading.get_ident()
+        values = feeds["x"][:, 0].tolist()
+        with self.lock:
+            self.ended.discard(thread)
+            self.inside[thread] = values
+            self.most = max(self.most, len(self.inside))
+        try:
+            eventually(lambda: set(values) <= self.free or (thread in self.ended and not self.deaf & set(values)))
+        finally:
+            with self.lock:
+                del self.inside[thread]
+        for value in values:
+            if value in self.killers:
+                raise self.killers[value]
+        if not set(values) <= self.free:
+            raise InferenceFailed("The model failed on this input.", detail="terminated")
+        return super().run(outputs, feeds)
+
+    def running(self) -> list[list[float]]:
+        """The values of the runs in progress."""
+        with self.lock:
+            return sorted(self.inside.values())
+
+
+async def test_idle_workers_share_what_waits(make: Any) -> None:
+    """Each has a core of its own: eight rows are four runs of two at once, not one of eight."""
+    model = Parallel()
+    batcher = make(model=model, parallel=4)
+    future = submitter(batcher)(*range(8))
+    await eventually_async(lambda: len(model.running()) == 4)
+    assert model.running() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    model.free = set(range(8))
+    assert doubled(await future) == [2.0 * i for i in range(8)]
+
+
+async def test_busy_workers_get_full_runs(make: Any) -> None:
+    """What queued while they ran."""
+    model = Parallel()
+    batcher = make(model=model, parallel=2, max_rows=4)
+    submit = submitter(batcher)
+    first = [submit(1), submit(2)]
+    await eventually_async(lambda: model.running() == [[1], [2]])
+    second = submit(*range(10, 18))
+    model.free |= {1}
+    await eventually_async(lambda: model.running() == [[2], [10, 11, 12, 13]])
+    model.free |= {2, *range(10, 18)}
+    await asyncio.gather(*first, second)
+    assert [14, 15, 16, 17] in model.runs
+
+
+async def test_on_a_shared_device_a_second_run_begins_only_when_it_is_full(make: Any) -> None:
+    """A small one would make the first one slower and gain nothing; what waits goes when the first one is over."""
+    model = Parallel()
+    batcher = make(model=model, parallel=2, spread=False, max_rows=4)
+    submit = submitter(batcher)
+    first = submit(1)
+    await eventually_async(lambda: model.running() == [[1]])
+    second = submit(2, 3)
+    third = submit(4, 5)
+    await eventually_async(lambda: len(model.running()) == 2)
+    assert model.running() == [[1], [2, 3, 4, 5]]
+    fourth = submit(6)
+    model.free |= {1}
+    assert doubled(await first) == [2]
+    assert model.running() == [[2, 3, 4, 5]]
+    assert batcher.waiting_rows == 1
+    model.free |= set(range(10))
+    await asyncio.gather(second, third, fourth)
+    assert model.most == 2
+    assert model.runs == [[1], [2, 3, 4, 5], [6]]
+
+
+async def test_only_the_run_that_nobody_waits_for_is_ended(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbour of the same model, on another thread, is answered."""
+    monkeypatch.setattr("appliance.engine.batcher._LOOK_S", 0.01)
+    model = Parallel()
+    batcher = make(model=model, parallel=2)
+    submit = submitter(batcher)
+    gone, stays = submit(1), submit(2)
+    await eventually_async(lambda: model.running() == [[1], [2]])
+    gone.cancel()
+    await eventually_async(lambda: model.running() == [[2]])
+    model.free = {2}
+    assert doubled(await stays) == [4]
+    assert batcher.death is None
+
+
+async def test_the_death_of_one_worker_answers_everybody(make: Any) -> None:
+    """Who runs beside it, too; and the others end."""
+    model = Parallel()
+    reasons: list[str] = []
+    batcher = make(model=model, parallel=2, on_death=reasons.append)
+    submit = submitter(batcher)
+    futures = [submit(1), submit(2)]
+    await eventually_async(lambda: model.running() == [[1], [2]])
+    futures.append(submit(3))
+    model.killers[1] = SystemExit(3)
+    model.free = {1}
+    for future in futures:
+        with pytest.raises(InferenceFailed):
+            await asyncio.wait_for(future, 5)
+    assert reasons == ["SystemExit(3)"]
+    model.free = {2}
+    await eventually_async(lambda: not any(worker.thread.is_alive() for worker in batcher._workers))
+    assert [3.0] not in model.runs
+    assert reasons == ["SystemExit(3)"]
+
+
+async def test_one_deaf_run_makes_the_model_not_ready(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.engine.batcher._LOOK_S", 0.01)
+    monkeypatch.setattr("appliance.engine.batcher._DEAF_S", 0.02)
+    model = Parallel()
+    model.deaf = {1.0}
+    batcher = make(model=model, parallel=2)
+    submit = submitter(batcher)
+    gone, waits = submit(1), submit(2)
+    await eventually_async(lambda: len(model.running()) == 2)
+    gone.cancel()
+    with pytest.raises(InferenceFailed):
+        await asyncio.wait_for(waits, 5)
+    assert batcher.death == "a run cannot be ended"
+    model.free = {1, 2}
+
+
+async def test_close_lets_all_workers_finish_and_end(make: Any) -> None:
+    """What runs is answered, what waits is told to try elsewhere."""
+    model = Parallel()
+    batcher = make(model=model, parallel=3, max_rows=1)
+    submit = submitter(batcher)
+    futures = [submit(value) for value in range(3)]
+    await eventually_async(lambda: len(model.running()) == 3)
+    waiting = submit(9)
+    batcher.close()
+    with pytest.raises(Draining):
+        await waiting
+    assert not batcher.at_rest
+    model.free = {0, 1, 2}
+    assert [doubled(outcome) for outcome in await asyncio.gather(*futures)] == [[0], [2], [4]]
+    await asyncio.wait_for(batcher.wait_idle(), 5)
+    await eventually_async(lambda: not any(worker.thread.is_alive() for worker in batcher._workers))
 
 
 # ---- any order of events ---------------------------------------------------------------------------------------------
@@ -602,6 +1012,8 @@ _event = st.one_of(
         st.sampled_from([1, 2]),  # width
         st.booleans(),  # deadline already over
         st.integers(0, 20),  # which row is poisoned, if it has that many
+        st.integers(-1, 1),  # priority
+        st.booleans(),  # alone
     ),
     st.tuples(st.just("cancel"), st.integers(0, 30)),
     st.tuples(st.just("turn")),
@@ -613,35 +1025,69 @@ _event = st.one_of(
     events=st.lists(_event, max_size=40),
     max_rows=st.integers(1, 9),
     mode=st.sampled_from(["rows", "separate", "pad"]),
+    parallel=st.sampled_from([1, 2, 4]),
+    spread=st.booleans(),
     end=st.sampled_from(["wait", "close", "crash"]),
 )
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_every_accepted_submission_ends_exactly_once(events: Any, max_rows: int, mode: str, end: str) -> None:
+def test_every_accepted_submission_ends_exactly_once(
+    events: Any, max_rows: int, mode: str, parallel: int, spread: bool, end: str
+) -> None:
     """With its own rows' values or an error that belongs to it, whatever the interleaving."""
-    asyncio.run(_play(events, max_rows, mode, end))
+    sizes = powers_of_two(max_rows) if mode == "pad" else ()
+    settings = {"max_rows": max_rows, "separate": mode == "separate", "sizes": sizes}
+    asyncio.run(_play(events, {**settings, "parallel": parallel, "spread": spread}, end))
 
 
-async def _play(events: Any, max_rows: int, mode: str, end: str) -> None:
-    model = FakeModel()
-    batcher = Batcher(model, max_rows=max_rows, queue_rows=40, separate=mode == "separate", pad=mode == "pad")
-    accepted: list[tuple[asyncio.Future[Any], list[float], set[int], bool]] = []
+class Watched(FakeModel):
+    """Sees to it that a row that is to be alone is alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone: set[float] = set()
+        self.broken: list[str] = []
+        self._inside: list[list[float]] = []
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        values = feeds["x"][:, 0].tolist()
+        self._inside.append(values)
+        if len(set(values)) > 1 and self.alone & set(values):
+            self.broken.append(f"{values} share a run")
+        try:
+            results = super().run(outputs, feeds)
+            present = self._inside[:]
+            if len(present) > 1 and any(self.alone & set(others) for others in present):
+                self.broken.append(f"at once: {present}")
+            return results
+        finally:
+            self._inside.remove(values)
+
+
+async def _play(events: Any, configuration: dict[str, Any], end: str) -> None:
+    model = Watched()
+    batcher = Batcher(model, queue_rows=40, **configuration)
+    accepted: list[tuple[asyncio.Future[Any], list[float], set[int], bool, Log]] = []
     endings: list[int] = []
     value = 0.0
     for event in events:
         if event[0] == "submit":
-            _, count, principal, width, late, bad = event
+            _, count, principal, width, late, bad, priority, alone = event
             values = [value + i for i in range(count)]
             value += count
             deadline = time.monotonic() + (-1 if late else 60)
             poisoned = {bad} if bad < count else set()
             model.poison |= {values[i] for i in poisoned}
+            model.alone |= set(values) if alone else set()
+            ledger = Log()
+            more = {"priority": priority, "alone": alone, "ledger": ledger}
             try:
-                future = batcher.submit(rows(*values, width=width), ("double",), deadline, principal)
+                future = batcher.submit(rows(*values, width=width), ("double",), deadline, principal, **more)
             except Overloaded:
+                assert not alone
                 continue
             number = len(accepted)
             future.add_done_callback(lambda _, number=number: endings.append(number))
-            accepted.append((future, values, poisoned, late))
+            accepted.append((future, values, poisoned, late, ledger))
         elif event[0] == "cancel" and accepted:
             accepted[event[1] % len(accepted)][0].cancel()
         elif event[0] == "room":
@@ -655,7 +1101,7 @@ async def _play(events: Any, max_rows: int, mode: str, end: str) -> None:
     await asyncio.wait_for(batcher.wait_idle(), 10)
     await asyncio.sleep(0)
     assert sorted(endings) == list(range(len(accepted)))
-    for future, values, poisoned, late in accepted:
+    for future, values, poisoned, late, ledger in accepted:
         if future.cancelled():
             continue
         error = future.exception()
@@ -666,6 +1112,7 @@ async def _play(events: Any, max_rows: int, mode: str, end: str) -> None:
             assert late or end != "wait"
             continue
         assert not late
+        assert ledger.ever == set(range(len(values)))
         outcome = future.result()
         if end != "crash":
             assert set(outcome.errors) == poisoned
@@ -673,9 +1120,12 @@ async def _play(events: Any, max_rows: int, mode: str, end: str) -> None:
             if row not in outcome.errors:
                 assert outcome.arrays["double"][row].tolist() == [2 * own] * outcome.arrays["double"].shape[1]
     batcher.close()
-    await asyncio.to_thread(batcher._thread.join, 5)
-    assert not batcher._thread.is_alive()
-    assert batcher.waiting_rows == 0 or batcher.death is not None
+    for worker in batcher._workers:
+        await asyncio.to_thread(worker.thread.join, 5)
+        assert not worker.thread.is_alive()
+    assert all(ledger.now == [] for *_, ledger in accepted)
+    assert not model.broken
+    assert (batcher.waiting_rows, batcher._waiting_bytes, batcher._busy) == (0, 0, 0) or batcher.death is not None
 
 
 # ---- runs that do not end --------------------------------------------------------------------------------------------
@@ -724,8 +1174,8 @@ async def test_a_run_that_somebody_waits_for_is_let_be(
     monkeypatch.setattr("appliance.engine.batcher._LOOK_S", 0.001)
     batcher = make()
     looks = []
-    look = batcher._end_run_for_nobody
-    monkeypatch.setattr(batcher, "_end_run_for_nobody", lambda: looks.append(look()))
+    look = batcher._end_runs_for_nobody
+    monkeypatch.setattr(batcher, "_end_runs_for_nobody", lambda: looks.append(look()))
     plug = await plugged(model, batcher)
     await eventually_async(lambda: len(looks) > 3)
     assert not model.terminated

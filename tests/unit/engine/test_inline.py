@@ -15,6 +15,7 @@ from appliance.core.errors import DeadlineExceeded, Draining, InferenceFailed
 from appliance.core.types import Array
 from appliance.engine import inline
 from appliance.engine.batcher import Batcher, Outcome, RunRecord
+from appliance.engine.gate import RunGate
 from appliance.engine.inline import InlineLane, Watchdog
 
 
@@ -46,9 +47,11 @@ def model() -> Any:
 class Lane(InlineLane):
     """A lane whose submissions are short to write."""
 
-    def ask(self, *values: float, deadline: float | None = None, width: int = 1) -> "asyncio.Future[Outcome]":
+    def ask(
+        self, *values: float, deadline: float | None = None, width: int = 1, **more: Any
+    ) -> "asyncio.Future[Outcome]":
         assert self.takes(len(values))
-        return self.submit(rows(*values, width=width), ("double",), len(values), deadline, "ada")
+        return self.submit(rows(*values, width=width), ("double",), len(values), deadline, "ada", **more)
 
 
 @pytest.fixture
@@ -321,6 +324,80 @@ async def test_no_run_goes_unwatched_when_there_is_no_thread_for_the_watchdog(
     before = set(threading.enumerate())
     assert await doubled(lane.ask(2)) == [4]
     assert "inline watchdog" in {thread.name for thread in threading.enumerate() if thread not in before}
+
+
+class Told:
+    """A ledger and a board that write down what they are told."""
+
+    def __init__(self, log: list[Any], name: str) -> None:
+        self._log, self._name = log, name
+
+    def running(self, start: int, count: int) -> None:
+        self._log.append((self._name, "running", start, count))
+
+    def idle(self, start: int, count: int) -> None:
+        self._log.append((self._name, "idle", start, count))
+
+    def begin(self, rows: int) -> int:
+        self._log.append((self._name, "begin", rows))
+        return 5
+
+    def end(self, token: int) -> None:
+        self._log.append((self._name, "end", token))
+
+
+async def test_ledgers_and_board_are_told_of_runs_on_the_loop(model: FakeModel, make_lane: Any) -> None:
+    """As the batcher tells them; and of the batcher's runs when a batch is handed over."""
+    log: list[Any] = []
+    lane = make_lane(board=Told(log, "board"))
+    compute = model.compute
+    model.compute = lambda name, x: (log.append("run"), compute(name, x))[1]  # type: ignore[method-assign]
+    futures = [lane.ask(1, ledger=Told(log, "one")), lane.ask(2, 3, ledger=Told(log, "two")), lane.ask(4)]
+    for future in futures:
+        await doubled(future)
+    marks = [[("one", what, 0, 1), ("two", what, 0, 2)] for what in ("running", "idle")]
+    assert log == [("board", "begin", 4), *marks[0], "run", *marks[1], ("board", "end", 5)]
+    log.clear()
+    model.torn = True  # type: ignore[attr-defined]
+    await doubled(lane.ask(5, ledger=Told(log, "one")))
+    run = [("board", "begin", 1), ("one", "running", 0, 1), ("one", "idle", 0, 1), ("board", "end", 5)]
+    assert [told for told in log if told != "run"] == 2 * run
+
+
+async def test_while_a_run_is_to_be_alone_the_loop_runs_nothing_and_does_not_wait(
+    model: FakeModel, make_lane: Any
+) -> None:
+    """What waits goes to the batcher, with its priority, and what comes is not taken."""
+    shared = RunGate()
+    lane = make_lane(gate=shared)
+    asked: list[Any] = []
+    submit = lane.batcher.submit
+    lane.batcher.submit = lambda *feeds, **more: (asked.append(more), submit(*feeds, **more))[1]
+    future = lane.ask(1, priority=1)
+    await asyncio.to_thread(shared.enter, True)
+    assert not lane.takes(1)
+    await lane.wait_idle()
+    assert not future.done()
+    assert asked == [{"priority": 1, "ledger": None}]
+    assert not model.runs
+    shared.leave(True)
+    assert await doubled(future) == [2]
+    await asyncio.to_thread(eventually, lambda: lane.takes(1))
+
+
+async def test_a_run_that_is_alone_waits_for_the_one_on_the_loop(model: FakeModel, make_lane: Any) -> None:
+    """The lane stands in the gate while it runs, and leaves it."""
+    shared = RunGate()
+    lane = make_lane(gate=shared)
+    inside: list[int] = []
+    compute = model.compute
+    model.compute = lambda name, x: (inside.append(shared._inside), compute(name, x))[1]  # type: ignore[method-assign]
+    assert await doubled(lane.ask(1)) == [2]
+    model.torn = True  # type: ignore[attr-defined]
+    assert await doubled(lane.ask(2)) == [4]
+    assert inside == [1, 1]
+    await asyncio.to_thread(shared.enter, True)
+    shared.leave(True)
 
 
 class Waiting:

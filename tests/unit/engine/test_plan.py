@@ -1,18 +1,23 @@
 """The plan: the wrapped graph gives what NumPy and the unwrapped graph give, and says which number does not fit."""
 
+import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from support import graphs
-from support.engine_graphs import SIZE, constant_model, opened, pixel_model, plain, planned, write_pixels
+from support.engine_graphs import CPU, SIZE, constant_model, opened, pixel_model, plain, planned, write_pixels
 
-from appliance.core.errors import BundleInvalid
+from appliance.catalog.bundle import Batching, concepts_of, find_versions, read_config
+from appliance.core.errors import BundleInvalid, InferenceFailed
 from appliance.core.types import PredictOptions
 from appliance.engine import plan as plans
-from appliance.engine.session import TensorSpec
+from appliance.engine.cache import FileCache
+from appliance.engine.session import Session, TensorSpec
 from appliance.tasks.base import ImageSide
 from appliance.tasks.classifier import Classifier, probabilities
 
@@ -180,6 +185,57 @@ def test_equal_scores_keep_the_order_of_the_concepts(tmp_path: Path) -> None:
     assert indices[0].tolist() == [40, 250, *[i for i in range(200) if i != 40][:198]]
 
 
+def test_outputs_that_the_task_does_not_read_are_not_computed(tmp_path: Path) -> None:
+    """Here one that fails whenever it is: of a wrapped graph only what the task reads is left."""
+    model = pixel_model(5)
+    model.graph.node.append(helper.make_node("Gather", ["scores", "far"], ["broken"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([99]), "far"))
+    model.graph.output.append(helper.make_tensor_value_info("broken", TensorProto.FLOAT, ["rows", 5]))
+    folder = write_pixels(tmp_path / "b", model)
+    with pytest.raises(InferenceFailed):
+        plain(folder).run(["broken"], {"image": np.zeros((1, 3, *SIZE), np.float32)})
+    bundle, sound = opened(folder), opened(write_pixels(tmp_path / "sound", pixel_model(5)))
+    assert bundle.plan.outputs == sound.plan.outputs
+    names, feeds = [plans.SCORES, plans.TOP_INDICES], {plans.IMAGE: pictures()}
+    for one, other in zip(bundle.session.run(names, feeds), sound.session.run(names, feeds), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def forked_model() -> Any:
+    """`x` → `y` = x + 1, by way of a branch that reads a value from outside, and `z`, which fails."""
+    model = graphs.if_model()
+    model.graph.node.append(helper.make_node("Gather", ["x", "far"], ["z"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.full(500, 99), "far"))
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["rows", 3]))
+    then = next(each.g for each in model.graph.node[0].attribute if each.name == "then_branch")
+    del then.initializer[:]
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "outer"))
+    model.graph.node.insert(0, helper.make_node("Identity", ["outer"], ["one"]))
+    return model
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_graph_is_cut_down_to_some_outputs(listed: bool) -> None:
+    """onnxruntime computes every node, whatever is asked for. What a branch reads from outside is kept."""
+    model = forked_model()
+    if listed:  # among the inputs, as old exporters do
+        model.graph.input.extend(
+            helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            for tensor in model.graph.initializer
+        )
+    content = model.SerializeToString()
+    feeds = {"x": np.zeros((1, 3), np.float32)}
+    with pytest.raises(InferenceFailed):
+        Session(content, Path("/nowhere"), CPU, 1).run(["y"], feeds)
+    assert plans.only(content, {"y", "z"}) == content
+    less = plans.only(content, {"y", "w"})
+    session = Session(less, Path("/nowhere"), CPU, 1)
+    assert session.run(["y"], feeds)[0].tolist() == [[1, 1, 1]]
+    assert [spec.name for spec in session.outputs] == ["y"]
+    assert [spec.name for spec in session.inputs] == ["x"]
+    assert {tensor.name for tensor in ModelProto.FromString(less).graph.initializer} == {"yes", "outer"}
+
+
 @pytest.mark.parametrize("scores", [[1e4, -1e4, 0], [-1e4, -1e4, -1e4], [88.8, 88.7, -88.8]])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_large_logits_do_not_overflow(tmp_path: Path, scores: list[float], activation: str) -> None:
@@ -214,7 +270,7 @@ def test_a_raw_plan_gives_the_same_answers(
     answers = []
     for folder in folders:
         bundle = opened(folder)
-        assert (bundle.plan.model is None) == (folder.name == "raw")
+        assert bundle.plan.wrapped_input == bundle.plan.wrapped_output == (folder.name == "wrapped")
         section = bundle.config.onnx
         side = ImageSide(section.image, bundle.plan.wrapped_input, bundle.plan.inputs[0].dtype)  # type: ignore[arg-type]
         task = Classifier(side, section.scores, bundle.plan.wrapped_output, 20)  # type: ignore[arg-type]
@@ -234,7 +290,8 @@ def test_a_raw_plan_says_so(tmp_path: Path) -> None:
     """The operator asked for it; `models inspect` shows what it means."""
     plan = planned(write_pixels(tmp_path / "b", pixel_model(5), plan="raw"))[3]
     assert plan.notes == ("plan: raw, so pre- and post-processing run on the host",)
-    assert plan.model is None
+    assert [spec.name for spec in plan.inputs] == ["image"]
+    assert [spec.name for spec in plan.outputs] == ["scores"]
 
 
 # ---- pooling ---------------------------------------------------------------------------------------------------------
@@ -381,10 +438,10 @@ def test_an_operator_of_a_custom_library_is_refused_by_name(tmp_path: Path) -> N
         planned(graphs.write_raw(tmp_path / "b", graphs.custom_op_model()))
 
 
-# ---- external data ---------------------------------------------------------------------------------------------------
+# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("location", ["weights.bin", "deep/er/weights.bin"])
+@pytest.mark.parametrize("location", ["weights.bin", "deep/er/weights.bin", "./weights.bin"])
 def test_weights_beside_the_graph_stay_where_they_are(tmp_path: Path, location: str) -> None:
     """The wrapped graph is small: it refers to the bundle's file."""
     model = pixel_model(50)
@@ -396,11 +453,66 @@ def test_weights_beside_the_graph_stay_where_they_are(tmp_path: Path, location: 
     plan = planned(folder)[3]
     assert plan.model is not None
     assert len(plan.model) < len(data) / 4
+    assert plan.weights == {location: data}
     check(folder, "softmax", {})
 
 
+@pytest.mark.parametrize("ir_version", [3, 8])
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_weights_in_the_graph_s_file_stay_there(tmp_path: Path, kind: int, ir_version: int) -> None:
+    """Of a file that holds all, the graph alone is wrapped; it refers to the bytes of that file."""
+    content = pixel_model(50, dtype=kind, opset=10, ir_version=ir_version, listed=True)
+    folder = write_pixels(tmp_path / "b", content, concepts=50)
+    plan = planned(folder)[3]
+    assert plan.model is not None
+    assert len(plan.model) < content.ByteSize() / 4
+    assert plan.weights == {"model.onnx": content.SerializeToString()}
+    check(folder, "softmax", {}, np.float16 if kind == TensorProto.FLOAT16 else np.float32, 2e-3)
+
+
+def test_the_file_may_change_once_the_plan_is_made(tmp_path: Path) -> None:
+    """What is loaded is what was read, and what runs is what was loaded: nobody looks at the files again."""
+    folder = write_pixels(tmp_path / "b", pixel_model(50), concepts=50)
+    before = opened(folder).session.run([plans.SCORES], {plans.IMAGE: pictures()})[0]
+    plan = planned(folder)[3]
+    (folder / "1" / "model.onnx").write_bytes(b"")
+    assert plan.model is not None
+    session = Session(plan.model, plan.file.parent, CPU, 1, weights=plan.weights)
+    np.testing.assert_array_equal(session.run([plans.SCORES], {plans.IMAGE: pictures()})[0], before)
+
+
+def test_a_file_with_weights_may_be_cut_off_while_it_is_served(tmp_path: Path) -> None:
+    """Copying a new file over the old one does that. A mapped file would end the process with SIGBUS here."""
+    table = np.random.default_rng(0).random((5000, 64)).astype(np.float32)
+    model = graphs.make(
+        [helper.make_node("Gather", ["table", "index"], ["y"])],
+        {"index": (TensorProto.INT64, ["n"])},
+        {"y": (TensorProto.FLOAT, ["n", 64])},
+        {"table": table},
+    )
+    data = graphs.store_outside(model.graph.initializer[0], "weights.bin")
+    folder = graphs.write_raw(tmp_path / "b", model)
+    weights = folder / "1" / "weights.bin"
+    weights.write_bytes(data)
+    session = opened(folder).session
+    assert str(weights) not in Path("/proc/self/maps").read_text()
+    os.truncate(weights, 0)
+    np.testing.assert_array_equal(session.run(["y"], {"index": np.array([4999])})[0], table[[4999]])
+
+
+def test_weights_of_a_branch_may_lie_outside_too(tmp_path: Path) -> None:
+    """Wherever in the graph a tensor stands."""
+    tensor = numpy_helper.from_array(np.full(3, 4.0, np.float32), "one")
+    data = graphs.store_outside(tensor, "branch.bin")
+    folder = graphs.write_raw(tmp_path / "b", graphs.if_model(tensor))
+    (folder / "1" / "branch.bin").write_bytes(data)
+    bundle = opened(folder)
+    assert bundle.plan.weights == {"branch.bin": data}
+    assert bundle.session.run(["y"], {"x": np.zeros((1, 3), np.float32)})[0].tolist() == [[4.0, 4.0, 4.0]]
+
+
 def test_weights_beside_a_raw_graph_are_found(tmp_path: Path) -> None:
-    """The file itself is loaded then."""
+    """Without a wrapping too."""
     bundle = opened(graphs.write_external(tmp_path / "b"))
     assert bundle.session.run(["y"], {"x": np.zeros((1, 3), np.float32)})[0].tolist() == [[1, 2, 3]]
 
@@ -428,6 +540,145 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     """Somebody copied only the graph."""
     with pytest.raises(BundleInvalid, match=r"weights\.bin is missing"):
         planned(graphs.write_raw(tmp_path / "b", graphs.external_data_model("weights.bin")))
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def replanned(folder: Path, cache: FileCache, **config: Any) -> plans.Plan:
+    """The bundle's plan, made with a cache; `config` replaces fields of its section."""
+    made, version, concepts, _ = planned(folder)
+    made = replace(made, onnx=made.onnx.model_copy(update=config))
+    return plans.make_plan(folder, made, version, len(concepts), cache)
+
+
+@pytest.fixture
+def wraps(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were wrapped, rather than found wrapped."""
+    found: list[Path] = []
+    original = plans._made
+
+    def made(bundle: Path, file: Path, *rest: Any) -> Any:
+        found.append(file)
+        return original(bundle, file, *rest)
+
+    monkeypatch.setattr(plans, "_made", made)
+    return found
+
+
+@pytest.mark.parametrize("plan", ["wrapped", "raw"])
+def test_a_graph_is_wrapped_once(tmp_path: Path, wraps: list[Path], plan: str) -> None:
+    """The second time it comes from the cache, equal in all it says; without its weights, which come from the file."""
+    folder = write_pixels(tmp_path / "b", pixel_model(50), concepts=50, plan=plan)
+    first = replanned(folder, FileCache(tmp_path / "cache", 10**6))
+    wraps.clear()
+    second = plans.make_plan(folder, *planned_parts(folder), FileCache(tmp_path / "cache", 10**6))
+    assert wraps == []
+    for name in plans.Plan.__dataclass_fields__:
+        assert getattr(second, name) == getattr(first, name), name
+    (entry,) = (tmp_path / "cache").iterdir()
+    assert entry.stat().st_size < len(second.weights["model.onnx"]) / 2
+
+
+def planned_parts(folder: Path) -> tuple[Any, Any, int]:
+    config, _, _ = read_config(folder, "u", "a")
+    assert config is not None
+    version = find_versions(folder, config.onnx.file)[0]
+    return config, version, len(concepts_of(config, version))
+
+
+def test_what_the_graph_depends_on_makes_another_entry(tmp_path: Path, wraps: list[Path]) -> None:
+    """The file's content, and every word of the config about it; not those that the engine reads."""
+    cache = FileCache(tmp_path / "cache", 10**6)
+    folder = write_pixels(tmp_path / "b", pixel_model(50), concepts=50)
+    section = planned(folder)[0].onnx
+    assert section.image is not None
+    assert section.scores is not None
+    keys = {replanned(folder, cache).key}
+    wraps.clear()
+    keys.add(replanned(folder, cache, device="cpu", batching=Batching(max_rows=3)).key)
+    assert len(wraps) == 1  # `planned` itself, without a cache
+    changes = [
+        {"plan": "raw"},
+        {"image": section.image.model_copy(update={"mean": (0.1,)})},
+        {"scores": section.scores.model_copy(update={"activation": "none"})},
+    ]
+    for change in changes:
+        keys.add(replanned(folder, cache, **change).key)
+    model = pixel_model(50)
+    content = bytearray(model.SerializeToString())
+    content[content.index(model.graph.initializer[0].raw_data) + 7] ^= 1
+    (folder / "1" / "model.onnx").write_bytes(content)
+    keys.add(replanned(folder, cache).key)
+    assert len(keys) == 5
+    assert len(list((tmp_path / "cache").iterdir())) == 5
+
+
+def test_weights_outside_are_part_of_the_key(tmp_path: Path) -> None:
+    """What was measured with other weights says nothing about these."""
+    folder = graphs.write_external(tmp_path / "b")
+    cache = FileCache(tmp_path / "cache", 10**6)
+    before = replanned(folder, cache).key
+    assert replanned(folder, cache).key == before
+    (folder / "1" / "weights.bin").write_bytes(b"\1" * 12)
+    assert replanned(folder, cache).key != before
+
+
+def test_a_link_out_of_the_bundle_is_refused_from_the_cache_too(tmp_path: Path) -> None:
+    """The graph is the same; where its weights lie is looked at every time."""
+    folder = graphs.write_external(tmp_path / "b")
+    cache = FileCache(tmp_path / "cache", 10**6)
+    parts = planned_parts(folder)
+    plans.make_plan(folder, *parts, cache)
+    weights = folder / "1" / "weights.bin"
+    weights.rename(tmp_path / "secret.bin")
+    weights.symlink_to(tmp_path / "secret.bin")
+    with pytest.raises(BundleInvalid, match="leads out of the bundle"):
+        plans.make_plan(folder, *parts, cache)
+
+
+def test_an_entry_that_says_something_else_is_made_again(tmp_path: Path) -> None:
+    """Whole, but not what we write: of a version of ours that wrote it otherwise, say."""
+    cache = FileCache(tmp_path / "cache", 10**6)
+    folder = write_pixels(tmp_path / "b", pixel_model(50), concepts=50)
+    first = replanned(folder, cache)
+    (entry,) = (tmp_path / "cache").iterdir()
+    for content in (b"", b"{}\n", b"[]\nx", b"no json\nx", b'{"plan": {}, "outside": []}\n'):
+        cache.put(entry.name, content)
+        assert replanned(folder, cache).described() == first.described()
+
+
+# ---- its description -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: write_pixels(folder, pixel_model(5)),
+        lambda folder: write_pixels(folder, pixel_model(5, dtype=TensorProto.FLOAT16, batch=1), plan="raw"),
+        graphs.write_text_embedder,
+        lambda folder: graphs.write_raw(folder, graphs.dynamic_quantize_model()),
+        lambda folder: graphs.write_raw(folder, graphs.no_batch_axis_model()),
+        lambda folder: graphs.write_raw(folder, graphs.string_model()),
+        lambda folder: graphs.write_raw(folder, graphs.identity_model(dtype=TensorProto.BFLOAT16)),
+    ],
+    ids=["wrapped", "raw half precision", "pooled", "mixes rows", "no axes", "strings", "bfloat16"],
+)
+def test_what_a_plan_says_of_itself_survives_json(tmp_path: Path, write: Any) -> None:
+    """A process without the graph makes its tasks of it: all there is, in plain data, but the graph."""
+    plan = planned(write(tmp_path / "b"))[3]
+    again = plans.Plan.of(json.loads(json.dumps(plan.described())))
+    assert again.model is None
+    for name in plans.Plan.__dataclass_fields__:
+        if name not in ("model", "weights"):
+            assert getattr(again, name) == getattr(plan, name), name
+
+
+@pytest.mark.parametrize("content", [{}, [], {"file": 1}])
+def test_what_is_no_description_is_refused(content: Any) -> None:
+    """By one of three errors that whoever reads a stored one expects."""
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        plans.Plan.of(content)
 
 
 # ---- operators that mix rows -----------------------------------------------------------------------------------------

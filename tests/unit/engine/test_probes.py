@@ -8,10 +8,9 @@ import pytest
 from onnx import TensorProto, helper
 from support import graphs
 from support.engine_graphs import CPU
-from support.fake_model import FakeModel, rows
+from support.fake_model import FakeModel
 
-from appliance.core.errors import InferenceFailed
-from appliance.engine.probes import best_rows, row_dependence
+from appliance.engine.probes import row_dependence
 from appliance.engine.session import Session
 
 
@@ -114,62 +113,3 @@ def test_all_outputs_are_looked_at() -> None:
     model.compute = lambda name, x: x if name == "good" else x + x.sum()  # type: ignore[method-assign]
     assert row_dependence(model, ["good"], examples()) == ""
     assert "'bad'" in row_dependence(model, ["good", "bad"], examples())
-
-
-# ---- how many rows ---------------------------------------------------------------------------------------------------
-
-
-class Clocked(FakeModel):
-    """A model whose runs take `seconds(rows)` of a clock that only they move."""
-
-    def __init__(self, seconds: Any) -> None:
-        super().__init__()
-        self.now = 0.0
-        self._seconds = seconds
-
-    def compute(self, name: str, x: Any) -> Any:
-        self.now += self._seconds(len(x))
-        return x
-
-    def best(self, limit: int = 128) -> int:
-        return best_rows(self, ["double"], rows(1), limit, clock=lambda: self.now)
-
-
-def test_the_least_size_that_is_as_good_as_the_best_is_taken() -> None:
-    """A run that takes as long for 16 rows as for one, and then grows: more than 16 only makes everybody wait."""
-    assert Clocked(lambda n: 0.01 * max(1, n / 16)).best() == 16
-
-
-def test_a_model_that_gains_nothing_runs_one_row() -> None:
-    """Twice the rows, twice the time."""
-    assert Clocked(lambda n: 0.01 * n).best() == 1
-
-
-def test_a_model_that_always_gains_runs_the_most() -> None:
-    """Up to the limit, which need not be a power of two."""
-    assert Clocked(lambda n: 0.001).best() == 128
-    assert Clocked(lambda n: 0.001).best(100) == 64
-
-
-def test_a_slow_model_is_not_measured_for_minutes() -> None:
-    """It stops where a run takes over half a second."""
-    model = Clocked(lambda n: 0.3 * n)
-    model.best()
-    assert max(len(run) for run in model.runs) <= 2
-    assert model.now < 10
-
-
-def test_measuring_stops_where_memory_ends() -> None:
-    """What fitted is what is used."""
-    model = Clocked(lambda n: 0.001)
-    model.room = 16
-    assert model.best() == 16
-
-
-def test_a_model_that_always_fails_runs_one_row() -> None:
-    """Its trial run has told already, or will."""
-    model = FakeModel()
-    model.poison = {1.0}
-    with pytest.raises(InferenceFailed):
-        model.run(["double"], rows(1))
-    assert best_rows(model, ["double"], rows(1), 128) == 1

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper
 from support import graphs
 from support.cuda_doubles import Host, HostRuntime, OnHost
 from support.engine_graphs import CPU
+from support.waiting import eventually
 
 import appliance
 from appliance.core.errors import BundleInvalid, DeviceError, InferenceFailed
@@ -191,6 +193,29 @@ def test_running_out_of_memory_is_told_apart(text: str) -> None:
         session.run(["y"], {})
     assert text not in str(error.value)
     assert error.value.detail == text
+
+
+def test_only_the_run_on_that_thread_is_ended() -> None:
+    """Runs of one session on several threads: whoever waits for another one keeps it."""
+    session = session_of(graphs.endless_model())
+    ended: list[int] = []
+
+    def run() -> None:
+        with pytest.raises(InferenceFailed):
+            session.run(["y"], {"x": np.ones((1, 2), np.float32)})
+        ended.append(threading.get_ident())
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(session._runs) == 2)
+    session.terminate(threads[0].ident)
+    threads[0].join(20)
+    assert ended == [threads[0].ident]
+    assert threads[1].is_alive()
+    session.terminate()
+    threads[1].join(20)
+    assert ended == [thread.ident for thread in threads]
 
 
 def test_a_session_on_the_cpu_uses_nothing_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,3 +451,92 @@ def test_a_gpu_gives_the_answers_of_the_cpu() -> None:
         Session(model, Path("/nowhere"), CPU, 1).run(["logits"], {"image": pixels})[0],
         atol=1e-5,
     )
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+BOUND = """
+import sys
+from pathlib import Path
+import numpy as np
+from support import graphs
+from appliance.core.errors import InferenceFailed
+from appliance.engine import session as sessions
+from appliance.engine.session import Device, OutOfMemory, Session
+
+def megabytes(key):
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return int(line.split()[1]) >> 10
+
+sessions.bound_runs(256 << 20)
+sessions.bound_runs(1 << 40)  # knows nothing of it
+
+def made():
+    return Session(graphs.constant_of_shape_model().SerializeToString(), Path("/nowhere"), Device("cpu"), 1)
+
+def size(session, megabytes):
+    return session.run(["y"], {"n": np.array([megabytes << 18])})[0].nbytes >> 20
+"""
+
+
+def run_bound(code: str) -> None:
+    """Run it in a process of its own: the bound is for good."""
+    folders = [str(Path(appliance.__file__).parents[1]), str(Path(graphs.__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": ":".join(folders)}
+    subprocess.run([sys.executable, "-c", BOUND + code], check=True, env=environment, timeout=120)
+
+
+def test_a_caller_cannot_make_a_graph_take_more_than_all_runs_may() -> None:
+    """A shape among its inputs, say: an error instead of ten gigabytes."""
+    run_bound("""
+before = megabytes("VmHWM")
+session = made()
+for wanted in (300, 10_000, 100_000):
+    try:
+        size(session, wanted)
+    except OutOfMemory as error:
+        assert str(error) == "The device has too little free memory for this input.", error
+    else:
+        raise AssertionError(wanted)
+assert size(session, 200) == 200
+assert megabytes("VmHWM") - before < 300
+""")
+
+
+def test_memory_kept_for_other_shapes_makes_room() -> None:
+    """Nobody can fill it with pieces that fit nobody else: what no run holds is given back first."""
+    run_bound("""
+one, other = made(), made()
+for round_ in range(3):
+    for wanted in (40, 50, 60, 70):  # 220 of 256, in pieces
+        assert size(one, wanted) == wanted
+    assert size(other, 240) == 240
+    assert size(one, 10) == 10
+""")
+
+
+def test_results_that_are_still_held_count() -> None:
+    """Their memory is the run's own; once they are gone it is free."""
+    run_bound("""
+session = made()
+held = session.run(["y"], {"n": np.array([200 << 18])})
+try:
+    size(session, 100)
+except OutOfMemory:
+    held.clear()
+else:
+    raise AssertionError("nothing was counted")
+assert size(session, 100) == 100
+""")
+
+
+def test_weights_do_not_count() -> None:
+    """They are there for as long as the model is, and nobody who calls can make more of them."""
+    run_bound("""
+weight = np.ones(75 << 18, np.float32)
+shape = (1, ["batch", weight.size])
+model = graphs.make([graphs.helper.make_node("Add", ["x", "w"], ["y"])], {"x": shape}, {"y": shape}, {"w": weight})
+content = model.SerializeToString()
+sessions_ = [Session(content, Path("/nowhere"), Device("cpu"), 1) for _ in range(4)]
+assert size(made(), 200) == 200
+""")

@@ -1,14 +1,19 @@
 """The engine in this process: a graph is loaded, probed, warmed up, and served in the mode that the probes allow."""
 
 import asyncio
+import gc
 import json
 import os
+import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 from support import graphs
 from support.cuda_doubles import Host, OnHost
 from support.engine_graphs import engine, pixel_model, planned, write_pixels
@@ -16,14 +21,15 @@ from support.engine_graphs import engine, pixel_model, planned, write_pixels
 from appliance.core.config import Engine as EngineSettings
 from appliance.core.errors import BundleInvalid, DeviceError, Draining
 from appliance.core.metrics import Metrics
-from appliance.engine import gpu, tensorrt, worker
+from appliance.engine import curves, gpu, probes, tensorrt, worker
 from appliance.engine import plan as plans
 from appliance.engine import session as sessions
 from appliance.engine.admission import content_of
 from appliance.engine.session import gpu_problem
 from appliance.engine.transport import LoadRequest
 from appliance.engine.worker import LocalEngine, LocalModel
-from appliance.tasks.base import ImageSide
+from appliance.media.text import TextTokenizer
+from appliance.tasks.base import ImageSide, TextSide
 from appliance.tasks.tensors import RawTensors
 
 
@@ -67,13 +73,6 @@ async def test_an_independent_graph_merges_rows(tmp_path: Path) -> None:
     model.close()
 
 
-async def test_the_size_is_measured_when_the_bundle_says_nothing(tmp_path: Path) -> None:
-    """A power of two, 128 at most."""
-    model = await load_raw(tmp_path / "b", graphs.identity_model(), max_rows=None)
-    assert model.batching.max_rows in (1, 2, 4, 8, 16, 32, 64, 128)
-    model.close()
-
-
 @pytest.mark.parametrize(
     ("graph", "reason"),
     [
@@ -94,6 +93,18 @@ async def test_a_graph_that_mixes_rows_runs_one_at_a_time(tmp_path: Path, graph:
     assert together.tobytes() == alone.tobytes()
     assert np.concatenate(singles).tobytes() == alone.tobytes()
     model.close()
+
+
+async def test_outputs_that_nobody_reads_are_not_computed(tmp_path: Path) -> None:
+    """A declared method may read one of several; here the other one fails at every run."""
+    model = graphs.identity_model()
+    model.graph.node.append(helper.make_node("Gather", ["x", "far"], ["broken"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([99]), "far"))
+    model.graph.output.append(helper.make_tensor_value_info("broken", TensorProto.FLOAT, ["rows", 3]))
+    request = raw_request(graphs.write_raw(tmp_path / "b", model))
+    loaded = await engine().load(replace(request, compared=("y",), served=("y",)))
+    assert (await ask(loaded, np.ones((2, 3), np.float32))).tolist() == [[1, 1, 1], [1, 1, 1]]
+    loaded.close()
 
 
 async def test_a_neighbour_cannot_change_an_answer(tmp_path: Path) -> None:
@@ -161,27 +172,205 @@ async def test_only_one_row_fails_when_only_one_row_is_bad(tmp_path: Path) -> No
 
 
 async def test_every_bucket_is_warm_before_the_model_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first caller does not pay for the first run of a shape."""
-    from appliance.engine import worker
-    from appliance.media.text import TextTokenizer
-    from appliance.tasks.base import TextSide
+    """The first caller does not pay for the first run of a shape, and little else is run: that is for idle hours."""
+    runs = spied_runs(monkeypatch)
+    folder = graphs.write_text_classifier(tmp_path / "b", max_tokens=40)
+    model = await engine().load(text_request(folder))
+    assert {width for _, width in runs} == {16, 32, 40}
+    assert max(rows for rows, _ in runs) in (3, probes.MAX_ROWS)  # the second for a model that is tiny on this machine
+    model.close()
 
-    shapes = set()
+
+def spied_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what sessions run from now on."""
+    shapes: list[tuple[int, ...]] = []
     original = worker.Session.run
 
     def spy(self: Any, outputs: Any, feeds: Any) -> Any:
-        shapes.add(feeds["input_ids"].shape)
+        shapes.append(next(iter(feeds.values())).shape)
         return original(self, outputs, feeds)
 
     monkeypatch.setattr(worker.Session, "run", spy)
-    folder = graphs.write_text_classifier(tmp_path / "b", max_tokens=40)
+    return shapes
+
+
+def text_request(folder: Path, max_rows: int | None = None) -> LoadRequest:
+    """What a text task asks for: three buckets."""
     config, version, _, plan = planned(folder)
     assert config.onnx.text is not None
     side = TextSide(config.onnx.text, TextTokenizer(version.path / "tokenizer.json", 40), {})
-    request = LoadRequest(("t", "1"), plan, None, (plans.SCORES,), (plans.TOP_VALUES,), 4, side.examples())
+    return LoadRequest(("t", "1"), plan, None, (plans.SCORES,), (plans.TOP_VALUES,), max_rows, side.examples())
+
+
+# ---- what is measured while nothing is asked for ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that counts as idle after a blink."""
+    monkeypatch.setattr(curves, "_QUIET_S", 0.01)
+    monkeypatch.setattr(curves, "_LOOK_S", 0.001)
+
+
+async def measured(engine: LocalEngine) -> None:
+    """Return when nothing is left to measure."""
+    assert engine._measuring is not None
+    await asyncio.wait_for(engine._measuring, 60)
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_the_size_is_measured_while_the_engine_is_idle(tmp_path: Path) -> None:
+    """Until then a default; then, for each bucket, what was measured. The batcher that runs is a new one."""
+    own = engine()
+    model = await own.load(text_request(graphs.write_text_classifier(tmp_path / "b", max_tokens=40)))
+    assert model.batching.curve.startswith("not measured yet: defaults")
+    assert model.batching.buckets == ()
+    before = model._batcher
+    await measured(own)
+    assert model.batching.curve.startswith("measured 20")
+    assert "bucket 3: rows a run 1: " in model.batching.curve
+    assert len(model.batching.buckets) == 3
+    assert model.batching.max_rows == max(model.batching.buckets)
+    assert set(model.batching.buckets) <= set(curves.sizes(probes.MAX_ROWS))
+    assert model._batcher is not before
+    assert model._batcher.max_rows == model.batching.max_rows
+    ids = np.ones((5, 32), np.int64)
+    outcome = await model.submit({"input_ids": ids, "attention_mask": ids}, (plans.SCORES,), None, "ada")
+    assert len(outcome.arrays[plans.SCORES]) == 5
+    model.close()
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart one run a bucket is all there is, and the same sizes hold; with other weights all begins anew."""
+    folder = graphs.write_text_classifier(tmp_path / "b", max_tokens=40)
+    own = kept_engine(tmp_path)
+    first = await own.load(text_request(folder))
+    await measured(own)
+    first.close()
+    runs = spied_runs(monkeypatch)
+    again = kept_engine(tmp_path)
+    second = await again.load(text_request(folder))
+    assert runs == [(1, 16), (1, 32), (1, 40)]
+    assert second.batching == replace(first.batching, curve=second.batching.curve)
+    assert ", kept; " in second.batching.curve
+    assert again._measuring is None
+    second.close()
+    graph = folder / "1" / "model.onnx"
+    content = onnx.load(graph)
+    values = numpy_helper.to_array(content.graph.initializer[0])
+    content.graph.initializer[0].CopyFrom(numpy_helper.from_array(values + 1, content.graph.initializer[0].name))
+    onnx.save(content, graph)
+    third = await again.load(text_request(folder))
+    assert third.batching.curve.startswith("not measured yet")
+    third.close()
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_what_the_probes_showed_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that must not share a run do not share one after a restart, with the same reason."""
+    folder = graphs.write_raw(tmp_path / "b", graphs.batch_mean_model())
+    own = kept_engine(tmp_path)
+    first = await own.load(raw_request(folder, max_rows=None))
+    first.close()
+    runs = spied_runs(monkeypatch)
+    second = await kept_engine(tmp_path).load(raw_request(folder, max_rows=None))
+    assert runs == [(1, 3)]
+    assert (second.batching.mode, second.batching.reason) == ("separate", first.batching.reason)
+    second.close()
+
+
+def kept_engine(folder: Path) -> LocalEngine:
+    """An engine that keeps what it measures in there."""
+    return LocalEngine(EngineSettings(device="cpu", threads=1), Metrics(), folder)
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_requests_come_before_measurements(tmp_path: Path) -> None:
+    """While rows keep coming nothing is measured; each gets its answer; when they stop, it goes on."""
+    own = engine()
+    model = await own.load(raw_request(graphs.write_raw(tmp_path / "b"), max_rows=None))
+    for number in range(50):
+        value = np.full((2, 3), number, np.float32)
+        np.testing.assert_array_equal(await ask(model, value), value)
+        assert model.batching.curve.startswith("not measured yet")
+    await measured(own)
+    assert model.batching.curve.startswith("measured")
+    model.close()
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_answers_are_right_while_it_is_measured(tmp_path: Path) -> None:
+    """Also in the moment in which a new batcher takes over: nothing is lost, and nothing is refused."""
+    own = engine()
+    model = await own.load(raw_request(graphs.write_raw(tmp_path / "b"), max_rows=None))
+    assert own._measuring is not None
+    number = 0
+    while not own._measuring.done():
+        number += 1
+        value = np.full((2, 3), number, np.float32)
+        np.testing.assert_array_equal(await ask(model, value), value)
+        await asyncio.sleep(0.05)  # longer than a step takes: it must get on
+        assert number < 1000
+    model.close()
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_a_model_that_goes_is_not_measured(tmp_path: Path) -> None:
+    """Nothing of it stays behind, and the next one has its turn."""
+    own = engine()
+    first = await own.load(raw_request(graphs.write_raw(tmp_path / "a"), max_rows=None))
+    second = await own.load(raw_request(graphs.write_raw(tmp_path / "b"), max_rows=None))
+    first.close()
+    await measured(own)
+    assert first.batching.curve.startswith("not measured yet")
+    assert second.batching.curve.startswith("measured")
+    second.close()
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None
+
+
+async def test_what_was_read_of_the_files_goes_once_it_is_loaded(tmp_path: Path) -> None:
+    """A model has its weights once: not those of the file beside those of the session."""
+    folder = write_pixels(tmp_path / "b", pixel_model(50), concepts=50)
+    request = image_request(folder, max_rows=None)
+    (content,) = request.plan.weights.values()
     model = await engine().load(request)
-    assert {width for _, width in shapes} == {16, 32, 40}
-    assert {(1, 16), (2, 32), (3, 40), (4, 40)} <= shapes
+    assert model.unmeasured is not None
+    del request
+    await asyncio.sleep(0)  # the loop has its result in its hands still
+    gc.collect()
+    holders = sys.getrefcount(content)
+    assert holders == 2  # the name, and the argument
+    model.close()
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_what_the_bundle_says_is_not_measured(tmp_path: Path) -> None:
+    """Its rows, its runs at a time and its threads are taken as they are."""
+    own = LocalEngine(EngineSettings(device="cpu", threads=2), Metrics())
+    request = replace(raw_request(graphs.write_raw(tmp_path / "b"), max_rows=5), parallel=3, threads=1)
+    model = await own.load(request)
+    assert (model.batching.max_rows, model.batching.parallel, model.batching.curve) == (5, 3, "")
+    assert own._measuring is None
+    model.close()
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_runs_at_a_time_are_measured_where_a_run_is_no_trifle(tmp_path: Path) -> None:
+    """With two threads, one run at a time and two are compared, for rows that must not share a run too."""
+    own = LocalEngine(EngineSettings(device="cpu", threads=2), Metrics())
+    folder = graphs.write_raw(tmp_path / "b", graphs.slow_model(rounds=60))
+    plan = planned(folder)[3]
+    task = RawTensors(plan.inputs, plan.outputs)
+    names = task.compared()
+    model = await own.load(LoadRequest(("slow", "1"), plan, None, names, names, None, task.examples()))
+    await measured(own)
+    assert "runs at a time 1: " in model.batching.curve
+    assert ", 2: " in model.batching.curve.rpartition("runs at a time")[2]
+    assert model.batching.parallel in (1, 2)
     model.close()
 
 

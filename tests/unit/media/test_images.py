@@ -319,11 +319,37 @@ def test_a_truncated_file_is_broken_and_not_half_grey(kind: str) -> None:
         decoded(data)
 
 
+@pytest.mark.parametrize("kind", sorted(pictures.samples()))
+def test_a_file_in_the_midst_of_a_request_is_decoded_where_it_lies(kind: str) -> None:
+    """Every format; what stands around it does not show."""
+    file = pictures.samples()[kind]
+    lying = memoryview(b"before" + file + b"behind")[6:-6]
+    header = read_header(lying, MAX_BYTES, MAX_PIXELS)
+    assert header == read_header(file, MAX_BYTES, MAX_PIXELS)
+    wanted = decode_image(file, recipe())
+    for source in (header, lying):
+        np.testing.assert_array_equal(decode_image(source, recipe()), wanted)
+
+
+def test_a_large_file_in_a_request_is_not_copied() -> None:
+    """A picture that is over long before the file is."""
+    file = pictures.png(np.zeros((8, 8, 3), np.uint8))
+    body = memoryview(file + bytes(16 * 2**20))
+    tracemalloc.start()
+    decode_image(read_header(body, MAX_BYTES, MAX_PIXELS), recipe(16, 16))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
 def test_the_sentence_about_a_broken_file_does_not_show_our_buffers() -> None:
     with pytest.raises(UnsupportedFormat) as caught:
         decode_image(pictures.truncated(pictures.jpeg(64, 48)), recipe())
     assert "0x" not in str(caught.value)
     assert "BytesIO" not in str(caught.value)
+    with pytest.raises(UnsupportedFormat) as caught:
+        decode_image(memoryview(b"no picture"), recipe())
+    assert "Reader" not in str(caught.value)
 
 
 # ---- fitting ---------------------------------------------------------------------------------------------------------
@@ -435,7 +461,10 @@ SEEDS = list(pictures.samples().values())
 def test_mutated_files_decode_or_are_the_callers_fault(
     seed: bytes, changes: list[tuple[int, int]], cut: int, inserted: bytes
 ) -> None:
-    """Whatever the bytes, the outcome is a picture of the asked size or an InputError; nothing else is ever raised."""
+    """Whatever the bytes, the outcome is a picture of the asked size or an InputError; nothing else is ever raised.
+
+    And it is the same where the file lies in the midst of other bytes.
+    """
     data = bytearray(seed)
     for place, value in changes:
         data[place % len(data)] = value
@@ -444,13 +473,17 @@ def test_mutated_files_decode_or_are_the_callers_fault(
         data[place : place + len(inserted)] = inserted
     elif cut % 3 == 0:
         del data[cut % len(data) :]
-    try:
-        read_header(bytes(data), MAX_BYTES, 10_000_000)
-        pixels = decode_image(bytes(data), recipe(6, 5, color="grey" if cut % 2 else "rgb"))
-    except InputError:
-        pass
-    else:
-        assert pixels.shape == (6, 5, 1 if cut % 2 else 3)
+    outcomes = []
+    for file in (bytes(data), memoryview(b"before" + data + b"behind")[6:-6]):
+        try:
+            header = read_header(file, MAX_BYTES, 10_000_000)
+            pixels = decode_image(header, recipe(6, 5, color="grey" if cut % 2 else "rgb"))
+        except InputError as error:
+            outcomes.append(str(error))
+        else:
+            assert pixels.shape == (6, 5, 1 if cut % 2 else 3)
+            outcomes.append(pixels.tobytes())
+    assert outcomes[0] == outcomes[1]
 
 
 @given(

@@ -38,7 +38,7 @@ def encoded(arrays: Any, **options: Any) -> list[tuple[int, float]]:
     chosen = PredictOptions(**options)
     answer = classifier().encode(arrays, len(next(iter(arrays.values()))), chosen)[0]
     assert isinstance(answer, ConceptScores)
-    return list(zip(answer.indices, answer.values, strict=True))
+    return list(zip(answer.indices.tolist(), answer.values.tolist(), strict=True))
 
 
 SCORES = (0.125, 0.5, 0.25, 0.0625, 0.0625)
@@ -104,10 +104,10 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float, place: int, selected: 
     arrays = (top if selected is None else full)([0.5, 0.25, 0.125], row, [0.125, 0.25, 0.5])
     first, second, third = classifier().encode(arrays, 3, PredictOptions(max_concepts=1, selected=selected))
     assert isinstance(first, ConceptScores)
-    assert first.indices == [0]
+    assert first.indices.tolist() == [0]
     assert isinstance(second, InferenceFailed)
     assert isinstance(third, ConceptScores)
-    assert third.indices == [2]
+    assert third.indices.tolist() == [2]
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])

@@ -49,11 +49,13 @@ class HeldModel:
         self.asked: list[tuple[Any, ...]] = []
         self._refuse_after = refuse_after
 
-    def submit(self, feeds: Any, outputs: Any, deadline: Any, principal: Any) -> "asyncio.Future[Outcome]":
+    def submit(
+        self, feeds: Any, outputs: Any, deadline: Any, principal: Any, *, priority: int
+    ) -> "asyncio.Future[Outcome]":
         if self._refuse_after is not None and len(self.futures) >= self._refuse_after:
             raise Overloaded("full")
         self.futures.append(asyncio.get_running_loop().create_future())
-        self.asked.append((feeds, tuple(outputs), deadline, principal))
+        self.asked.append((feeds, tuple(outputs), deadline, principal, priority))
         return self.futures[-1]
 
     def close(self) -> None:
@@ -97,7 +99,7 @@ async def test_every_input_is_answered_in_its_place(tmp_path: Path, load: Any, t
     assert kinds[5] is InputTooLarge
     alone = [(await servable.predict([payloads[i]], OPTIONS, ticket, LIMITS))[0] for i in (0, 3, 8)]
     for index, single in zip((0, 3, 8), alone, strict=True):
-        assert answers[index].indices == single.indices
+        np.testing.assert_array_equal(answers[index].indices, single.indices)
         np.testing.assert_allclose(answers[index].values, single.values, atol=1e-6)
 
 
@@ -292,16 +294,17 @@ async def test_when_all_parts_fail_none_is_left_unread(tmp_path: Path, load: Any
     assert complaints == []
 
 
-async def test_the_deadline_and_the_principal_reach_the_queue(tmp_path: Path, load: Any, budget: MemoryBudget) -> None:
-    """The batcher needs both; an expired request is refused there."""
+async def test_deadline_principal_and_priority_reach_the_queue(tmp_path: Path, load: Any, budget: MemoryBudget) -> None:
+    """The batcher needs them; an expired request is refused there."""
     servable = await load(graphs.write_text_classifier(tmp_path / "b"))
     with pytest.raises(DeadlineExceeded):
         await servable.predict(many_texts(), OPTIONS, Ticket("ada", time.monotonic() - 1, budget.hold(0)), LIMITS)
     held = hold(servable)
-    task = asyncio.create_task(servable.predict(many_texts(), OPTIONS, Ticket("bob", 12.5, budget.hold(0)), LIMITS))
+    ticket = Ticket("bob", 12.5, budget.hold(0), priority=1)
+    task = asyncio.create_task(servable.predict(many_texts(), OPTIONS, ticket, LIMITS))
     while len(held.futures) < 2:  # noqa: ASYNC110
         await asyncio.sleep(0)
-    assert {(deadline, principal) for _, _, deadline, principal in held.asked} == {(12.5, "bob")}
+    assert {asked[2:] for asked in held.asked} == {(12.5, "bob", 1)}
     task.cancel()
 
 

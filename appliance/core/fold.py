@@ -1,0 +1,132 @@
+"""What all processes count, as one: the supervisor's own series, those of the living children, and what the dead left.
+
+Counters and histograms are sums that never go down: a child that ends leaves its counts, and one that takes its place
+begins at zero. Gauges are sums over those that live; of those that mean the same everywhere (`Family.shared`), the
+largest counts.
+"""
+
+import operator
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from appliance.core.ledger import Entry, LedgerReader
+from appliance.core.metrics import GAUGE, PREFIX, Counted, Metrics
+from appliance.core.shared import Segment
+
+_Series = tuple[str, tuple[str, ...]]
+"""Name of the family without the prefix, and the labels' values."""
+
+
+class Fold(Collector):
+    """The exposition of several processes. Any thread may scrape."""
+
+    def __init__(self, own: Metrics) -> None:
+        """Args: own: the supervisor's; its families are those that are shown."""
+        self._own = own
+        self._children: dict[str, _Child] = {}
+        self._left: dict[_Series, Counted] = {}
+        self._lock = threading.Lock()
+        self.registry = CollectorRegistry()
+        """All that is shown; what the supervisor's process itself takes is in it, its children's is not."""
+        ProcessCollector(namespace=PREFIX, registry=self.registry)
+        self.registry.register(own.build)
+        self.registry.register(self)
+
+    def attach(self, name: str, segment: Segment) -> None:
+        """Show what a child counts in `segment`; one that had that name before is retired."""
+        with self._lock:
+            self._retire(name)
+            self._children[name] = _Child(segment, self._own)
+
+    def retire(self, name: str) -> Mapping[_Series, float]:
+        """Keep what a child that is gone has counted, and close its segment here.
+
+        Returns: the last values of its gauges; what was watched is as old as its last `Metrics.sample`. Empty when
+            there is no such child.
+        """
+        with self._lock:
+            return self._retire(name)
+
+    def gauge(self, name: str) -> float:
+        """A gauge without labels, summed over the children that live."""
+        with self._lock:
+            series = (counted for child in self._children.values() for counted in child.counted())
+            return sum(values[0] for (family, _), (_, values) in series if family == name)
+
+    def describe(self) -> Iterable[Metric]:
+        """All names, for the registry."""
+        return chain.from_iterable(family.describe() for family in self._own.families.values())
+
+    def collect(self) -> Iterable[Metric]:
+        """What is scraped."""
+        families = self._own.families
+        shown = {name: family.counted() for name, family in families.items()}
+        with self._lock:
+            for (name, labels), counted in chain(
+                self._left.items(), *(child.counted() for child in self._children.values())
+            ):
+                series = shown[name]
+                series[labels] = _added(series.get(labels), counted, largest=families[name].shared)
+        return [family.exposed(shown[name]) for name, family in families.items()]
+
+    def _retire(self, name: str) -> dict[_Series, float]:
+        child = self._children.pop(name, None)
+        if child is None:
+            return {}
+        gauges = {}
+        for series, counted in child.counted():
+            if self._own.families[series[0]].kind == GAUGE:
+                gauges[series] = counted[1][0]
+            else:
+                self._left[series] = _added(self._left.get(series), counted)
+        child.close()
+        return gauges
+
+
+class _Child:
+    """What one child counts. It is not believed: what cannot be leaves the last value that could."""
+
+    def __init__(self, segment: Segment, own: Metrics) -> None:
+        self._reader = LedgerReader(segment)
+        self._families = own.families
+        self._known: dict[Entry, list[float]] = {}
+
+    def counted(self) -> Iterator[tuple[_Series, Counted]]:
+        """All its numbers now; a gauge without a value is left out."""
+        for entry in self._reader.new_entries():
+            if self._fits(entry):
+                self._known[entry] = [0.0] * entry.count
+        for entry, known in self._known.items():
+            now = self._reader.values(entry)
+            if entry.kind != GAUGE:
+                known[:] = [new if old <= new < float("inf") else old for old, new in zip(known, now, strict=True)]
+            elif abs(now[0]) < float("inf"):
+                known[:] = now
+            else:
+                continue
+            yield (entry.family, entry.labels), (entry.created, known)
+
+    def close(self) -> None:
+        """Let its memory go."""
+        self._reader.segment.close()
+
+    def _fits(self, entry: Entry) -> bool:
+        family = self._families.get(entry.family)
+        return family is not None and (family.kind, len(family.label_names), family.width) == (
+            entry.kind,
+            len(entry.labels),
+            entry.count,
+        )
+
+
+def _added(one: Counted | None, other: Counted, *, largest: bool = False) -> Counted:
+    """Both together, in a list of its own."""
+    if one is None:
+        return other[0], list(other[1])
+    add = max if largest else operator.add
+    return min(one[0], other[0]), [add(a, b) for a, b in zip(one[1], other[1], strict=True)]

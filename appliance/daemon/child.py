@@ -1,0 +1,80 @@
+"""What every child of the supervisor does first and always: it hears of its end, and never outlives it."""
+
+import asyncio
+import ctypes
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+
+import uvloop
+
+from appliance.media.images import ignore_warnings
+
+_log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+DEVICE_GONE = 75
+"""Exit code of an engine that cannot go on: a run that cannot be ended, or a device that is lost to it."""
+
+
+def run(name: str, work: Callable[[socket.socket], Awaitable[None]]) -> None:
+    """Run a child until its supervisor is gone, or says that it may go; never returns.
+
+    Args:    name: for lists of processes, 15 letters of it. work: is given the line to the supervisor.
+    """
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Source: prctl(2). Whatever ends the supervisor, also SIGKILL, ends us; it may have ended before we said so.
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(_PR_SET_NAME, name.encode()[:15])
+    if os.getppid() != parent:
+        os._exit(0)
+    # What a terminal or systemd sends to the whole group is the supervisor's to hear.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    ignore_warnings()
+    spare_the_collector()
+
+    async def main() -> None:
+        await work(socket.socket(fileno=descriptor))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+    leave(0)
+
+
+def leave(code: int) -> None:
+    """End this process now. A thread of a graph that never ends would keep the interpreter from finishing."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def spare_the_collector() -> None:
+    """Let the garbage collector leave alone what was imported, and look for cycles less often.
+
+    What was imported stays for good, and to look through its 90 000 objects takes 50 to 100 ms, in which nobody is
+    answered. Answering makes no cycles, so there is little to find; but it makes many objects, and with the usual 700
+    the collector would look in every turn of a busy loop. Models are loaded later: what is replaced is still found.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
+def return_large_blocks() -> None:
+    """Let blocks of a MiB and more go back to the system when they are freed.
+
+    glibc raises that threshold as it sees large blocks come and go, and then keeps hundreds of MiB of decoded pictures.
+    Source: mallopt(3), M_MMAP_THRESHOLD = -3; other C libraries have no such knob.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**20)

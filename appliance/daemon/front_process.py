@@ -1,0 +1,237 @@
+"""The process of a front: talks to clients, decodes, encodes; models run in the engines' processes."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from appliance.api.keys import KeyStore
+from appliance.catalog.bundle import BundleConfig, VersionFolder
+from appliance.catalog.view import Mirror, Running, config_of, folder_of
+from appliance.catalog.workflows import Workflows
+from appliance.core import config as configuration
+from appliance.core import logs
+from appliance.core.channel import Body, Channel
+from appliance.core.config import Config
+from appliance.core.metrics import Metrics
+from appliance.core.shared import Segment
+from appliance.core.sharing import FrontsBoard
+from appliance.daemon import child
+from appliance.daemon.certificates import CertificateFiles
+from appliance.daemon.checks import check_urls
+from appliance.daemon.serving import Serving
+from appliance.engine.board import Board
+from appliance.engine.plan import Plan
+from appliance.engine.remote import EngineLink, RemoteModel
+from appliance.engine.session import Device
+from appliance.engine.slab import FrontSlab
+from appliance.engine.transport import LoadRequest
+from appliance.tasks import servable
+from appliance.tasks.servable import DecodePool, Servable
+
+_log = logging.getLogger(__name__)
+
+_HEARTBEAT_S = 0.2
+_LOOK_S = 1.0
+
+
+class FrontProcess:
+    """Answers the supervisor, and clients."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._channel = Channel(
+            sock,
+            {
+                "start": self._start,
+                "prepare": self._prepare,
+                "drop": self._drop,
+                "listen": self._listen,
+                "configure": self._configure,
+                "drain": self._drain,
+            },
+            {
+                "engine": self._connect,
+                "available": self._available,
+                "dead": self._dead,
+                "catalog": self._take_catalog,
+                "now": lambda body, descriptors: self._now.set(),
+            },
+            on_close=lambda: child.leave(0),
+        )
+        self._now = asyncio.Event()
+        self._catalog: Mirror[Servable] = Mirror()
+        self._engines: dict[str, EngineLink] = {}
+        self._running: dict[int, Running[Servable]] = {}
+        self._models: dict[int, list[RemoteModel]] = {}
+        self._ready = False
+        self._readiness: dict[str, object] = {"ready": False, "phase": "starting", "not_ready": {}}
+
+    async def run(self) -> None:
+        """Until the supervisor is gone."""
+        await asyncio.Event().wait()
+
+    async def _start(self, body: Body, descriptors: list[int]) -> None:
+        """Everything but the ports. Raises: ConfigError."""
+        config = configuration.of_data(body["config"])
+        self._config = config
+        logs.set_up(config.log.level)
+        board, metrics, slab, fronts = descriptors
+        self._board = Board(Segment.attach(board))
+        self._metrics = Metrics(Segment.attach(metrics))
+        self._slab = FrontSlab(Segment.attach(slab))
+        self._pool = DecodePool(config.engine.decode_threads)
+        self._certificates = CertificateFiles(config)
+        check_urls(config)
+        self._keys = KeyStore(config.auth.keys_file)
+        self._workflows = Workflows(config.catalog, self._catalog)
+        self._serving = Serving(
+            config,
+            self._catalog,
+            self._workflows,
+            self._metrics,
+            lambda: (self._ready, self._readiness),
+            self._certificates,
+            self._keys,
+            FrontsBoard.attach(fronts, body["index"]),
+        )
+        self._tasks = [asyncio.create_task(work) for work in (self._beat(), self._look(), self._workflows.run())]
+
+    async def _beat(self) -> None:
+        """Show that the loop turns, and what is watched."""
+        while True:
+            self._board.turned()
+            self._metrics.sample()
+            await asyncio.sleep(_HEARTBEAT_S)
+
+    async def _look(self) -> None:
+        """Once a second: certificates that changed."""
+        while True:
+            try:
+                await asyncio.to_thread(self._certificates.refresh)
+            except Exception:
+                # One bad look must not end the watch.
+                _log.exception("a front's second-by-second look failed")
+            await asyncio.sleep(_LOOK_S)
+
+    # ---- engines and models ----
+
+    def _connect(self, body: Body, descriptors: list[int]) -> None:
+        """The stream to an engine; one that took another's place has its name."""
+        (stream,) = descriptors
+        name = body["name"]
+        if name not in self._engines:
+            self._engines[name] = EngineLink(self._slab, self._config.engine.queue_rows)
+        self._engines[name].connect(socket.socket(fileno=stream))
+
+    def _available(self, body: Body, descriptors: list[int]) -> None:
+        """A version's graphs are loaded in the engine that we are connected to now."""
+        for model in self._models.get(body["number"], ()):
+            model.available()
+
+    def _dead(self, body: Body, descriptors: list[int]) -> None:
+        """A version cannot be run any more."""
+        for model in self._models.get(body["number"], ()):
+            model.give_up(body["reason"])
+
+    async def _prepare(self, body: Body, descriptors: list[int]) -> None:
+        """Have all of a version that is not in the engine: tasks, tokenizers, concepts. Raises: BundleInvalid."""
+        number = body["number"]
+        engine = _Told(self._engines[body["engine"]], body["models"])
+        told = iter(body["plans"])
+
+        def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int) -> Plan:
+            return Plan.of(next(told))
+
+        loaded = await servable.load(
+            Path(body["path"]),
+            config_of(body["config"]),
+            folder_of(body["folder"]),
+            engine,
+            self._pool,
+            self._metrics,
+            self._config.limits,
+            make_plan,
+        )
+        running = Running(loaded)
+        running.free.set()
+        self._running[number], self._models[number] = running, engine.models
+
+    async def _drop(self, body: Body, descriptors: list[int]) -> None:
+        """Let a version go, when nobody uses it any more."""
+        running = self._running.pop(body["number"], None)
+        models = self._models.pop(body["number"], [])
+        if running is not None:
+            await running.free.wait()
+            await running.servable.drain()
+            running.servable.close()
+        for model in models:
+            model.close()
+
+    def _take_catalog(self, body: Body, descriptors: list[int]) -> None:
+        """What is served, and whether we are ready, changed."""
+        self._catalog.take(body["catalog"], self._running)
+        self._ready, self._readiness = body["ready"], body["readiness"]
+        self._serving.publish(body["ready"], body["models"])
+
+    # ---- clients ----
+
+    async def _listen(self, body: Body, descriptors: list[int]) -> Body:
+        """Answer what comes to these sockets. Raises: ConfigError."""
+        sockets: dict[str, list[socket.socket]] = {}
+        for name, descriptor in zip(body["sockets"], descriptors, strict=True):
+            sockets.setdefault(name, []).append(socket.socket(fileno=descriptor))
+        await self._serving.listen(sockets)
+        return {"ports": dict(self._serving.ports), "transport": self._serving.transport}
+
+    async def _configure(self, body: Body, descriptors: list[int]) -> None:
+        """Take over a configuration. Raises: ApplianceError: nothing of it was taken over."""
+        config: Config = configuration.of_data(body["config"])
+
+        def read() -> KeyStore:
+            keys = KeyStore(config.auth.keys_file)
+            check_urls(config)
+            self._certificates.reload(config)
+            return keys
+
+        keys = await asyncio.to_thread(read)
+        self._config = config
+        self._serving.configure(config, keys)
+        self._workflows.settings = config.catalog
+        self._workflows.wake()
+        logs.set_level(config.log.level)
+        self._metrics.sample()
+
+    async def _drain(self, body: Body, descriptors: list[int]) -> Body:
+        """See `Serving.drain`."""
+        lost = await self._serving.drain(self._now, lambda: self._channel.tell("shut"))
+        self._metrics.sample()
+        return {"lost": lost}
+
+
+class _Told:
+    """An engine whose graphs are loaded already, in another process: gives them in the order they were loaded in."""
+
+    def __init__(self, engine: EngineLink, models: list[Mapping[str, Any]]) -> None:
+        self._engine = engine
+        self._left = list(models)
+        self.models: list[RemoteModel] = []
+        self.device = Device(**models[0]["device"])
+
+    async def load(self, request: LoadRequest) -> RemoteModel:
+        """See `Engine.load`."""
+        told = self._left.pop(0)
+        model = RemoteModel(self._engine, told["handle"], told)
+        self.models.append(model)
+        return model
+
+
+def main() -> None:
+    """The process's life."""
+    child.return_large_blocks()
+    child.run("front", lambda sock: FrontProcess(sock).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Everything in the daemon's own process: for machines with few CPUs and no GPU."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from appliance.api.keys import KeyStore
+from appliance.catalog.bundle import BundleConfig, VersionFolder
+from appliance.catalog.view import View
+from appliance.catalog.workflows import Workflows
+from appliance.core.config import Config
+from appliance.core.metrics import Metrics
+from appliance.daemon.certificates import CertificateFiles
+from appliance.daemon.serving import Serving
+from appliance.daemon.sockets import ListeningSockets
+from appliance.daemon.staff import Readiness
+from appliance.engine import session
+from appliance.engine.worker import LocalEngine
+from appliance.tasks import servable
+from appliance.tasks.servable import DecodePool, Servable
+
+_log = logging.getLogger(__name__)
+
+
+class Single:
+    """The API, the transport and the engine, here; implements `Staff`."""
+
+    fronts = 1
+
+    def __init__(self, config: Config, metrics: Metrics) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._serving: Serving | None = None
+        self._pool = DecodePool(config.engine.decode_threads)
+        self.registry = metrics.registry
+
+    async def open(self) -> None:
+        """See `Staff.open`."""
+        self._engine = LocalEngine(self._config.engine, self._metrics, self._config.catalog.state_dir)
+        _log.info("device %s: %s", self._engine.device, self._engine.device.reason)
+
+    async def load(self, path: Path, config: BundleConfig, version: VersionFolder) -> Servable:
+        """See `Staff.load`."""
+        limits = self._config.limits
+        return await servable.load(path, config, version, self._engine, self._pool, self._metrics, limits)
+
+    async def serve(
+        self,
+        catalog: View[Servable],
+        workflows: Workflows,
+        certificates: CertificateFiles,
+        keys: KeyStore,
+        readiness: Readiness,
+        sockets: ListeningSockets,
+    ) -> Mapping[str, int]:
+        """See `Staff.serve`."""
+        self._catalog = catalog
+        self._sockets = sockets
+        self._serving = Serving(self._config, catalog, workflows, self._metrics, readiness, certificates, keys)
+        await self._serving.listen(sockets.by_name)
+        return self._serving.ports
+
+    def publish(self, ready: bool, models: Mapping[str, bool]) -> None:
+        """See `Staff.publish`."""
+        self._metrics.queue_rows.clear()  # a version that is gone leaves no sample, and no reference to its session
+        if self._serving is None:
+            return
+        self._serving.publish(ready, models)
+        for bundle in self._catalog.bundles:
+            for version in bundle.versions.values():
+                if version.servable is not None:
+                    servable.watch_queue(version.servable, self._metrics)
+
+    async def configure(self, config: Config, keys: KeyStore) -> None:
+        """See `Staff.configure`."""
+        self._config = config
+        assert self._serving is not None, "it serves"
+        self._serving.configure(config, keys)
+
+    @property
+    def in_flight(self) -> int:
+        """See `Staff.in_flight`."""
+        return 0 if self._serving is None else self._serving.api.in_flight
+
+    def problems(self) -> dict[str, str]:
+        """See `Staff.problems`: what is wrong here is the daemon's own end."""
+        return {}
+
+    def describe(self) -> dict[str, object]:
+        """See `Staff.describe`."""
+        return {
+            "mode": "single",
+            "transport": "" if self._serving is None else self._serving.transport,
+            "device": str(self._engine.device),
+            "device_reason": self._engine.device.reason,
+            "onnxruntime": session.version(),
+        }
+
+    async def drain(self, now: asyncio.Event) -> None:
+        """See `Staff.drain`."""
+        if self._serving is not None:
+            await self._serving.drain(now)
+
+    async def stop(self) -> None:
+        """See `Staff.stop`."""
+        if self._serving is not None:
+            await self._serving.stop()
+            self._sockets.close()
+        self._pool.close()

@@ -1,0 +1,755 @@
+"""Fronts and engines as processes of their own: started, joined, watched, replaced.
+
+Each child has a line to us (`core/channel`), a board on which it shows that it lives (`engine/board`), and a segment in
+which it counts (`core/metrics`). A front also has a slab, and a stream to every engine. A child that ends, or shows no
+sign of life, is replaced; clients' connections to other fronts, and models in other engines, do not notice.
+
+A version is loaded by one engine, then made known to every front, and only then answered for.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from appliance.api.keys import KeyStore
+from appliance.catalog.bundle import BundleConfig, VersionFolder
+from appliance.catalog.view import View, config_data, folder_data, tell
+from appliance.catalog.workflows import Workflows
+from appliance.core import config as configuration
+from appliance.core.channel import Body, Channel, ChannelClosed, pair
+from appliance.core.config import Config
+from appliance.core.errors import ApplianceError, BundleInvalid, ConfigError, Draining
+from appliance.core.fold import Fold
+from appliance.core.ledger import SIZE as COUNTS_SIZE
+from appliance.core.machine import accelerators, usable_cpus
+from appliance.core.metrics import Metrics
+from appliance.core.shared import Segment
+from appliance.core.sharing import FrontsBoard
+from appliance.daemon.certificates import CertificateFiles
+from appliance.daemon.checks import memory_for_requests
+from appliance.daemon.front import native
+from appliance.daemon.sockets import ListeningSockets
+from appliance.daemon.staff import Readiness
+from appliance.engine import board as boards
+from appliance.engine.board import Board
+from appliance.engine.slab import Slab
+
+_log = logging.getLogger(__name__)
+
+_LOOK_S = 0.25
+"""Seconds between two looks at the children's boards."""
+
+_CANARY_S = 5.0
+"""Seconds between two canary runs of an engine."""
+
+_CANARY_RUNS = 3
+"""Longest runs that an engine may have before it that the canary waits for."""
+
+_FRONT_SILENCE_S = 30.0
+"""Seconds without a turn of its loop after which a front is replaced."""
+
+_START_S = 60.0
+"""Seconds in which a child must have started."""
+
+_CRASHES, _CRASH_WINDOW_S = 3, 300.0
+"""So many crashes in its runs, in so many seconds, and a version is not run any more."""
+
+_BACK_OFF_S = (0.0, 0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds before a child is started again, by how many of its ends lie within the last minute."""
+
+_LAST_S = 5.0
+"""Seconds beyond what a drain may take after which fronts are ended."""
+
+_MOST_FRONTS = 8
+
+
+class Child:
+    """One process of ours: its line, its board, its counts."""
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        handlers: Mapping[str, Callable[[Body, list[int]], None]],
+        on_end: "Callable[[Child], None]",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start it. Raises: OSError. Args: on_end: called once, when the process is gone."""
+        self.name = name
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self.board = Board(Segment.create(f"{name} board", boards.SIZE))
+        self.counts = Segment.create(f"{name} counts", COUNTS_SIZE)
+        ours, theirs = pair()
+        inherited = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID") and not key.startswith("LISTEN_")
+        }
+        self.process = subprocess.Popen(  # noqa: S603  # our own modules
+            [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env={**inherited, **(environment or {})},
+        )
+        theirs.close()
+        self.started_at = time.monotonic()
+        self.started = False
+        self.gone = asyncio.Event()
+        self._pidfd = os.pidfd_open(self.process.pid)
+        self._loop.add_reader(self._pidfd, self._ended)
+        self.channel = Channel(ours, {}, handlers)
+
+    async def start(self, body: Body, *segments: Segment) -> Body:
+        """Have it begin; what it answers. Raises: ApplianceError: it cannot. ChannelClosed: it ended."""
+        shared = [self.board.segment.descriptor, self.counts.descriptor, *(each.descriptor for each in segments)]
+        async with asyncio.timeout(_START_S):
+            answer = await self.channel.call("start", body, shared)
+        self.started = True
+        return answer
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since it last showed that it lives."""
+        return min(self.board.turned_ago_s, time.monotonic() - self.started_at)
+
+    def kill(self) -> None:
+        """End it now."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
+    def how_it_ended(self) -> str:
+        """In words."""
+        code = self.process.returncode
+        if code is not None and code < 0:
+            return f"was ended by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+    def _ended(self) -> None:
+        if self.process.poll() is None:
+            return
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self.channel.close()
+        self.gone.set()
+        self._on_end(self)
+
+    def forget(self) -> None:
+        """Let its board go; its counts are the fold's."""
+        self.board.segment.close()
+
+
+class Restarts:
+    """When a child that ended is started again."""
+
+    def __init__(self) -> None:
+        self._ends: deque[float] = deque(maxlen=len(_BACK_OFF_S))
+
+    def pause_s(self) -> float:
+        """Seconds to wait now; counts this end."""
+        now = time.monotonic()
+        self._ends.append(now)
+        recent = sum(now - end < 60 for end in self._ends)
+        return _BACK_OFF_S[min(recent, len(_BACK_OFF_S)) - 1]
+
+
+class Deployed:
+    """A version that an engine has loaded, or will have again soon; implements `Loaded`."""
+
+    def __init__(self, supervisor: "Supervisor", number: int, engine: "Engine", request: Body) -> None:
+        self._supervisor = supervisor
+        self.number = number
+        self.engine = engine
+        self.request = request
+        self.told: Body = {}
+        self.crashes: deque[float] = deque(maxlen=_CRASHES)
+        self.problem: str | None = None
+        self.given_up = False
+        self.loaded = False
+
+    def described(self) -> dict[str, object]:
+        """See `Loaded.described`."""
+        return {**self.told.get("described", {}), "engine": self.engine.name}
+
+    async def drain(self) -> None:
+        """Every front lets it go when nobody uses it any more."""
+        await self._supervisor.drop(self)
+
+    def close(self) -> None:
+        """The engine lets it go."""
+        self._supervisor.unload(self)
+
+
+class Engine:
+    """One engine, over all the processes that it has been."""
+
+    def __init__(self, name: str, device: str, environment: Mapping[str, str]) -> None:
+        self.name = name
+        self.device = device
+        self.environment = environment
+        self.child: Child | None = None
+        self.facts: Body = {}
+        self.problem: str | None = "is starting"
+        self.restarts = Restarts()
+        self.canary_at = 0.0
+        self.canary: asyncio.Task[None] | None = None
+
+
+class FrontChild:
+    """One front, over all the processes that it has been."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.name = f"front {index}"
+        self.child: Child | None = None
+        self.next: Child | None = None
+        """A process that was started ahead of time."""
+        self.slab: Segment | None = None
+        self.prepared: set[int] = set()
+        self.listens = False
+        self.problem: str | None = "is starting"
+        self.restarts = Restarts()
+
+    def tell(self, name: str, body: Body | None = None, descriptors: Sequence[int] = ()) -> None:
+        """News for it, if it is there."""
+        if self.child is not None:
+            self.child.channel.tell(name, body, descriptors)
+
+
+class Supervisor:
+    """Starts, joins and watches the children; implements `Staff`. Used from the event loop's thread."""
+
+    def __init__(self, config: Config, metrics: Metrics, changed: Callable[[], None]) -> None:
+        """Args: changed: told when `problems` are others than before."""
+        self._config = config
+        self._changed = changed
+        self._fold = Fold(metrics)
+        self._metrics = metrics
+        self.registry = self._fold.registry
+        self.fronts = _fronts(config)
+        self._fronts = [FrontChild(index) for index in range(self.fronts)]
+        self._board = FrontsBoard.create(self.fronts)
+        self._engines: dict[str, Engine] = {}
+        self._deployed: dict[int, Deployed] = {}
+        self._loading: dict[int, Deployed] = {}
+        self._next = 0
+        self._catalog: View[Deployed] | None = None
+        self._readiness: Readiness = lambda: (False, {})
+        self._news: Body | None = None
+        self._sockets: ListeningSockets | None = None
+        self._facts: Body = {}
+        self._shut: set[int] = set()
+        self._stopping = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # ---- life ----
+
+    async def open(self) -> None:
+        """See `Staff.open`: every engine that is wanted from the start is there."""
+        self._spawn(self._watch())
+        for front in self._fronts:  # what they import takes as long as the engines' start
+            front.next = self._front_process(front)
+        for engine in _engines(self._config):
+            self._engines[engine.name] = engine
+            await self._start_engine(engine)
+        if not self._engines:
+            raise ConfigError("There is no device to run models on; see engine.device.")
+
+    async def serve(
+        self,
+        catalog: View[Any],
+        workflows: Workflows,
+        certificates: CertificateFiles,
+        keys: KeyStore,
+        readiness: Readiness,
+        sockets: ListeningSockets,
+    ) -> Mapping[str, int]:
+        """See `Staff.serve`: fronts read workflows, certificates and keys for themselves."""
+        self._catalog, self._readiness, self._sockets = catalog, readiness, sockets
+        self._changed()
+        await asyncio.gather(*(self._start_front(front) for front in self._fronts))
+        ports: Mapping[str, int] = self._facts["ports"]
+        return ports
+
+    def publish(self, ready: bool, models: Mapping[str, bool]) -> None:
+        """See `Staff.publish`."""
+        if self._catalog is None:
+            return
+        self._news = {
+            "catalog": tell(self._catalog, lambda deployed: deployed.number),
+            "ready": ready,
+            "models": dict(models),
+            "readiness": self._readiness()[1],
+        }
+        for front in self._fronts:
+            front.tell("catalog", self._news)
+
+    async def configure(self, config: Config, keys: KeyStore) -> None:
+        """See `Staff.configure`."""
+        body = {"config": configuration.as_data(config)}
+        self._config = config
+        calls = [front.child.channel.call("configure", body) for front in self._fronts if front.child and front.listens]
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, ApplianceError):
+                raise outcome
+        for engine in self._engines.values():
+            if engine.child is not None:
+                engine.child.channel.tell("configure", {"level": config.log.level})
+
+    @property
+    def in_flight(self) -> int:
+        """See `Staff.in_flight`: as of a second ago."""
+        return int(self._fold.gauge("in_flight_requests"))
+
+    def problems(self) -> dict[str, str]:
+        """See `Staff.problems`."""
+        return {member.name: member.problem for member in self._members() if member.problem is not None}
+
+    def describe(self) -> dict[str, object]:
+        """See `Staff.describe`."""
+        first = next(iter(self._engines.values()), None)
+        facts = first.facts if first else {}
+        return {
+            "mode": "processes",
+            "transport": self._facts.get("transport", ""),
+            "device": facts.get("device", ""),
+            "device_reason": facts.get("reason", ""),
+            "onnxruntime": facts.get("onnxruntime", ""),
+            "processes": [
+                {
+                    "name": member.name,
+                    "pid": member.child.process.pid if member.child else 0,
+                    "problem": member.problem or "",
+                    **({"device": member.facts.get("device", "")} if isinstance(member, Engine) else {}),
+                }
+                for member in self._members()
+            ],
+        }
+
+    async def drain(self, now: asyncio.Event) -> None:
+        """See `Staff.drain`: every front does it for itself; engines work until the last front is done."""
+        self._stopping = True
+        hurry = asyncio.ensure_future(self._hurry(now))
+        settings = self._config.shutdown
+        fronts = [front for front in self._fronts if front.child is not None and front.listens]
+        calls = [asyncio.ensure_future(self._drain_front(front)) for front in fronts]
+        if calls:
+            await asyncio.wait(calls, timeout=settings.lame_duck_s + 2 * settings.drain_s + _LAST_S)
+        hurry.cancel()
+
+    async def stop(self) -> None:
+        """See `Staff.stop`."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        children = [member.child for member in self._members() if member.child is not None]
+        children += [front.next for front in self._fronts if front.next is not None]
+        for child in children:
+            child.channel.close()  # it ends when it hears that
+        for child in children:
+            try:
+                await asyncio.wait_for(child.gone.wait(), 1.0)
+            except TimeoutError:
+                child.kill()
+                await child.gone.wait()
+            self._fold.retire(child.name)
+
+    async def _drain_front(self, front: FrontChild) -> None:
+        assert front.child is not None, "it is there"
+        with contextlib.suppress(ChannelClosed, ApplianceError):
+            await front.child.channel.call("drain")
+
+    async def _hurry(self, now: asyncio.Event) -> None:
+        await now.wait()
+        for front in self._fronts:
+            front.tell("now")
+
+    # ---- versions ----
+
+    async def load(self, path: Path, config: BundleConfig, version: VersionFolder) -> Deployed:
+        """See `Staff.load`."""
+        engine = await self._engine_for(config)
+        self._next += 1
+        request = {
+            "number": self._next,
+            "path": str(path),
+            "config": config_data(config),
+            "folder": folder_data(version),
+        }
+        deployed = Deployed(self, self._next, engine, request)
+        try:
+            await self._load_in_engine(deployed)
+            self._deployed[deployed.number] = deployed
+            await self._prepare_everywhere(deployed)
+        except BaseException:
+            self._deployed.pop(deployed.number, None)
+            self._spawn(self._forget(deployed))
+            raise
+        self._make_available(deployed)
+        return deployed
+
+    async def _engine_for(self, config: BundleConfig) -> Engine:
+        """The engine that is to load a bundle. Raises: DeviceError: its device cannot be used."""
+        wanted = config.onnx.device
+        if wanted in (None, "auto"):
+            return next(iter(self._engines.values()))
+        for engine in self._engines.values():
+            if engine.facts.get("device") == wanted or (wanted == "gpu" and engine.device.startswith("gpu")):
+                return engine
+        engine = Engine(f"engine {wanted}", str(wanted), _environment(str(wanted)))
+        await self._start_engine(engine)
+        self._engines[engine.name] = engine
+        for front in self._fronts:
+            self._join(front, engine)
+        return engine
+
+    async def _load_in_engine(self, deployed: Deployed) -> None:
+        """Load it in its engine as it is now. Raises: BundleInvalid: it cannot be, or the engine died of it."""
+        for attempt in (1, 2):
+            child = deployed.engine.child
+            if child is None:
+                await self._wait_for(deployed.engine)
+                child = deployed.engine.child
+            assert child is not None, "waited for"
+            self._loading[deployed.number] = deployed
+            try:
+                deployed.told = await child.channel.call("load", deployed.request)
+                deployed.loaded = True
+                return
+            except ChannelClosed:
+                await child.gone.wait()
+                # Runs of other models may have been the cause: then it is tried once more.
+                blamed = all(activity.loads for activity in child.board.activities())
+                if blamed or attempt == 2:
+                    raise BundleInvalid(
+                        f"The engine {child.how_it_ended()} while it loaded this model, which is not tried again "
+                        "until its files change."
+                    ) from None
+            finally:
+                self._loading.pop(deployed.number, None)
+
+    async def _wait_for(self, engine: Engine) -> None:
+        while engine.child is None or not engine.child.started:
+            if self._stopping:
+                raise Draining
+            await asyncio.sleep(_LOOK_S / 4)
+
+    async def _prepare_everywhere(self, deployed: Deployed) -> None:
+        """Every front that is there knows it. Raises: ApplianceError: one cannot."""
+        fronts = [front for front in self._fronts if front.child is not None and front.listens]
+        await asyncio.gather(*(self._prepare(front, deployed) for front in fronts))
+
+    async def _prepare(self, front: FrontChild, deployed: Deployed) -> None:
+        child = front.child
+        if child is None or deployed.number in front.prepared:
+            return
+        body = {**deployed.request, "engine": deployed.engine.name, **deployed.told}
+        try:
+            await child.channel.call("prepare", body)
+        except ChannelClosed:
+            return  # its replacement is told anew
+        if front.child is child:
+            front.prepared.add(deployed.number)
+
+    def _make_available(self, deployed: Deployed) -> None:
+        for front in self._fronts:
+            if deployed.number in front.prepared:
+                front.tell("available", {"number": deployed.number})
+
+    async def drop(self, deployed: Deployed) -> None:
+        """Every front lets it go, when nobody uses it any more."""
+        self._deployed.pop(deployed.number, None)
+
+        async def drop(front: FrontChild) -> None:
+            if front.child is not None and deployed.number in front.prepared:
+                front.prepared.discard(deployed.number)
+                with contextlib.suppress(ChannelClosed):
+                    await front.child.channel.call("drop", {"number": deployed.number})
+
+        await asyncio.gather(*(drop(front) for front in self._fronts))
+
+    def unload(self, deployed: Deployed) -> None:
+        """The engine lets it go."""
+        self._deployed.pop(deployed.number, None)
+        if not self._stopping:
+            self._spawn(self._unload(deployed))
+
+    async def _unload(self, deployed: Deployed) -> None:
+        if deployed.engine.child is not None:
+            with contextlib.suppress(ChannelClosed, ApplianceError):
+                await deployed.engine.child.channel.call("unload", {"number": deployed.number})
+
+    async def _forget(self, deployed: Deployed) -> None:
+        await self.drop(deployed)
+        await self._unload(deployed)
+
+    def _give_up(self, deployed: Deployed, reason: str) -> None:
+        deployed.given_up, deployed.problem = True, reason
+        _log.critical("a model is not run any more: %s", reason, extra={"model": deployed.request["path"]})
+        for front in self._fronts:
+            front.tell("dead", {"number": deployed.number, "reason": reason})
+
+    # ---- engines ----
+
+    async def _start_engine(self, engine: Engine) -> None:
+        """Raises: DeviceError: its device cannot be used."""
+        child = Child(
+            engine.name,
+            "appliance.daemon.engine_process",
+            {},
+            lambda gone: self._engine_ended(engine, gone),
+            engine.environment,
+        )
+        body = {"config": configuration.as_data(self._config), "device": engine.device}
+        try:
+            engine.facts = await child.start(body)
+        except (ApplianceError, ChannelClosed, TimeoutError) as error:
+            child.kill()
+            await child.gone.wait()
+            if isinstance(error, ApplianceError):
+                raise
+            raise ConfigError(f"The {engine.name} did not start: its process {child.how_it_ended()}.") from error
+        self._fold.attach(engine.name, child.counts)
+        engine.child, engine.problem = child, None
+        engine.canary_at = time.monotonic() + _CANARY_S
+        _log.info("%s on %s: %s", engine.name, engine.facts["device"], engine.facts["reason"])
+
+    def _engine_ended(self, engine: Engine, child: Child) -> None:
+        if engine.child is not child:
+            return  # it never started
+        engine.child = None
+        engine.problem = "is being replaced"
+        self._fold.retire(engine.name)
+        if self._stopping:
+            return
+        activities = child.board.activities()
+        _log.critical(
+            "the %s %s; it is replaced", engine.name, child.how_it_ended(), extra={"running": len(activities)}
+        )
+        for number in {activity.number for activity in activities if not activity.loads}:
+            self._count_crash(number)
+        for deployed in self._deployed.values():
+            if deployed.engine is engine:
+                deployed.loaded = False
+                if not deployed.given_up:
+                    deployed.problem = "its engine is being replaced"
+        self._changed()
+        self._spawn(self._replace_engine(engine))
+
+    def _count_crash(self, number: int) -> None:
+        deployed = self._deployed.get(number)
+        if deployed is None or deployed.given_up:
+            return
+        now = time.monotonic()
+        deployed.crashes.append(now)
+        if len(deployed.crashes) == _CRASHES and now - deployed.crashes[0] < _CRASH_WINDOW_S:
+            self._give_up(
+                deployed,
+                f"its runs crashed the engine {_CRASHES} times within {_CRASH_WINDOW_S / 60:.0f} minutes; mend the "
+                "model, or touch its files to have it tried again",
+            )
+
+    async def _replace_engine(self, engine: Engine) -> None:
+        while not self._stopping:
+            await asyncio.sleep(engine.restarts.pause_s())
+            try:
+                await self._start_engine(engine)
+                break
+            except (ApplianceError, OSError) as error:
+                engine.problem = f"cannot be started: {error}"
+                _log.critical("the %s cannot be started again: %s", engine.name, error)
+                self._changed()
+        for front in self._fronts:
+            self._join(front, engine)
+        child = engine.child
+        for deployed in [each for each in self._deployed.values() if each.engine is engine and not each.given_up]:
+            if engine.child is not child or self._stopping:
+                return  # gone again: whoever replaces it does the rest
+            try:
+                await self._load_in_engine(deployed)
+            except ApplianceError as error:
+                self._give_up(deployed, str(error))
+                continue
+            deployed.problem = None
+            self._make_available(deployed)
+            self._changed()
+        self._changed()
+
+    # ---- fronts ----
+
+    async def _start_front(self, front: FrontChild) -> None:
+        """Raises: ConfigError: what the operator must change."""
+        child, front.next = front.next or self._front_process(front), None
+        order = max(26, (4 * memory_for_requests(self._config) - 1).bit_length())
+        front.slab = Segment.create(f"{front.name} slab", Slab.size_for(order))
+        front.prepared = set()
+        try:
+            body = {"config": configuration.as_data(self._config), "index": front.index}
+            await child.start(body, front.slab, self._board.segment)
+            front.child = child
+            self._fold.attach(front.name, child.counts)
+            for engine in self._engines.values():
+                self._join(front, engine)
+            while missing := [each for number, each in self._deployed.items() if number not in front.prepared]:
+                for deployed in missing:
+                    await self._prepare(front, deployed)
+                    if front.child is None:
+                        raise ChannelClosed
+            front.listens = True  # from here on it hears of every new version as the others do
+            for deployed in self._deployed.values():
+                if deployed.given_up:
+                    front.tell("dead", {"number": deployed.number, "reason": deployed.problem})
+                elif deployed.loaded:
+                    front.tell("available", {"number": deployed.number})
+            if self._news is not None:
+                front.tell("catalog", self._news)
+            names, sockets = self._own_sockets(front)
+            self._facts = await child.channel.call("listen", {"sockets": names}, [sock.fileno() for sock in sockets])
+        except (ApplianceError, ChannelClosed, TimeoutError) as error:
+            front.listens = False
+            child.kill()
+            await child.gone.wait()
+            if isinstance(error, ApplianceError):
+                raise
+            raise ConfigError(f"The {front.name} did not start: its process {child.how_it_ended()}.") from error
+        front.problem = None
+
+    def _front_process(self, front: FrontChild) -> Child:
+        listeners = {"shut": lambda body, descriptors: self._front_shut(front)}
+        return Child(
+            front.name, "appliance.daemon.front_process", listeners, lambda gone: self._front_ended(front, gone)
+        )
+
+    def _own_sockets(self, front: FrontChild) -> tuple[list[str], list[socket.socket]]:
+        """The sockets that this front serves: of each port and address its own, or the one that all share."""
+        assert self._sockets is not None, "ports are bound"
+        names, found = [], []
+        for name, sockets in self._sockets.by_name.items():
+            places: dict[object, list[socket.socket]] = {}
+            for sock in sockets:
+                places.setdefault(sock.getsockname(), []).append(sock)
+            for own in places.values():
+                mine = own[front.index :: self.fronts] or own[-1:]
+                names += [name] * len(mine)
+                found += mine
+        return names, found
+
+    def _front_shut(self, front: FrontChild) -> None:
+        """It accepts no more; when none does, nobody shall wait in the ports' queues."""
+        self._shut.add(front.index)
+        if self._sockets is not None and self._shut >= {each.index for each in self._fronts if each.child is not None}:
+            self._sockets.close()
+
+    def _front_ended(self, front: FrontChild, child: Child) -> None:
+        if front.child is not child:
+            return  # it never started
+        front.child, front.listens, front.problem = None, False, "is being replaced"
+        gauges = self._fold.retire(front.name)
+        self._board.clear(front.index)
+        child.forget()
+        if front.slab is not None:
+            front.slab.close()
+            front.slab = None
+        if self._stopping:
+            return
+        lost = int(gauges.get(("in_flight_requests", ()), 0))
+        self._metrics.lost.inc(lost)
+        _log.critical("the %s %s; it is replaced", front.name, child.how_it_ended(), extra={"in_flight": lost})
+        self._changed()
+        self._spawn(self._replace_front(front))
+
+    async def _replace_front(self, front: FrontChild) -> None:
+        while not self._stopping:
+            await asyncio.sleep(front.restarts.pause_s())
+            try:
+                await self._start_front(front)
+                break
+            except (ApplianceError, OSError) as error:
+                front.problem = f"cannot be started: {error}"
+                _log.critical("the %s cannot be started again: %s", front.name, error)
+        self._changed()
+
+    def _join(self, front: FrontChild, engine: Engine) -> None:
+        """A stream between a front and an engine, if both are there."""
+        if front.child is None or engine.child is None or front.slab is None:
+            return
+        ours, theirs = pair()
+        front.tell("engine", {"name": engine.name}, [ours.fileno()])
+        engine.child.channel.tell("front", {"index": front.index}, [theirs.fileno(), front.slab.descriptor])
+        ours.close()
+        theirs.close()
+
+    # ---- watching ----
+
+    async def _watch(self) -> None:
+        """Replace who shows no sign of life."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            silence_s = self._config.processes.engine_silence_s
+            for member in self._members():
+                limit_s = silence_s if isinstance(member, Engine) else _FRONT_SILENCE_S
+                child = member.child
+                if child is not None and child.started and child.silent_s > limit_s:
+                    _log.critical("the %s shows no sign of life for %.1f s; it is ended", member.name, child.silent_s)
+                    child.kill()
+                if isinstance(member, Engine) and child is not None and time.monotonic() > member.canary_at:
+                    member.canary_at = time.monotonic() + _CANARY_S
+                    if member.canary is None or member.canary.done():
+                        member.canary = self._spawn(self._run_canary(member, child))
+
+    async def _run_canary(self, engine: Engine, child: Child) -> None:
+        """A run on the device, behind as many of the longest runs as may be before it; without it the engine ends."""
+        patience_s = self._config.processes.engine_silence_s + _CANARY_RUNS * child.board.longest_run_s
+        try:
+            async with asyncio.timeout(patience_s):
+                await child.channel.call("canary")
+        except ChannelClosed:
+            return
+        except (TimeoutError, ApplianceError) as error:
+            why = f"took over {patience_s:.0f} s" if isinstance(error, TimeoutError) else f"failed: {error}"
+            _log.critical("the canary run of the %s %s; it is ended", engine.name, why)
+            child.kill()
+
+    def _members(self) -> "list[Engine | FrontChild]":
+        return [*self._engines.values(), *self._fronts]
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.critical("a task of the supervisor failed", exc_info=task.exception())
+
+
+def _fronts(config: Config) -> int:
+    """How many fronts, unless the configuration says."""
+    if not native(config):
+        return 1  # grpcio binds its ports itself
+    if config.processes.fronts:
+        return config.processes.fronts
+    share = 2 if accelerators() and config.engine.device != "cpu" else 4
+    return max(1, min(_MOST_FRONTS, usable_cpus() // share))
+
+
+def _engines(config: Config) -> list[Engine]:
+    """The engines that are there from the start: one a device."""
+    device = config.engine.device
+    return [Engine("engine", device, _environment(device))]
+
+
+def _environment(device: str) -> dict[str, str]:
+    return {}

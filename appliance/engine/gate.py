@@ -1,0 +1,121 @@
+"""What surrounds a run of a model: who may run beside it, and who is told which rows are in it.
+
+A run that crashes takes the engine's process with it. Whoever owns the rows learns from his ledger which of them were
+in a run then, and from a run that had the engine for itself that it was the one at fault.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+from appliance.core.types import Array
+
+
+class Runs(Protocol):
+    """What is run; `Session` is one."""
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        """Compute the named outputs for all rows of `feeds`."""
+
+    def terminate(self, thread: int | None = None) -> None:
+        """End the run in progress on that thread (its identity), or all runs, soon: they raise InferenceFailed."""
+
+
+class Ledger(Protocol):
+    """Told which rows of one submission are in a run; on the thread that runs, and while it waits: be quick.
+
+    Rows of one submission may be in several runs at once, on several threads; each row is in one at most. A run
+    that had begun is told of until it is over, though its submission was cancelled meanwhile.
+    """
+
+    def running(self, start: int, count: int) -> None:
+        """Rows `start` … `start + count` are about to run."""
+
+    def idle(self, start: int, count: int) -> None:
+        """Their run is over, however it ended; a failed one may be tried again in parts."""
+
+
+class RunBoard(Protocol):
+    """Told of every run of one model, on the thread that runs, and while it waits: be quick."""
+
+    def begin(self, rows: int) -> int:
+        """A run begins. Returns: what `end` is told."""
+
+    def end(self, token: int) -> None:
+        """It is over, however it ended."""
+
+
+Mark: TypeAlias = tuple[Ledger, int, int]
+"""Rows `start` … `start + count` of a submission, and its ledger."""
+
+
+class RunGate:
+    """Lets runs of one engine in: any number at once, or one alone, which goes before those that come after it.
+
+    Any thread may call.
+
+    Attributes:
+        shut: how many runs that are to be alone are in progress or wait.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._inside = 0
+        self.shut = 0
+        self._taken = False
+
+    def try_enter(self) -> bool:
+        """Let in a run beside others, unless that needs waiting. Returns: whether it is in; then call `leave`."""
+        with self._lock:
+            if self.shut:
+                return False
+            self._inside += 1
+            return True
+
+    def enter(self, alone: bool = False) -> None:
+        """Let in a run, beside others or alone, as soon as that is possible; then call `leave`."""
+        with self._lock:
+            if not alone:
+                while self.shut:
+                    self._changed.wait()
+                self._inside += 1
+                return
+            self.shut += 1
+            while self._inside or self._taken:
+                self._changed.wait()
+            self._taken = True
+
+    def leave(self, alone: bool = False) -> None:
+        """The run is over."""
+        with self._lock:
+            if alone:
+                self._taken = False
+                self.shut -= 1
+            else:
+                self._inside -= 1
+            if alone or (self.shut and not self._inside):
+                self._changed.notify_all()
+
+
+def run(
+    model: Runs,
+    outputs: Sequence[str],
+    feeds: Mapping[str, Array],
+    rows: int,
+    marks: Sequence[Mark],
+    board: RunBoard | None,
+) -> list[Array]:
+    """Run the model; ledgers and board are told strictly before, and strictly after. Raises: what the model raises."""
+    if not marks and board is None:
+        return model.run(outputs, feeds)
+    token = board.begin(rows) if board is not None else 0
+    try:
+        for ledger, start, count in marks:
+            ledger.running(start, count)
+        return model.run(outputs, feeds)
+    finally:
+        for ledger, start, count in marks:
+            ledger.idle(start, count)
+        if board is not None:
+            board.end(token)

@@ -1,0 +1,1 @@
+"""The models that are measured, written as bundles; all but digits and MiniLM have random weights."""
