@@ -154,11 +154,13 @@ class Bench:
         ):
             bodies = _mixed(pictures.workload, Path(name))
             before, samples = server.counters(), [_used_gib()]
-            done = wrong = 0
+            done = 0
+            wrong: dict[str, int] = {}
             while done < wanted and self.left_s > 12:
                 job = Job(server.target(), tuple(map(str, bodies)), 64, min(5.0, self.left_s - 10))
                 outcome = generate(job, self.cpus.load)
-                wrong += sum(outcome.problems.values())
+                for problem, count in outcome.problems.items():
+                    wrong[problem] = wrong.get(problem, 0) + count
                 done = server.counters().since(before).succeeded
                 samples.append(_used_gib())
             self.results.memory = {
@@ -299,7 +301,8 @@ def _memory_text(memory: dict[str, Any]) -> list[str]:
     samples = memory["gpu_gib"]
     few = "" if memory["requests"] >= memory["wanted"] else f" (of {memory['wanted']}: the time was over)"
     return [
-        f"* {memory['requests']} requests{few}, {memory['wrong']} of them not answered rightly.",
+        f"* {memory['requests']} requests{few}, {sum(memory['wrong'].values())} more not answered rightly.",
+        *(f"* ERRORS: {count} times {problem}." for problem, count in sorted(memory["wrong"].items())),
         f"* GPU: {samples[0]:g} GiB after the load, {max(samples):g} GiB at most, {samples[-1]:g} GiB at the end.",
         f"* The daemon's processes hold {memory['resident_mib']} MiB at the end.",
     ]
