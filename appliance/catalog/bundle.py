@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from appliance.catalog.methods import MethodSection, place_of
 from appliance.catalog.sections import EmbeddingOutput, ImageInput, InsidePath, Part, ScoresOutput, TextInput
-from appliance.core.config import Name
+from appliance.core.config import DEVICE_PATTERN, Name
 from appliance.core.errors import BundleInvalid
 from appliance.core.files import printable
 from appliance.core.types import NAME_PATTERN, Concept, ModelKey
@@ -74,7 +74,10 @@ class OnnxSection(Part):
     """The `onnx:` section of config.yaml."""
 
     file: InsidePath = "model.onnx"
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|gpu|gpu:\d+)$")] | None = None
+    device: Annotated[str, Field(pattern=DEVICE_PATTERN)] | None = None
+    precision: Literal["fp32", "fp16"] = "fp32"
+    tf32: bool = False
+    cuda_graphs: bool | None = None
     plan: Literal["wrapped", "raw"] = "wrapped"
     image: ImageInput | None = None
     text: TextInput | None = None

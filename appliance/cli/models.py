@@ -1,4 +1,4 @@
-"""`appliance models list | add | remove | rollback | inspect`."""
+"""`appliance models list | add | remove | rollback | inspect | compile`."""
 
 import json
 import time
@@ -122,6 +122,23 @@ def inspect(config_file: Path | None, name: str, as_json: bool) -> None:
             click.echo(f"  note: {printable(note)}")
         for file, digest in (entry.get("sha256") or bundles.checksums(version)).items():
             click.echo(f"  sha256 {digest}  {printable(file)}")
+
+
+@models.command(name="compile")
+@click.argument("model")
+@click.option("--fp16", is_flag=True, help="Let TensorRT compute in half precision.")
+@click.pass_obj
+def compile_model(config_file: Path | None, model: str, fp16: bool) -> None:
+    """Build TensorRT engines for a bundle, BUNDLE or BUNDLE:VERSION; it is served by them from its next load on.
+
+    Takes minutes and much of the GPU; the daemon goes on with CUDA meanwhile. An engine holds for this GPU, this
+    TensorRT and this content of the bundle; anything else is served by CUDA. To go back, remove cache/tensorrt in the
+    state folder.
+    """
+    from appliance.cli.compiling import compile_bundle  # the engine, which the other verbs do not need
+
+    name, _, version = model.partition(":")
+    compile_bundle(configuration.load(config_file).config, name, version, fp16=fp16, say=click.echo)
 
 
 def _add_row(table: Table, *cells: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -38,19 +39,35 @@ def resident_memory() -> int:
     return int(_text(Path("/proc/self/statm")).split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@dataclass(frozen=True, slots=True)
+class GpuFile:
+    """An NVIDIA GPU that we may open, as the driver's files tell of it; "" for what they do not say."""
+
+    minor: int
+    name: str
+    uuid: str
+
+
+def gpus() -> tuple[GpuFile, ...]:
+    """Every NVIDIA GPU that we may open, in the order of the PCI bus; those the driver does not tell of come last.
+
+    A container sees the driver's list of all GPUs, and the device files of its own only.
+    """
+    listed = {}
+    for file in sorted(_GPUS.glob("*/information")):
+        found = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in _text(file).splitlines())}
+        minor = found.get("Device Minor", "")
+        if minor.isdigit():
+            listed[int(minor)] = GpuFile(int(minor), found.get("Model", ""), found.get("GPU UUID", ""))
+    minors = {int(name) for path in _DEVICES.glob("nvidia[0-9]*") if (name := path.name[len("nvidia") :]).isdigit()}
+    untold = (GpuFile(minor, "", "") for minor in sorted(minors - listed.keys()))
+    return (*(gpu for minor, gpu in listed.items() if minor in minors), *untold)
+
+
 def accelerators() -> tuple[str, ...]:
     """The product name of every NVIDIA GPU that we may open, in the order of their device files; "" where the driver
-    does not say. A container sees the driver's list of all GPUs, and the files of its own only."""
-    names = {}
-    for file in _GPUS.glob("*/information"):
-        found = dict(line.split(":", 1) for line in _text(file).splitlines() if ":" in line)
-        names[found.get("Device Minor", "").strip()] = found.get("Model", "").strip()
-    minors = sorted(
-        int(path.name.removeprefix("nvidia"))
-        for path in _DEVICES.glob("nvidia[0-9]*")
-        if path.name.removeprefix("nvidia").isdigit()
-    )
-    return tuple(names.get(str(minor), "") for minor in minors)
+    does not say."""
+    return tuple(gpu.name for gpu in sorted(gpus(), key=lambda gpu: gpu.minor))
 
 
 def _cpu_quota() -> float | None:

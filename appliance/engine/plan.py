@@ -28,6 +28,7 @@ from appliance.catalog.sections import EmbeddingOutput, ImageInput
 from appliance.core.errors import BundleInvalid
 from appliance.engine import session
 from appliance.engine.cache import FileCache
+from appliance.engine.half import halve
 from appliance.engine.session import TensorSpec
 
 TOP_LIMIT = 200
@@ -81,6 +82,8 @@ class Plan:
         finds_rows: an operator may give as many rows as it finds, so a free first axis of an output is no batch axis.
         key: SHA-256 of all that the answers depend on: the files' content, the config, the libraries' versions.
         weights: content of the files that the graph refers to, by the name it uses.
+        half: products are computed in half precision.
+        tf32, cuda_graphs: what the bundle says of runs on a GPU; None follows the engine.
     """
 
     model: bytes | None
@@ -94,6 +97,9 @@ class Plan:
     finds_rows: bool = False
     key: str = ""
     weights: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    half: bool = False
+    tf32: bool = False
+    cuda_graphs: bool | None = None
 
     def described(self) -> dict[str, Any]:
         """All but graph and weights, as plain data that JSON can hold: what a task needs to know of it."""
@@ -107,6 +113,9 @@ class Plan:
             "notes": list(self.notes),
             "finds_rows": self.finds_rows,
             "key": self.key,
+            "half": self.half,
+            "tf32": self.tf32,
+            "cuda_graphs": self.cuda_graphs,
         }
 
     @classmethod
@@ -126,6 +135,9 @@ class Plan:
             notes=tuple(map(str, described["notes"])),
             finds_rows=bool(described["finds_rows"]),
             key=str(described["key"]),
+            half=bool(described["half"]),
+            tf32=bool(described["tf32"]),
+            cuda_graphs=described["cuda_graphs"],
         )
 
 
@@ -215,6 +227,9 @@ def _made(bundle: Path, file: Path, content: bytes, section: OnnxSection, concep
         _wrap_pooling(model, section, file)
     elif section.embedding:
         _check_embedding(model, section.embedding, file)
+    halved = halve(model) if section.precision == "fp16" else 0
+    if section.precision == "fp16":
+        notes.append(f"precision fp16: {halved} operators compute in half precision")
     _prune(model)
     plan = Plan(
         model=model.SerializeToString(),
@@ -226,6 +241,9 @@ def _made(bundle: Path, file: Path, content: bytes, section: OnnxSection, concep
         mixes_rows=_mixes_rows(model),
         notes=tuple(notes),
         finds_rows=any(node.op_type in _OWN_ROWS for node in _nodes(model)),
+        half=bool(halved),
+        tf32=section.tf32,
+        cuda_graphs=section.cuda_graphs,
     )
     return plan, locations(model)
 

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import TypeAlias
 
 from appliance.core.config import Engine as EngineSettings
-from appliance.core.errors import BundleInvalid, InferenceFailed
+from appliance.core.errors import BundleInvalid, DeviceError, InferenceFailed
 from appliance.core.machine import resident_memory, usable_cpus, usable_memory
 from appliance.core.metrics import Metrics
 from appliance.core.types import Array
-from appliance.engine import curves, probes
+from appliance.engine import curves, probes, tensorrt
+from appliance.engine.admission import Admission, Content, content_of
 from appliance.engine.batcher import Batcher, Outcome, RunRecord, powers_of_two, shape_key
 from appliance.engine.cache import FileCache
 from appliance.engine.curves import Idle, Measured, Subject
 from appliance.engine.gate import Ledger, RunGate
 from appliance.engine.inline import LONGEST_RUN_S, TURN_S, InlineLane, Waiter, Watchdog
 from appliance.engine.plan import only
-from appliance.engine.session import Device, Session, TensorSpec, bound_runs, resolve_device
+from appliance.engine.session import Device, Session, TensorSpec, bound_runs, resolve_device, version
+from appliance.engine.tensorrt import Compiled
 from appliance.engine.threads import on_own_thread
 from appliance.engine.transport import Batching, LoadRequest
 
@@ -156,10 +158,19 @@ class _Unmeasured:
 class LocalEngine:
     """Loads graphs into this process; implements `Engine`."""
 
-    def __init__(self, settings: EngineSettings, metrics: Metrics, state_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        metrics: Metrics,
+        state_dir: Path | None = None,
+        on_poison: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         """Find the device.
 
-        Args:    state_dir: what is measured is kept in there, under cache/curves; None: it is not.
+        Args:
+            state_dir: what is measured is kept in there, under cache/curves and in footprints.json, and TensorRT's
+                engines are looked for; None: none of it.
+            on_poison: called on a run's thread when this process can use its GPU no more; it should end the process.
         Raises:  DeviceError: the device is required and cannot be used.
         """
         memory = settings.run_memory or usable_memory() // 3
@@ -171,6 +182,10 @@ class LocalEngine:
         self._queue_rows = settings.queue_rows
         self._queue_bytes = settings.queue_size
         self._gpu_memory = settings.gpu_memory
+        self._cuda_graphs = settings.cuda_graphs
+        self._state_dir = state_dir
+        self._on_poison = on_poison
+        self._admission = Admission(state_dir, settings.gpu_headroom)
         self._load_timeout_s = settings.load_timeout_s
         self._metrics = metrics
         self._watchdog = Watchdog()
@@ -191,7 +206,7 @@ class LocalEngine:
         try:
             async with asyncio.timeout(self._load_timeout_s):
                 session, batching, unmeasured = await on_own_thread(
-                    lambda: self._prepare(request, device, loading), "load"
+                    lambda: self._admitted(request, device, loading), "load"
                 )
                 loading.succeeded()
         except TimeoutError as error:
@@ -251,24 +266,84 @@ class LocalEngine:
 
     # ---- loading, on a thread of its own ----
 
-    def _prepare(
+    def _admitted(
         self, request: LoadRequest, device: Device, loading: "_Loading"
+    ) -> tuple[Session, Batching, _Unmeasured | None]:
+        """Load. On a GPU: if it fits, and then measured; by TensorRT's engine, if one was built.
+
+        Raises: DeviceError: it does not fit.
+        """
+        if device.kind == "cpu":
+            return self._prepare(request, device, loading, None)
+        content = content_of(request.plan)
+        name = ":".join(request.name)
+        compiled = self._compiled(content, device)
+        if compiled is not None and tensorrt.covers(compiled, request.examples):
+            rows = min(request.max_rows or compiled.max_rows, compiled.max_rows)
+            try:
+                with self._admission.load(content, device, "tensorrt", name):
+                    prepared = self._prepare(replace(request, max_rows=rows), device, loading, compiled)
+                    prepared[0].settle()
+                    return prepared
+            except (BundleInvalid, DeviceError) as error:
+                _log.warning("TensorRT's engine cannot be used, CUDA serves", extra=_fields(request, str(error)))
+        with self._admission.load(content, device, "cuda", name):
+            prepared = self._prepare(request, device, loading, None)
+            session, batching, _ = prepared
+            graphs = self._cuda_graphs if request.plan.cuda_graphs is None else request.plan.cuda_graphs
+            if graphs and batching.mode == "rows":
+                found = session.capture(request.served, _batches(request, batching))
+                _log.info("CUDA graphs were tried", extra=_fields(request, found))
+            session.settle()
+            return prepared
+
+    def _compiled(self, content: Content, device: Device) -> Compiled | None:
+        """TensorRT's engine for that graph on this GPU, if one was built."""
+        try:
+            folder = self.engine_folder(content, device)
+        except OSError:  # no TensorRT here
+            return None
+        return tensorrt.find(folder) if folder else None
+
+    def engine_folder(self, content: Content, device: Device) -> Path | None:
+        """Where TensorRT's engine for that graph is or would be; None without a state folder or the GPU's name.
+
+        Raises: OSError: there is no TensorRT here.
+        """
+        if self._state_dir is None or not device.name:
+            return None
+        return tensorrt.folder_of(self._state_dir, content.key, version(), tensorrt.version(), device.name)
+
+    def _prepare(
+        self, request: LoadRequest, device: Device, loading: "_Loading", compiled: Compiled | None
     ) -> tuple[Session, Batching, _Unmeasured | None]:
         """Session, a run of every bucket, and what is known or quickly found out of the model."""
         plan = request.plan
         assert plan.model is not None, "a description cannot be loaded"
         threads = request.threads or self._threads
         graph = only(plan.model, {*request.served, *request.compared})
-        session = Session(graph, plan.file.parent, device, threads, self._gpu_memory, weights=plan.weights)
+        session = Session(
+            graph,
+            plan.file.parent,
+            device,
+            threads,
+            self._gpu_memory,
+            plan.weights,
+            tf32=plan.tf32,
+            compiled=compiled,
+            on_poison=self._on_poison,
+        )
         loading.take(session)
         _first_runs(session, request)
         mode, reason = _mode(session, request)
         if mode == "whole":
             return session, Batching(mode, 1, reason, parallel=request.parallel or self._parallel or 1), None
-        asked = [request.compared, request.served, request.max_rows, request.parallel or self._parallel]
+        asked: list[object] = [request.compared, request.served, request.max_rows, request.parallel or self._parallel]
+        asked += ["tensorrt"] if compiled is not None else []
         key = curves.key_of(plan.key, device, threads, asked)
         kept = curves.read(self._kept, key) if self._kept and plan.key else None
-        measured = kept or _quickly_measured(session, request, mode)
+        coarse = plan.half or plan.tf32 or (compiled is not None and compiled.fp16)
+        measured = kept or _quickly_measured(session, request, mode, coarse)
         subject = None
         if not measured.measured_at:
             subject = self._subject(session, request, device, threads, mode, measured)
@@ -419,18 +494,18 @@ def _mode(session: Session, request: LoadRequest) -> tuple[str, str]:
     return "rows", "the probes show rows independent"
 
 
-def _dependence(session: Session, request: LoadRequest) -> str:
+def _dependence(session: Session, request: LoadRequest, coarse: bool) -> str:
     """Why rows must not share a run, by the probes; "" when they may."""
     for rows in request.examples:
-        dependence = probes.row_dependence(session, request.compared, rows)
+        dependence = probes.row_dependence(session, request.compared, rows, coarse=coarse)
         if dependence:
             return dependence
     return ""
 
 
-def _quickly_measured(session: Session, request: LoadRequest, mode: str) -> Measured:
+def _quickly_measured(session: Session, request: LoadRequest, mode: str, coarse: bool) -> Measured:
     """What a few runs tell: whether rows may share one, and how many may be expected to be worth running together."""
-    dependence = _dependence(session, request) if mode == "rows" else ""
+    dependence = _dependence(session, request, coarse) if mode == "rows" else ""
     row = request.examples[-1][0]
     one = curves.shortest_run(session, request.served, row)
     shared = one
@@ -453,6 +528,13 @@ def _warm(session: Session, request: LoadRequest, batching: Batching) -> None:
         for size in curves.sizes(most):
             with contextlib.suppress(InferenceFailed):
                 session.run(request.served, probes.join([rows[0]] * size))
+
+
+def _batches(request: LoadRequest, batching: Batching) -> list[dict[str, Array]]:
+    """What the batcher makes of each bucket's rows."""
+    most = batching.buckets or (batching.max_rows,) * len(request.examples)
+    pairs = zip(request.examples, most, strict=True)
+    return [probes.join([rows[0]] * size) for rows, limit in pairs for size in powers_of_two(limit)]
 
 
 def _first_runs(session: Session, request: LoadRequest) -> None:

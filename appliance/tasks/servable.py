@@ -405,7 +405,8 @@ def _declared(
     for section in config.onnx.methods:
         file = check_inside(bundle, version.path / section.file if section.file else version.model_file)
         if file not in found:
-            raw = dataclasses.replace(config, onnx=OnnxSection(file=file.name, device=config.onnx.device))
+            ways = config.onnx.model_dump(include={"device", "precision", "tf32", "cuda_graphs"})
+            raw = dataclasses.replace(config, onnx=OnnxSection(file=file.name, **ways))
             found[file] = make_plan(bundle, raw, dataclasses.replace(version, model_file=file), 0)
         plan = found[file]
         task = Declared(

@@ -29,6 +29,7 @@ from appliance.catalog.bundle import (
     write_checksums,
 )
 from appliance.catalog.sections import FORBIDDEN_SUFFIXES
+from appliance.core.config import Engine
 from appliance.core.errors import BundleInvalid
 from appliance.core.types import Concept, ModelKey
 
@@ -168,6 +169,30 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     ):
         assert part in text
     assert str(folder / "config.yaml") in text
+
+
+DEVICES = ("auto", "cpu", "gpu", "gpu:0", "gpu:17", "gpu:GPU-8a56a4bc-3b2f", "gpu:MIG-8a56a4bc", "gpu:MIG-GPU-8a/1/0")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_is_a_kind_a_number_or_a_uuid(tmp_path: Path, device: str) -> None:
+    """The same words as in engine.device; whether it is there is known at load."""
+    assert config_of(written(tmp_path, {"model": {"id": "m"}, "onnx": {"device": device}})).onnx.device == device
+    assert Engine(device=device).device == device
+
+
+@pytest.mark.parametrize("device", ["GPU", "gpu:", "gpu:-1", "gpu:x", "gpu:GPU-", "gpu:GPU-a b", "cuda:0", "gpu:0,1"])
+def test_another_word_is_no_device(tmp_path: Path, device: str) -> None:
+    assert "onnx.device:" in refusal(written(tmp_path, {"model": {"id": "m"}, "onnx": {"device": device}}))
+
+
+def test_what_a_gpu_may_do_is_off_unless_it_is_asked_for(tmp_path: Path) -> None:
+    """Answers are those of single precision."""
+    plain = config_of(written(tmp_path, {"model": {"id": "m"}, "onnx": {}})).onnx
+    assert (plain.precision, plain.tf32, plain.cuda_graphs) == ("fp32", False, None)
+    asked = {"precision": "fp16", "tf32": True, "cuda_graphs": True}
+    onnx = config_of(written(tmp_path, {"model": {"id": "m"}, "onnx": asked})).onnx
+    assert (onnx.precision, onnx.tf32, onnx.cuda_graphs) == ("fp16", True, True)
 
 
 @pytest.mark.parametrize(

@@ -545,3 +545,17 @@ def test_inspect_shows_declared_methods(appliance: Command) -> None:
         "list[float]",
         "list[float]",
     )
+
+
+# ---- compile ---------------------------------------------------------------------------------------------------------
+
+
+def test_compiling_without_a_gpu_says_what_is_missing(appliance: Command, source: Path) -> None:
+    """Before anything is loaded or written."""
+    appliance.good("models", "add", source)
+    with appliance.file.open("a") as file:
+        file.write('[engine]\ndevice = "cpu"\n')
+    assert "TensorRT needs a GPU, and the device is the CPU: as configured." in appliance.bad(
+        "models", "compile", "cats"
+    )
+    assert not (appliance.folder / "state" / "cache").exists()

@@ -82,3 +82,22 @@ def test_accelerators_are_named_in_the_order_of_their_device_files(
         text = f"Model: \t\t {name}\nIRQ:   \t\t 7\nDevice Minor: \t {minor}\nno colon\n"
         (tmp_path / "gpus" / bus / "information").write_text(text)
     assert machine.accelerators() == ("NVIDIA L4", "", "NVIDIA H200")
+
+
+def test_gpus_are_told_in_the_order_of_the_pci_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nvidia-smi numbers them; those that the driver does not tell of come last, by their device files."""
+    monkeypatch.setattr(machine, "_DEVICES", tmp_path / "dev")
+    monkeypatch.setattr(machine, "_GPUS", tmp_path / "gpus")
+    assert machine.gpus() == ()
+    (tmp_path / "dev").mkdir()
+    for minor in (0, 1, 7):
+        (tmp_path / "dev" / f"nvidia{minor}").touch()
+    for bus, minor, name in (("0000:c1:00.0", 0, "NVIDIA H200"), ("0000:41:00.0", 1, "NVIDIA L4")):
+        (tmp_path / "gpus" / bus).mkdir(parents=True)
+        text = f"Model: \t\t {name}\nGPU UUID: \t GPU-{minor}\nDevice Minor: \t {minor}\n"
+        (tmp_path / "gpus" / bus / "information").write_text(text)
+    assert machine.gpus() == (
+        machine.GpuFile(1, "NVIDIA L4", "GPU-1"),
+        machine.GpuFile(0, "NVIDIA H200", "GPU-0"),
+        machine.GpuFile(7, "", ""),
+    )

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,24 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 from support import graphs
+from support.cuda_doubles import Host, HostRuntime, OnHost
 from support.engine_graphs import CPU
 from support.waiting import eventually
 
 import appliance
 from appliance.core.errors import BundleInvalid, DeviceError, InferenceFailed
+from appliance.engine import gpu
 from appliance.engine import session as sessions
-from appliance.engine.session import Device, OutOfMemory, Session, TensorSpec, gpu_problem, resolve_device
+from appliance.engine.session import (
+    Device,
+    DevicePoisoned,
+    OutOfMemory,
+    Session,
+    TensorSpec,
+    gpu_problem,
+    resolve_device,
+)
+from appliance.engine.tensorrt import Compiled
 
 _GPU_PROBLEM = gpu_problem(0)
 
@@ -223,6 +235,153 @@ def test_only_the_run_on_that_thread_is_ended() -> None:
     assert ended == [thread.ident for thread in threads]
 
 
+def test_a_session_on_the_cpu_uses_nothing_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its library nor a slot, even where there is CUDA; its errors are never taken for the GPU's."""
+
+    def touched(*arguments: Any) -> Any:
+        pytest.fail("CUDA was touched")
+
+    monkeypatch.setattr(sessions.cuda, "runtime", touched)
+    monkeypatch.setattr(sessions.cuda, "poison", touched)
+    monkeypatch.setattr(sessions.binding.Bound, "__init__", touched)
+    session = session_of(graphs.identity_model())
+    feeds = {"x": np.ones((2, 3), np.float32)}
+    assert session.run(["y"], feeds)[0].tolist() == feeds["x"].tolist()
+    session.settle()
+    with pytest.raises(InferenceFailed) as error:
+        session.run(["y"], {"x": np.ones((2, 2), np.float32)})
+    assert type(error.value) is InferenceFailed
+
+
+def test_a_poisoned_gpu_is_told_before_the_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's process may end within the callback: nothing but that ends such an error."""
+    told: list[str] = []
+    session = session_of(graphs.identity_model())
+    session.device, session._on_poison = Device("gpu", 0), told.append
+    text = "CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=host"
+    monkeypatch.setattr(session, "_session", SimpleNamespace(run=lambda *arguments: _raise(RuntimeError(text))))
+    with pytest.raises(DevicePoisoned) as error:
+        session.run(["y"], {})
+    assert told == [error.value.reason] == ["an illegal memory access (CUDA error 700)"]
+    assert text in error.value.detail
+    assert "700" not in str(error.value)
+
+
+def test_an_error_without_cause_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN may not say why it failed; a sticky error is what CUDA then answers to any call."""
+    library = HostRuntime()
+    monkeypatch.setattr(sessions.cuda, "runtime", lambda: library)
+    told: list[str] = []
+    session = session_of(graphs.identity_model())
+    session.device, session._on_poison = Device("gpu", 0), told.append
+    session._bound = sessions.binding.Bound(
+        SimpleNamespace(run=lambda *arguments: _raise(RuntimeError("CUDNN_FE failure 11"))), library, 0, {}, {}
+    )
+    with pytest.raises(InferenceFailed) as error:
+        session.run(["y"], {"x": np.ones(1)})
+    assert type(error.value) is InferenceFailed, "the device answers: the error was this run's alone"
+    library.fails["cudaDeviceSynchronize"] = "CUDA failure 719: unspecified launch failure ; cudaDeviceSynchronize"
+    with pytest.raises(DevicePoisoned):
+        session.run(["y"], {"x": np.ones(1)})
+    assert told == ["a failed kernel launch (CUDA error 719)"]
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def test_the_gpus_options_are_those_that_were_chosen() -> None:
+    """TF32, graphs and TensorRT only where they are asked for."""
+    (name, options), cpu = sessions._providers(Device("gpu", 1), 2**30)
+    assert (name, cpu) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert options == {
+        "device_id": "1",
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": "0",
+        "gpu_mem_limit": str(2**30),
+    }
+    (_, options), _ = sessions._providers(Device("gpu", 0), None, tf32=True, graphs=True)
+    assert (options["use_tf32"], options["enable_cuda_graph"], "gpu_mem_limit" in options) == ("1", "1", False)
+    compiled = Compiled(Path("/engines"), False, 8, {"x": (1, 3)}, {"x": (8, 3)}, {})
+    names = [entry[0] for entry in sessions._providers(Device("gpu", 0), None, compiled=compiled)[:2]]
+    assert names == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    assert sessions._providers(CPU, 2**30) == ["CPUExecutionProvider"]
+
+
+# ---- as on a GPU, on host memory ------------------------------------------------------------------------------------
+
+
+def session_on(host: Host) -> Session:
+    """`y` is `x`, (batch, 3)."""
+    return Session(graphs.identity_model().SerializeToString(), Path("/nowhere"), host.device, 1)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(monkeypatch)
+
+
+THREE = {"x": np.ones((2, 3), np.float32)}
+
+
+def test_slots_go_with_their_session(host: Host) -> None:
+    """A model that is replaced leaves nothing on the GPU."""
+    session = session_on(host)
+    np.testing.assert_array_equal(session.run(["y"], THREE)[0], THREE["x"])
+    assert host.loaded[0].runs == ["bound"]
+    assert host.library.memory_of
+    del session
+    assert host.library.memory_of == {}
+
+
+def test_graphs_that_win_take_over_and_the_other_session_goes(host: Host) -> None:
+    """With its weights: nothing holds it any more."""
+    host.seconds = [1.0, 0.9]
+    session = session_on(host)
+    gone = weakref.ref(host.loaded[0])
+    assert session.capture(["y"], [THREE]) == "CUDA graphs: runs take 0.90 of the time with CUDA graphs"
+    session.settle()
+    session.run(["y"], THREE)
+    assert host.loaded[1].runs[-1] == "bound 1"
+    del host.loaded[0]
+    assert gone() is None
+    del session
+    assert host.library.memory_of == {}
+
+
+def test_graphs_that_do_not_win_by_five_percent_go(host: Host) -> None:
+    host.seconds = [1.0, 0.96]
+    session = session_on(host)
+    assert session.capture(["y"], [THREE]).startswith("no CUDA graphs: runs take 0.96 of the time")
+    before = len(host.loaded[0].runs)
+    session.run(["y"], THREE)
+    assert host.loaded[0].runs[before:] == ["bound"]
+    gone = weakref.ref(host.loaded.pop())
+    assert gone() is None
+
+
+def test_an_input_that_the_host_reads_is_not_captured(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay would not see it change."""
+    monkeypatch.setattr(OnHost, "get_input_memory_infos", lambda self: [SimpleNamespace(name="Cpu")])
+    assert session_on(host).capture(["y"], [THREE]) == "no CUDA graphs: the input 'x' is read on the host"
+
+
+def test_a_graph_that_cannot_be_captured_is_run_as_it_is(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With onnxruntime's word for it."""
+    session = session_on(host)
+    monkeypatch.setattr(sessions.binding.Graphs, "capture", lambda *_: _raise(RuntimeError("not permitted\nat line 3")))
+    assert session.capture(["y"], [THREE]) == "no CUDA graphs: they cannot be captured (not permitted)"
+    np.testing.assert_array_equal(session.run(["y"], THREE)[0], THREE["x"])
+
+
+def test_cudas_own_lack_of_memory_is_told_apart(host: Host) -> None:
+    """A slot that could not be had is as good a reason for smaller batches as an arena."""
+    host.library.fails["cudaMalloc"] = "CUDA failure 2: out of memory ; cudaMalloc"
+    with pytest.raises(OutOfMemory):
+        session_on(host).run(["y"], THREE)
+
+
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 
@@ -234,15 +393,31 @@ def test_cpu_is_cpu() -> None:
 
 
 @pytest.mark.skipif(_GPU_PROBLEM is None, reason="a GPU works here")
-@pytest.mark.parametrize("wanted", ["gpu", "gpu:0", "gpu:3"])
+@pytest.mark.parametrize("wanted", ["gpu", "gpu:0", "gpu:3", "gpu:GPU-1234"])
 def test_a_gpu_that_must_be_there_and_is_not_is_an_error(wanted: str) -> None:
     """Never a silent fallback; the sentence names what is missing and what to do."""
     with pytest.raises(DeviceError) as error:
         resolve_device(wanted)
     text = str(error.value)
     assert text.startswith(f'engine.device is "{wanted}": ')
-    assert str(gpu_problem(0)) in text or wanted == "gpu:3"
+    assert str(gpu_problem(0)) in text or "There is no GPU" in text
     assert text.endswith('Or set engine.device = "cpu".')
+
+
+def test_a_gpu_is_found_by_number_or_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session gets CUDA's number of it; where nobody tells of GPUs, a number is tried as it is."""
+    there = (gpu.Gpu(4, 0, "GPU-a", "NVIDIA L4"), gpu.Gpu(5, 1, "GPU-b", "NVIDIA L4"))
+    monkeypatch.setattr(gpu, "devices", lambda: there)
+    monkeypatch.setattr(sessions, "gpu_problem", lambda index: None)
+    for wanted, index in (("gpu", 0), ("gpu:5", 1), ("gpu:GPU-b", 1), ("auto", 0)):
+        assert resolve_device(wanted).index == index
+    assert resolve_device("gpu:5") == Device("gpu", 1, "as configured", "GPU-b", "NVIDIA L4")
+    with pytest.raises(DeviceError, match=r'There is no GPU "gpu:1".*gpu:4 \(NVIDIA L4 GPU-a\)'):
+        resolve_device("gpu:1")
+    monkeypatch.setattr(gpu, "devices", tuple)
+    assert resolve_device("gpu:3").index == 3
+    with pytest.raises(DeviceError, match="none at all"):
+        resolve_device("gpu:GPU-a")
 
 
 @pytest.mark.skipif(_GPU_PROBLEM is None, reason="a GPU works here")

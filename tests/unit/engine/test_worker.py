@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import json
+import os
 import sys
 import threading
 import weakref
@@ -14,14 +16,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support import graphs
+from support.cuda_doubles import Host, OnHost
 from support.engine_graphs import engine, pixel_model, plain, planned, write_pixels
 from support.waiting import eventually_async
 
 from appliance.core.config import Engine as EngineSettings
 from appliance.core.errors import BundleInvalid, DeviceError, Draining
 from appliance.core.metrics import Metrics
-from appliance.engine import curves, probes, worker
+from appliance.engine import curves, gpu, probes, tensorrt, worker
 from appliance.engine import plan as plans
+from appliance.engine import session as sessions
+from appliance.engine.admission import content_of
 from appliance.engine.batcher import Batcher
 from appliance.engine.session import gpu_problem
 from appliance.engine.transport import LoadRequest
@@ -467,4 +472,100 @@ async def test_a_wrapped_half_precision_graph_is_probed_with_its_own_tolerance(t
     folder = write_pixels(tmp_path / "b", pixel_model(5, dtype=TensorProto.FLOAT16))
     model = await engine().load(image_request(folder))
     assert model.batching.mode == "rows"
+    model.close()
+
+
+# ---- as on a GPU, on host memory ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A GPU that is a double; each load takes a GiB of it."""
+    double = Host(monkeypatch)
+    load = sessions._load
+
+    def take(*arguments: Any) -> Any:
+        double.library.free_bytes -= 2**30
+        return load(*arguments)
+
+    monkeypatch.setattr(sessions, "_load", take)
+    monkeypatch.setattr(worker, "resolve_device", lambda wanted: double.device)
+    monkeypatch.setattr(gpu, "devices", tuple)
+    return double
+
+
+def gpu_engine(state: Path | None, **settings: Any) -> LocalEngine:
+    return LocalEngine(EngineSettings(device="gpu", **settings), Metrics(), state)
+
+
+async def test_what_a_load_took_is_what_the_next_one_needs(tmp_path: Path, host: Host) -> None:
+    """Also after a restart; a model that does not fit is not loaded at all."""
+    request = raw_request(graphs.write_raw(tmp_path / "b"))
+    (await gpu_engine(tmp_path).load(request)).close()
+    (known,) = json.loads((tmp_path / "footprints.json").read_text()).values()
+    assert known == {"model": "raw:1", "bytes": 2**30}
+    host.library.free_bytes = 2**30 + 1
+    with pytest.raises(DeviceError, match=r"It needs 1\.0 GiB of GPU memory \(measured"):
+        await gpu_engine(tmp_path).load(request)
+    assert len(host.loaded) == 1
+    (await gpu_engine(tmp_path, gpu_headroom=1).load(request)).close()
+
+
+async def test_nothing_is_written_without_a_state_folder(tmp_path: Path, host: Host) -> None:
+    """`appliance check` loads models too."""
+    request = raw_request(graphs.write_raw(tmp_path / "b"))
+    (await gpu_engine(None).load(request)).close()
+    assert os.listdir(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "bundle", "tried"), [(False, None, 1), (True, None, 2), (True, False, 1), (False, True, 2)]
+)
+async def test_graphs_are_tried_where_they_are_wished_for(
+    tmp_path: Path, host: Host, engine: bool, bundle: bool | None, tried: int
+) -> None:
+    """The bundle's word goes before the engine's."""
+    host.seconds = [1.0, 0.5]
+    request = raw_request(graphs.write_raw(tmp_path / "b", graphs.identity_model(), cuda_graphs=bundle), max_rows=5)
+    model = await gpu_engine(None, cuda_graphs=engine).load(request)
+    values = np.random.default_rng(0).random((9, 3), np.float32)
+    np.testing.assert_array_equal(await ask(model, values), values)
+    assert len(host.loaded) == tried
+    if tried == 2:
+        assert host.loaded[1].runs[-1] in {f"bound {number}" for number in range(1, 5)}, "sizes 1, 2, 4 and 5"
+    model.close()
+
+
+@pytest.mark.parametrize("works", [True, False])
+async def test_an_engine_of_tensorrt_serves_and_cuda_does_if_it_fails(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, works: bool
+) -> None:
+    """It was built for this very plan; why it is not used is in the log."""
+    request = raw_request(graphs.write_raw(tmp_path / "b"), max_rows=64)
+    monkeypatch.setattr(tensorrt, "version", lambda: 101300)
+    engine = gpu_engine(tmp_path)
+    folder = engine.engine_folder(content_of(request.plan), host.device)
+    assert folder is not None
+    work = tensorrt.begin(folder)
+    (work / "all.engine").write_bytes(b"engine")
+    tensorrt.complete(tensorrt.Compiled(work, False, 8, *tensorrt.shapes(request.examples, 8), {}), folder)
+    if works:
+        monkeypatch.setattr(OnHost, "get_providers", lambda self: ["TensorrtExecutionProvider"])
+    model = await engine.load(request)
+    assert model.providers[0] == ("TensorrtExecutionProvider" if works else "CUDAExecutionProvider")
+    assert model.batching.max_rows == (8 if works else 64), "no more rows than it was built for"
+    assert len(host.loaded) == (1 if works else 2)
+    assert ("CUDA serves" in caplog.text) is not works
+    model.close()
+
+
+async def test_poison_is_told_by_whichever_run_meets_it(tmp_path: Path, host: Host) -> None:
+    """The batcher tries the rows alone after that, which changes nothing: each run fails the same way."""
+    told: list[str] = []
+    engine = LocalEngine(EngineSettings(device="gpu"), Metrics(), None, told.append)
+    model = await engine.load(raw_request(graphs.write_raw(tmp_path / "b")))
+    host.library.fails["cudaSetDevice"] = "CUDA failure 700: an illegal memory access was encountered ; cudaSetDevice"
+    outcome = await model.submit({"x": np.ones((2, 3), np.float32)}, ("y",), None, "ada")
+    assert set(outcome.errors) == {0, 1}
+    assert set(told) == {"an illegal memory access (CUDA error 700)"}
     model.close()
