@@ -327,5 +327,8 @@ def _compute_info(version: Version[Servable]) -> resources_pb2.ComputeInfo:
     if servable is not None and servable.model.device.kind == "gpu":
         info.num_accelerators = max(1, info.num_accelerators)
         if not info.accelerator_type:
-            info.accelerator_type.extend(_gpus()[servable.model.device.index :][:1])
+            name = servable.model.device.name
+            info.accelerator_type.extend(
+                ["-".join(name.split())] if name else _gpus()[servable.model.device.index :][:1]
+            )
     return info

@@ -63,7 +63,9 @@ class EngineProcess:
         self._board = Board(Segment.attach(descriptors[0]))
         self._metrics = Metrics(Segment.attach(descriptors[1]))
         settings = config.engine.model_copy(update={"device": body["device"]})
-        self._engine = await asyncio.to_thread(LocalEngine, settings, self._metrics, config.catalog.state_dir)
+        self._engine = await asyncio.to_thread(
+            LocalEngine, settings, self._metrics, config.catalog.state_dir, _poisoned
+        )
         self._plans = plans.cache_in(config.catalog.state_dir)
         self._beating = asyncio.create_task(self._beat())
         device = self._engine.device
@@ -158,6 +160,12 @@ class EngineProcess:
     async def _canary(self, body: Body, descriptors: list[int]) -> None:
         """Run something small on the device. Raises: ApplianceError: it does not."""
         await asyncio.to_thread(session.canary, self._engine.device)
+
+
+def _poisoned(reason: str) -> None:
+    """The device is lost to this process, and what it would compute is worth nothing: leave, to be replaced."""
+    _log.critical("the engine gives up, to be replaced: %s", reason)
+    child.leave(child.DEVICE_GONE)
 
 
 _HANDLES = 256

@@ -28,7 +28,7 @@ from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
 from appliance.core.channel import Body, Channel, ChannelClosed, pair
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError, BundleInvalid, ConfigError, Draining
+from appliance.core.errors import ApplianceError, BundleInvalid, ConfigError, DeviceError, Draining
 from appliance.core.fold import Fold
 from appliance.core.ledger import SIZE as COUNTS_SIZE
 from appliance.core.machine import accelerators, usable_cpus, usable_memory
@@ -41,7 +41,9 @@ from appliance.daemon.front import native
 from appliance.daemon.sockets import ListeningSockets
 from appliance.daemon.staff import Readiness
 from appliance.engine import board as boards
+from appliance.engine import gpu
 from appliance.engine.board import Activity, Board
+from appliance.engine.gpu import Gpu
 from appliance.engine.slab import Slab
 
 _log = logging.getLogger(__name__)
@@ -204,10 +206,11 @@ class Deployed:
 class Engine:
     """One engine, over all the processes that it has been."""
 
-    def __init__(self, name: str, device: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, name: str, device: str, gpu: Gpu | None = None) -> None:
+        """Args: device: what it is told to use. gpu: which of them that is."""
         self.name = name
         self.device = device
-        self.environment = environment
+        self.gpu = gpu
         self.child: Child | None = None
         self.facts: Body = {}
         self.problem: str | None = "is starting"
@@ -270,11 +273,22 @@ class Supervisor:
         self._spawn(self._watch())
         for front in self._fronts:  # what they import takes as long as the engines' start
             front.next = self._front_process(front)
+        refused: ApplianceError | None = None
         for engine in _engines(self._config):
-            self._engines[engine.name] = engine
+            try:
+                await self._start_engine(engine)
+            except DeviceError as error:
+                if self._config.engine.device != "auto":
+                    raise
+                _log.warning("%s is not used: %s", engine.device, error)
+                refused = error
+            else:
+                self._engines[engine.name] = engine
+        if refused is not None and not self._engines:
+            engine = Engine("engine", "cpu")
             await self._start_engine(engine)
-        if not self._engines:
-            raise ConfigError("There is no device to run models on; see engine.device.")
+            engine.facts["reason"] = str(refused)
+            self._engines[engine.name] = engine
 
     async def serve(
         self,
@@ -390,7 +404,17 @@ class Supervisor:
 
     async def load(self, path: Path, config: BundleConfig, version: VersionFolder) -> Deployed:
         """See `Staff.load`."""
-        engine = await self._engine_for(config)
+        engines = await self._engines_for(config)
+        for engine in engines:
+            try:
+                return await self._load_on(engine, path, config, version)
+            except DeviceError as error:  # no room on this GPU
+                if engine is engines[-1]:
+                    raise
+                _log.info("another GPU is tried: %s", error, extra={"bundle": path.name})
+        raise DeviceError("There is no engine to load it.")
+
+    async def _load_on(self, engine: Engine, path: Path, config: BundleConfig, version: VersionFolder) -> Deployed:
         self._next += 1
         request = {
             "number": self._next,
@@ -414,20 +438,32 @@ class Supervisor:
             self._version_changed(early, [])
         return deployed
 
-    async def _engine_for(self, config: BundleConfig) -> Engine:
-        """The engine that is to load a bundle. Raises: DeviceError: its device cannot be used."""
+    async def _engines_for(self, config: BundleConfig) -> list[Engine]:
+        """The engines that may load a bundle, the one with the most free memory first.
+
+        Raises: DeviceError: its device cannot be used.
+        """
         wanted = config.onnx.device
-        if wanted in (None, "auto"):
-            return next(iter(self._engines.values()))
-        for engine in self._engines.values():
-            if engine.facts.get("device") == wanted or (wanted == "gpu" and engine.device.startswith("gpu")):
-                return engine
-        engine = Engine(f"engine {wanted}", str(wanted), _environment(str(wanted)))
+        engines = list(self._engines.values())
+        if wanted in (None, "auto", "gpu"):
+            on_gpus = [engine for engine in engines if engine.gpu is not None]
+            if wanted == "gpu" and not on_gpus:
+                gpu.find("gpu", ())
+            if len(on_gpus) > 1:
+                free = {each.uuid or str(each.index): each.memory_free or 0 for each in gpu.devices()}
+                on_gpus.sort(key=lambda engine: -free.get(engine.device.removeprefix("gpu:"), 0))
+            return on_gpus or engines[:1]
+        found = None if wanted == "cpu" else gpu.find(str(wanted), gpu.devices())
+        device = "cpu" if found is None else f"gpu:{found.uuid or found.index}"
+        for engine in engines:
+            if engine.device == device or (engine.facts.get("device") == "cpu" and found is None):
+                return [engine]
+        engine = Engine(f"engine {wanted}", device, found)
         await self._start_engine(engine)
         self._engines[engine.name] = engine
         for front in self._fronts:
             self._join(front, engine)
-        return engine
+        return [engine]
 
     async def _load_in_engine(self, deployed: Deployed) -> None:
         """Load it in its engine as it is now. Raises: BundleInvalid: it cannot be. _EngineDied."""
@@ -536,7 +572,7 @@ class Supervisor:
             "appliance.daemon.engine_process",
             {"changed": self._version_changed},
             lambda gone: self._engine_ended(engine, gone),
-            engine.environment,
+            gpu.environment(engine.gpu) if engine.gpu else None,
         )
         body = {"config": configuration.as_data(self._config), "device": engine.device}
         try:
@@ -791,10 +827,14 @@ def how_many_fronts(config: Config) -> int:
 
 
 def _engines(config: Config) -> list[Engine]:
-    """The engines that are there from the start: one a device."""
+    """The engines that are there from the start: one for every GPU that is meant, else one for the CPUs.
+
+    Raises: DeviceError: there is no such GPU.
+    """
     device = config.engine.device
-    return [Engine("engine", device, _environment(device))]
-
-
-def _environment(device: str) -> dict[str, str]:
-    return {}
+    gpus = gpu.devices() if device != "cpu" else ()
+    if not device.startswith("gpu") and not gpus:
+        return [Engine("engine", device)]
+    meant = gpus if gpus and device in ("auto", "gpu") else [gpu.find(device, gpus)]
+    names = ["engine"] if len(meant) == 1 else [f"engine gpu:{each.index}" for each in meant]
+    return [Engine(name, f"gpu:{each.uuid or each.index}", each) for name, each in zip(names, meant, strict=True)]

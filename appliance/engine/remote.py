@@ -7,6 +7,7 @@ row whose second run crashes the engine too is answered with an error, and its n
 """
 
 import asyncio
+import dataclasses
 import json
 import logging
 import math
@@ -604,7 +605,7 @@ def describe(model: Any) -> dict[str, Any]:
     return {
         "inputs": [_told(spec) for spec in model.inputs],
         "outputs": [_told(spec) for spec in model.outputs],
-        "device": {"kind": device.kind, "index": device.index, "reason": device.reason},
+        "device": dataclasses.asdict(device),
         "providers": list(model.providers),
         "batching": {
             "mode": batching.mode,
