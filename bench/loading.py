@@ -1,7 +1,7 @@
 """Latency of light requests while a heavy model loads, to the same when all is quiet, in the same run.
 
 Digits at a fixed rate. Again and again the bundle of a heavy model appears among the daemon's models, is loaded, and
-goes away. Calls that were due while the daemon's log says it was loading stand against those due in the quiet before. Each
+goes away. Calls that were due while the log says it was loading stand against those due in the quiet before. Each
 load is as the first one of a model: what an earlier load left in the cache is removed.
 """
 
