@@ -109,8 +109,8 @@ def record(
 ) -> dict[tuple[str, ...], float]:
     """Sample the daemon's processes for so many seconds. Returns: stack, its thread first → CPU seconds.
 
-    The profiler takes some waiting threads for running ones; so samples of a line that waits are left out, and the others
-    of a thread share what the kernel counted for it.
+    The profiler takes some waiting threads for running ones; so samples of a line that waits are left out, and the
+    others of a thread share what the kernel counted for it.
     """
     file = folder / "stacks"
     command = [
