@@ -17,6 +17,8 @@ from bench.cpu import Cpus, choose_cpus
 from bench.server import MODES
 from bench.workload import ROOT, WORKLOADS
 
+_BUSY = 1.0
+"""Load average from which somebody else must have been at work."""
 _PACKAGES = ("grpcio", "onnxruntime", "protobuf", "numpy", "pillow", "uvloop", "clarifai-grpc")
 
 
@@ -125,7 +127,8 @@ def head(facts: Mapping[str, Any], title: str, *more: str) -> list[str]:
         f"# {title}, {facts['date']}, commit {facts['commit']}",
         "",
         f"* {facts['cpu']}, {facts['cpus_usable']} of {facts['cpus']} CPUs usable; {where}.",
-        f"* Load average at the start: {facts['load_average_at_start']}. What else ran is not subtracted.",
+        f"* Load average at the start: {facts['load_average_at_start']}. What else ran is not subtracted."
+        + (" PROVISIONAL: others used this machine." if facts["load_average_at_start"] > _BUSY else ""),
         f"* {versions}.",
     ]
     if facts.get("mode", "default") != "default":
