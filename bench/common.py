@@ -66,7 +66,10 @@ class Bar:
 
 
 class Run:
-    """One run of a command: its options, what it writes, and the bars that it can tell of."""
+    """One run of a command: its options, what it writes, and the bars that it can tell of.
+
+    Attributes: part: of the results' names, where one command measures several things.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -75,6 +78,7 @@ class Run:
         self.seconds: float = options.seconds or (0.5 if options.quick else options.default_seconds)
         self.repeat: int = options.repeat or (1 if options.quick else options.default_repeat)
         self.cpus = choose_cpus(options.server_cpus)
+        self.part = ""
         self.facts = machine_facts(self.cpus) | {"mode": self.mode, "command": options.name}
         self.bars: list[Bar] = []
         self._begun = time.monotonic()
@@ -103,6 +107,7 @@ class Run:
         """Print the text; write it, the content as JSON, and the charts."""
         print(text)
         parts = [f"{datetime.now(UTC):%Y-%m-%d}-{self.options.name}"]
+        parts += [self.part] if self.part else []
         parts += [self.mode] if self.mode != "default" else []
         parts += ["quick"] if self.options.quick else []
         for file in write(self.options.out, "-".join(parts), text, self._whole(content), charts or {}):

@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> list[Bar]:
     run.expect(len(run.options.models) * (run.seconds + 25))
     spy = str(install("pyspy", run.say).parent / "py-spy")
     shape = Shape(run.options.batch)
+    run.part = f"{run.options.door}-{shape.inputs}"
     lines = run.head("CPU by stage", f"{shape.name} at {run.options.connections} connections, closed loop, TLS.")
     content: dict[str, Any] = {}
     drawn: dict[str, str] = {}
