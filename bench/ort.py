@@ -66,6 +66,7 @@ class _Subject:
     Attributes:
         plain, wrapped: graph (a file's name, or bytes), outputs to ask for, rows: input name → array of all inputs.
         decode: the product's own decoding of all inputs.
+        folder: of the file.
         answer: outputs of the plain graph → what `answers.problem` expects for each input.
     """
 
@@ -83,7 +84,7 @@ class _Subject:
         section, version = config.onnx, find_versions(bundle)[0]
         concepts = concepts_of(config, version)
         plan = plans.make_plan(bundle, config, version, len(concepts))
-        file = str(version.model_file)
+        file, self.folder = str(version.model_file), str(version.model_file.parent)
         graph = plan.model or file
         image = section.image or _declared_picture(section)
         if kind == "tensor":
@@ -157,6 +158,8 @@ def _measure_here(bundle: Path, kind: str, inputs: list[bytes], batches: list[in
     def sessions(model: str | bytes, count: int) -> list[Any]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = cpus // count
+        if isinstance(model, bytes):  # a wrapped graph's weights stay in the bundle's file
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", subject.folder)
         return [onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"]) for _ in range(count)]
 
     figures: dict[str, Any] = {"plain": {}, "wrapped": {}}
