@@ -17,6 +17,8 @@ from bench.cpu import Cpus, choose_cpus
 from bench.server import MODES
 from bench.workload import ROOT, WORKLOADS
 
+_BUSY = 1.0
+"""Load average from which somebody else must have been at work."""
 _PACKAGES = ("grpcio", "onnxruntime", "protobuf", "numpy", "pillow", "uvloop", "clarifai-grpc")
 
 
@@ -64,7 +66,10 @@ class Bar:
 
 
 class Run:
-    """One run of a command: its options, what it writes, and the bars that it can tell of."""
+    """One run of a command: its options, what it writes, and the bars that it can tell of.
+
+    Attributes: part: of the results' names, where one command measures several things.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -73,6 +78,7 @@ class Run:
         self.seconds: float = options.seconds or (0.5 if options.quick else options.default_seconds)
         self.repeat: int = options.repeat or (1 if options.quick else options.default_repeat)
         self.cpus = choose_cpus(options.server_cpus)
+        self.part = ""
         self.facts = machine_facts(self.cpus) | {"mode": self.mode, "command": options.name}
         self.bars: list[Bar] = []
         self._begun = time.monotonic()
@@ -101,6 +107,7 @@ class Run:
         """Print the text; write it, the content as JSON, and the charts."""
         print(text)
         parts = [f"{datetime.now(UTC):%Y-%m-%d}-{self.options.name}"]
+        parts += [self.part] if self.part else []
         parts += [self.mode] if self.mode != "default" else []
         parts += ["quick"] if self.options.quick else []
         for file in write(self.options.out, "-".join(parts), text, self._whole(content), charts or {}):
@@ -125,7 +132,8 @@ def head(facts: Mapping[str, Any], title: str, *more: str) -> list[str]:
         f"# {title}, {facts['date']}, commit {facts['commit']}",
         "",
         f"* {facts['cpu']}, {facts['cpus_usable']} of {facts['cpus']} CPUs usable; {where}.",
-        f"* Load average at the start: {facts['load_average_at_start']}. What else ran is not subtracted.",
+        f"* Load average at the start: {facts['load_average_at_start']}. What else ran is not subtracted."
+        + (" PROVISIONAL: others used this machine." if facts["load_average_at_start"] > _BUSY else ""),
         f"* {versions}.",
     ]
     if facts.get("mode", "default") != "default":

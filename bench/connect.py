@@ -100,7 +100,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace, cpus: Cpus) -> str:
     workload = digits()
     facts = machine_facts(cpus)
-    one, batch = (workload.request(shape) for shape in workload.shapes)
+    one, batch = (workload.request(shape) for shape in workload.shapes((1, 128)))
     results: list[tuple[Case, Figures, Figures]] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-connect-")))

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import charts
 from bench.common import Run, names, number, parser, table
-from bench.generator import Job, begin, generate
+from bench.generator import Job, begin
 from bench.models import tiny
 from bench.server import Server, serving
 from bench.workload import WORKLOADS, Shape, Workload
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     made = parser("growth", __doc__, seconds=3.0)
     made.add_argument("--parts", type=names, default=PARTS, help=f"of {', '.join(PARTS)}; default all")
     run = Run(made.parse_args(arguments))
-    run.expect(len(run.options.parts) * 5 * (run.seconds + 1.5) * run.repeat + 90)
+    run.expect(len(run.options.parts) * 5 * (run.seconds + 4) * run.repeat + 90)
     points: list[Point] = []
     with tempfile.TemporaryDirectory() as name:
         for part in run.options.parts:
@@ -105,22 +105,20 @@ def _text(points: Sequence[Point]) -> str:
 
 
 def _load(server: Server, file: Path, connections: int, run: Run, point: Point, idle: int = 0) -> None:
-    """One repetition of a point."""
+    """One repetition of a point. CPU and memory are read while calls go on: opening connections is not in them."""
+    opening = 1.0 + 0.004 * (idle + connections)
+    job = Job(server.target(), (str(file),), connections, opening + run.seconds + 0.5, idle=idle)
+    running = begin(job, run.cpus.load)
+    time.sleep(opening)
     before = server.counters()
-    job = Job(server.target(), (str(file),), connections, run.seconds, idle=idle)
-    if idle or connections >= 100:  # memory while the connections are there
-        running = begin(job, run.cpus.load)
-        time.sleep(run.seconds * 0.8 + 0.003 * (idle + connections))
-        point.memory_mib = server.memory_mib()
-        outcome = running.wait()
-    else:
-        outcome = generate(job, run.cpus.load)
-        point.memory_mib = server.memory_mib()
+    time.sleep(run.seconds)
     work = server.counters().since(before)
+    point.memory_mib = server.memory_mib()
+    outcome = running.wait()
     point.cpu_us.append(work.cpu_s / max(1, work.succeeded) * 1e6)
     point.p50_ms.append(outcome.ms(50))
     point.p99_ms.append(outcome.ms(99))
-    point.per_s.append(outcome.per_s)
+    point.per_s.append(work.succeeded / run.seconds)
     point.errors += sum(outcome.problems.values())
 
 

@@ -1,6 +1,7 @@
 """kill -9 of engine processes under load: every call must end with a result or a status, and soon as before.
 
-Two loads at a fixed rate, each call once (no retries): texts for MiniLM, which take milliseconds each, and digits. In each round a fresh daemon's engine is killed twice: a third crash in five minutes would rightly take the model out of
+Two loads at a fixed rate, each call once (no retries): texts for MiniLM, which take milliseconds each, and digits. In
+each round a fresh daemon's engine is killed twice: a third crash in five minutes would rightly take the model out of
 service. lost: calls that got neither a result nor a gRPC or API status.
 """
 

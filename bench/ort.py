@@ -65,8 +65,8 @@ class _Subject:
 
     Attributes:
         plain, wrapped: graph (a file's name, or bytes), outputs to ask for, rows: input name → array of all inputs.
-        weights: file name → content, for the wrapped graph.
         decode: the product's own decoding of all inputs.
+        folder: of the file.
         answer: outputs of the plain graph → what `answers.problem` expects for each input.
     """
 
@@ -84,8 +84,8 @@ class _Subject:
         section, version = config.onnx, find_versions(bundle)[0]
         concepts = concepts_of(config, version)
         plan = plans.make_plan(bundle, config, version, len(concepts))
-        file = str(version.model_file)
-        graph, self.weights = plan.model or file, plan.weights
+        file, self.folder = str(version.model_file), str(version.model_file.parent)
+        graph = plan.model or file
         image = section.image or _declared_picture(section)
         if kind == "tensor":
             rows = {plan.inputs[0].name: np.stack([np.frombuffer(given, np.float32) for given in inputs])}
@@ -158,9 +158,8 @@ def _measure_here(bundle: Path, kind: str, inputs: list[bytes], batches: list[in
     def sessions(model: str | bytes, count: int) -> list[Any]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = cpus // count
-        if isinstance(model, bytes) and subject.weights:  # they lie in the bundle's file
-            names, contents = list(subject.weights), list(subject.weights.values())
-            options.add_external_initializers_from_files_in_memory(names, contents, [len(each) for each in contents])
+        if isinstance(model, bytes):  # a wrapped graph's weights stay in the bundle's file
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", subject.folder)
         return [onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"]) for _ in range(count)]
 
     figures: dict[str, Any] = {"plain": {}, "wrapped": {}}

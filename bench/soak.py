@@ -1,4 +1,4 @@
-"""Honest and hostile traffic at once, for minutes: `python -m bench.soak --seconds 600`.
+"""Honest and hostile traffic at once, for minutes: `python -m bench soak --seconds 600`.
 
 A real daemon serves digits over TLS. Honest callers (stock grpcio, no retries; HTTP/1.1 pages) must be answered every
 time; attackers do what is known to bring HTTP/2 servers down, over and over, with and without a key. Printed: what the
@@ -24,16 +24,8 @@ from hpack import Encoder
 
 from bench import workload
 from bench.cpu import choose_cpus, tree_seconds
+from bench.h2 import CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, PREFACE, RESET, SETTINGS, WINDOW, frame
 from bench.server import Server, serving
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, PRIORITY, RESET, SETTINGS, PING, WINDOW, CONTINUATION = 0, 1, 2, 3, 4, 6, 8, 9
-END_STREAM, END_HEADERS = 1, 4
-
-
-def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
-    """One HTTP/2 frame. Source: RFC 9113, 4.1."""
-    return len(body).to_bytes(3, "big") + bytes((kind, flags)) + struct.pack(">I", stream) + body
 
 
 @dataclass

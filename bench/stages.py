@@ -5,6 +5,7 @@ innermost frame of ours in its stack, and so to a stage; it weighs what the kern
 """
 
 import contextlib
+import linecache
 import re
 import subprocess
 import tempfile
@@ -16,13 +17,17 @@ from typing import Any
 from bench import charts, flame
 from bench.common import Bar, Run, number, of_workloads, parser, table
 from bench.generator import Job, begin
+from bench.peers.models import m1
 from bench.peers.servers import install
+from bench.peers.surfaces import SURFACES
 from bench.server import Server, serving
 from bench.workload import WORKLOADS, Shape, Workload
 
 _RATE = 200
 _LEAD_S = 3.0
 _THREAD = re.compile(r"thread \((?P<id>\d+)\): ?(?P<name>.*)")
+_ROOTS = re.compile(r".*/(site-packages/|python3\.\d+/|(?=appliance/))")
+_WAITING = re.compile(r"\.wait\(|\.get\(block|sleep\(|\.acquire\(|\.join\(|work_queue\.get")
 _FRAME = re.compile(r"(?P<function>.+) \((?P<file>[^():]+):?(?P<line>\d*)\)")
 
 _REPLY = "reply: arrays to bytes"
@@ -50,11 +55,15 @@ def main(arguments: list[str]) -> list[Bar]:
     """Measure, print, write."""
     made = of_workloads(parser("stages", __doc__, seconds=8.0, repeat=1), ("digits", "mlp", "minilm", "resnet50"))
     made.add_argument("--batch", type=int, default=1, help="inputs of a request; default 1")
+    made.add_argument(
+        "--door", choices=("clarifai", "kserve"), default="clarifai", help="kserve: mlp alone, ModelInfer"
+    )
     made.add_argument("--connections", type=int, default=64, help="default 64")
     run = Run(made.parse_args(arguments))
     run.expect(len(run.options.models) * (run.seconds + 25))
     spy = str(install("pyspy", run.say).parent / "py-spy")
     shape = Shape(run.options.batch)
+    run.part = f"{run.options.door}-{shape.inputs}"
     lines = run.head("CPU by stage", f"{shape.name} at {run.options.connections} connections, closed loop, TLS.")
     content: dict[str, Any] = {}
     drawn: dict[str, str] = {}
@@ -80,7 +89,10 @@ def main(arguments: list[str]) -> list[Bar]:
         lines += ["", table(["stage", "share", "µs/request", "µs/item"], rows), "", "Where, the 20 dearest places:", ""]
         lines += [table(["function", "share", "µs/request"], places)]
         content[name] = {"cpu_us": cpu_us, "stages": dict(by_stage), "places": dict(by_place.most_common(60))}
-        drawn[f"flame-{name}-{shape.inputs}"] = flame.draw(f"{name}, {shape.name}: {cpu_us:.0f} µs a request", stacks)
+        door = "-kserve" if run.options.door == "kserve" else ""
+        drawn[f"flame-{name}-{shape.inputs}{door}"] = flame.draw(
+            f"{name}, {shape.name}: {cpu_us:.0f} µs a request", stacks
+        )
         stages[name] = {stage: 100 * count / total for stage, count in by_stage.items()}
         if shape.inputs == 128 and name == "digits":
             reply_us = cpu_us * by_stage[_REPLY] / total / shape.inputs
@@ -98,10 +110,21 @@ def record(
 ) -> dict[tuple[str, ...], float]:
     """Sample the daemon's processes for so many seconds. Returns: stack, its thread first → CPU seconds.
 
-    The profiler takes some waiting threads for running ones; so a thread's samples share what the kernel counted.
+    The profiler takes some waiting threads for running ones; so samples of a line that waits are left out, and the
+    others of a thread share what the kernel counted for it.
     """
     file = folder / "stacks"
-    command = [spy, "record", "--pid", str(server.pid), "--subprocesses", "--threads", "--rate", str(_RATE)]
+    command = [
+        spy,
+        "record",
+        "--pid",
+        str(server.pid),
+        "--subprocesses",
+        "--threads",
+        "--full-filenames",
+        "--rate",
+        str(_RATE),
+    ]
     command += ["--format", "raw", "--duration", str(max(1, round(seconds))), "--output", str(file)]
     before = _thread_cpu(server)
     done = subprocess.run(
@@ -115,7 +138,7 @@ def record(
         frames, _, count = line.rpartition(" ")
         names = [frame for frame in frames.split(";") if not frame.startswith("process ")]
         thread = _THREAD.fullmatch(names[0]) if names else None
-        if thread:
+        if thread and not _waits(names[-1]):
             stack = (thread["name"], *(_short(frame) for frame in names[1:]))
             threads.setdefault(thread["id"], Counter())[stack] += int(count)
     stacks: dict[tuple[str, ...], float] = {}
@@ -126,6 +149,13 @@ def record(
         for stack, count in sampled.items():
             stacks[stack] = stacks.get(stack, 0.0) + used * count / whole
     return stacks
+
+
+def _waits(frame: str) -> bool:
+    """Whether the innermost frame stands where a thread waits: by its line of source."""
+    match = _FRAME.fullmatch(frame)
+    line = linecache.getline(match["file"], int(match["line"])) if match and match["line"] else ""
+    return bool(_WAITING.search(line))
 
 
 def _thread_cpu(server: Server) -> dict[str, float]:
@@ -145,18 +175,23 @@ def _sample(workload: Workload, shape: Shape, run: Run, spy: str) -> tuple[dict[
         tempfile.TemporaryDirectory() as folder,
     ):
         file = Path(folder) / "request"
-        file.write_bytes(workload.request(shape))
+        target, body = server.target(), workload.request(shape)
+        if run.options.door == "kserve":
+            target, body = server.target(SURFACES["v2"].path), SURFACES["v2"].request(m1(), workload.bundle.name)
+        file.write_bytes(body)
         # The profiler takes seconds to start and to write; so the load goes on around it.
-        job = Job(server.target(), (str(file),), run.options.connections, run.seconds + 2 * _LEAD_S)
+        clarifai, seconds = run.options.door == "clarifai", run.seconds + 2 * _LEAD_S
+        job = Job(target, (str(file),), run.options.connections, seconds, clarifai=clarifai)
         running = begin(job, run.cpus.load[:1])
         time.sleep(_LEAD_S)
-        before = server.counters()
+        began = time.time()
         stacks = record(server, spy, run.seconds, run.cpus.load, Path(folder))
-        work = server.counters().since(before)
+        span = began, time.time()
         outcome = running.wait()
         if outcome.problems:
             run.say(f"ERRORS: {outcome.problems}")
-        return stacks, sum(stacks.values()) / max(1, work.succeeded) * 1e6, outcome.per_s
+        done = sum(span[0] <= outcome.begun + due + took < span[1] for due, took in outcome.moments)
+        return stacks, sum(stacks.values()) / max(1, done) * 1e6, outcome.per_s
 
 
 def _short(frame: str) -> str:
@@ -164,11 +199,7 @@ def _short(frame: str) -> str:
     match = _FRAME.fullmatch(frame)
     if not match:
         return frame
-    path = match["file"]
-    for mark in ("appliance/", "site-packages/", "python3."):
-        if mark in path:
-            path = path[path.rindex(mark) :] if mark == "appliance/" else path.rpartition(mark)[2]
-            break
+    path = _ROOTS.sub("", match["file"])
     return f"{match['function']} ({path}:{match['line']})" if match["line"] else f"{match['function']} ({path})"
 
 
