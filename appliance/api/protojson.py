@@ -35,7 +35,8 @@ from appliance.wire import sentences
 _MAX_DEPTH = 100
 """Messages within messages; protobuf's own limit."""
 
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FLOAT32_MAX = float(np.finfo(np.float32).max) * (1 + 2.0**-26)
+"""A little more than the largest float32: its shortest text, 3.4028235e+38, is, and is read as that number."""
 
 _NAME = 40
 """Characters of a name that are looked at, or shown."""
