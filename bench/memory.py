@@ -20,14 +20,13 @@ from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from bench import charts
 from bench.common import Bar, Run, number, parser, table
 from bench.generator import Job, begin
-from bench.server import Server, serving
+from bench.server import rest, serving
 from bench.wire.process import memory_bytes
 from bench.workload import WORKLOADS, Shape
 
 BAR = 0.01
 _WARM_UP, _WINDOW = 0.10, 0.20
 _CONNECTIONS = 16
-_SETTLE_S, _STILL = 180.0, 6
 _BODIES = 400
 """Different requests, sent in turns by each connection's process."""
 _SHIFT_S = 20.0
@@ -51,7 +50,7 @@ def main(arguments: list[str]) -> list[Bar]:
         ) as server,
         tempfile.TemporaryDirectory() as folder,
     ):
-        settled = _settle(server)
+        settled = server.memory_mib()
         run.say(f"at rest {settled:.1f} MiB")
         begun = time.monotonic()
         done, shift, ends = 0, 0, {"answered": 0, "refused": 0, "lost": 0}
@@ -72,7 +71,8 @@ def main(arguments: list[str]) -> list[Bar]:
             shift += 1
             if shift % 5 == 1:
                 run.say(f"{done} requests, {samples[-1][1]:.1f} MiB")
-        idle = _settle(server)
+        rest(server.pid)
+        idle = server.memory_mib()
         for pid in server.pids():
             line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             parts[f"{pid} {_last(line)}"] = [memory_bytes([pid]) / 2**20]
@@ -105,18 +105,6 @@ def main(arguments: list[str]) -> list[Bar]:
     content = {"samples": samples, "growth": growth, "ends": ends, "processes": parts}
     run.write("\n".join(lines), content, {"time": chart})
     return run.bars
-
-
-def _settle(server: Server) -> float:
-    """Wait until the daemon has measured what it measures while idle, and its memory stays; that memory, MiB."""
-    give_up = time.monotonic() + _SETTLE_S
-    seen: list[float] = []
-    while time.monotonic() < give_up:
-        seen.append(server.memory_mib())
-        if len(seen) > _STILL and max(seen[-_STILL:]) < 1.005 * min(seen[-_STILL:]):
-            break
-        time.sleep(2.0)
-    return seen[-1]
 
 
 def _last(arguments: list[bytes]) -> str:

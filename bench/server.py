@@ -26,6 +26,7 @@ MODES = ("default", "single", "processes")
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 30.0
+_REST_S = 180.0
 _HOST = "127.0.0.1"
 _METRIC = re.compile(r"inference_appliance_(\w+?)(?:\{(.*)\})? (\S+)")
 _CODE = re.compile(r'code="(\d+)"')
@@ -118,11 +119,16 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    bundles: Path | Sequence[Path], cpus: Sequence[int], *, mode: str = "default", settings: str = ""
+    bundles: Path | Sequence[Path],
+    cpus: Sequence[int],
+    *,
+    mode: str = "default",
+    settings: str = "",
+    rested: bool = True,
 ) -> Iterator[Server]:
     """A daemon that serves these bundles on these CPUs; stopped and removed at the end.
 
-    Args: mode: one of `MODES`. settings: more of its configuration, TOML.
+    Args: mode: one of `MODES`. settings: more of its configuration, TOML. rested: left alone first, see `rest`.
     Raises: RuntimeError: it did not become ready; with the end of its log.
     """
     with tempfile.TemporaryDirectory(prefix="appliance-bench-") as name:
@@ -152,9 +158,20 @@ def serving(
         try:
             _wait_ready(process, admin_port, log)
             addresses = f"{_HOST}:{port}", f"{_HOST}:{plain_port}"
+            if rested:
+                rest(process.pid)
             yield Server(*addresses, folder / "tls" / "ca.crt", key, process.pid, admin_port, folder)
         finally:
             _stop(process)
+
+
+def rest(pid: int) -> None:
+    """Wait until a daemon has measured its models, as it does while idle: until it hardly uses its CPUs."""
+    give_up, quiet = time.monotonic() + _REST_S, 0
+    while quiet < 3 and time.monotonic() < give_up:
+        before, begun = tree_seconds(pid), time.monotonic()
+        time.sleep(1.0)
+        quiet = quiet + 1 if tree_seconds(pid) - before < 0.05 * (time.monotonic() - begun) else 0
 
 
 def _link(source: str, target: str) -> None:

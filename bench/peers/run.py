@@ -27,6 +27,7 @@ from bench.h2 import Target
 from bench.peers.models import MODELS, Model
 from bench.peers.servers import PEERS, Peer, Running, install, ours, peer
 from bench.peers.surfaces import SURFACES, Surface
+from bench.server import rest
 from bench.wire.process import cpu_ns, memory_bytes, tree
 from bench.workload import CONNECTIONS, ROOT
 
@@ -137,6 +138,7 @@ def _pair(chosen: Peer, model: Model, run: Run) -> Pair:
             sides[is_ours] = (server, used)
             pair.start_s[is_ours] = time.monotonic() - begun
             pair.memory[is_ours] = (memory_bytes(tree(server.pid)) / 2**20, 0.0, 0)
+        rest(sides[True][0].pid)
         shots = {
             side: _Shot(server, used, model, folder / str(side), run, _first(server, used, model))
             for side, (server, used) in sides.items()

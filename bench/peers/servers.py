@@ -88,7 +88,7 @@ def peer(chosen: Peer, model: Model, cpus: Sequence[int]) -> Iterator[Running]:
 @contextlib.contextmanager
 def ours(model: Model, cpus: Sequence[int], mode: str, settings: str) -> Iterator[Running]:
     """Our daemon with the same file, asked in plaintext as the peers are."""
-    with serving(model.bundle, cpus, mode=mode, settings=settings) as server:
+    with serving(model.bundle, cpus, mode=mode, settings=settings, rested=False) as server:
         key = (("authorization", f"Key {server.key}"),)
         yield Running(server.pid, server.plain_address, model.bundle.name, key)
 
