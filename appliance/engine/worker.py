@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -334,7 +335,7 @@ class LocalEngine:
             on_poison=self._on_poison,
         )
         loading.take(session)
-        _first_runs(session, request)
+        seconds = _first_runs(session, request)
         mode, reason = _mode(session, request)
         if mode == "whole":
             return session, Batching(mode, 1, reason, parallel=request.parallel or self._parallel or 1), None
@@ -351,7 +352,7 @@ class LocalEngine:
             with contextlib.suppress(InferenceFailed):
                 measured = curves.at_once(curves.steps(subject, measured, visits=1))
             subject = None
-        batching = self._batching(request, device, mode, reason, measured, kept is not None)
+        batching = self._batching(request, device, mode, reason, measured, kept is not None, seconds)
         if subject is None and not measured.measured_at:  # the bundle and the configuration say all there is to say
             batching = replace(batching, curve="")
         if kept is None:
@@ -379,9 +380,16 @@ class LocalEngine:
         return Subject(session, request.served, firsts, most_rows, self._most_bytes, runs, memory)
 
     def _batching(
-        self, request: LoadRequest, device: Device, mode: str, reason: str, measured: Measured, kept: bool
+        self,
+        request: LoadRequest,
+        device: Device,
+        mode: str,
+        reason: str,
+        measured: Measured,
+        kept: bool,
+        seconds: Sequence[float] = (),
     ) -> Batching:
-        """How rows are run, by what is known."""
+        """How rows are run, by what is known. Args: seconds: what the first run of each bucket took."""
         if mode == "rows" and measured.dependence:
             mode, reason = "separate", measured.dependence
         most = request.max_rows or probes.MAX_ROWS
@@ -392,7 +400,8 @@ class LocalEngine:
             buckets = tuple(curves.best_rows(curve, self._most_bytes) for curve in measured.curves)
             most = max(buckets)
         elif request.max_rows is None:
-            most = curves.default_rows(measured.row_seconds, most)
+            buckets = tuple(curves.default_rows(min(first, measured.row_seconds), most) for first in seconds)
+            most = max(buckets, default=curves.default_rows(measured.row_seconds, most))
         return Batching(
             mode,
             most,
@@ -537,14 +546,18 @@ def _batches(request: LoadRequest, batching: Batching) -> list[dict[str, Array]]
     return [probes.join([rows[0]] * size) for rows, limit in pairs for size in powers_of_two(limit)]
 
 
-def _first_runs(session: Session, request: LoadRequest) -> None:
-    """Run one row of each bucket. Raises: BundleInvalid: the model fails on an ordinary input."""
+def _first_runs(session: Session, request: LoadRequest) -> list[float]:
+    """Run one row of each bucket; the seconds of each. Raises: BundleInvalid: it fails on an ordinary input."""
+    seconds = []
     for rows in request.examples:
+        begun = time.perf_counter()
         try:
             session.run(request.served, rows[0])
         except InferenceFailed as error:
             first = error.detail.strip().splitlines()[0][:300] if error.detail.strip() else str(error)
             raise BundleInvalid(f"The model fails on a trial input: {first}") from error
+        seconds.append(time.perf_counter() - begun)
+    return seconds
 
 
 def _fields(request: LoadRequest, reason: str) -> dict[str, str]:

@@ -221,13 +221,25 @@ async def measured(engine: LocalEngine) -> None:
     await asyncio.wait_for(engine._measuring, 60)
 
 
+async def test_each_bucket_has_its_own_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what its first run took, until there are curves: shorter texts share a run where long ones do not."""
+    seconds = iter([0.001, 0.01, 0.2])
+    monkeypatch.setattr(worker, "_first_runs", lambda session, request: [next(seconds) for _ in request.examples])
+    monkeypatch.setattr(curves, "shortest_run", lambda *arguments, **more: 0.2)
+    model = await engine().load(text_request(graphs.write_text_classifier(tmp_path / "b", max_tokens=40)))
+    assert model.batching.buckets == (32, 4, 1)
+    assert model.batching.max_rows == 32
+    model.close()
+
+
 @pytest.mark.usefixtures("hasty")
 async def test_the_size_is_measured_while_the_engine_is_idle(tmp_path: Path) -> None:
     """Until then a default; then, for each bucket, what was measured. The batcher that runs is a new one."""
     own = engine()
     model = await own.load(text_request(graphs.write_text_classifier(tmp_path / "b", max_tokens=40)))
     assert model.batching.curve.startswith("not measured yet: defaults")
-    assert model.batching.buckets == ()
+    assert len(model.batching.buckets) == 3
+    assert model.batching.max_rows == max(model.batching.buckets)
     before = model._batcher
     await measured(own)
     assert model.batching.curve.startswith("measured 20")
