@@ -835,6 +835,11 @@ def _engines(config: Config) -> list[Engine]:
     gpus = gpu.devices() if device != "cpu" else ()
     if not device.startswith("gpu") and not gpus:
         return [Engine("engine", device)]
-    meant = gpus if gpus and device in ("auto", "gpu") else [gpu.find(device, gpus)]
+    try:
+        meant = gpus if gpus and device in ("auto", "gpu") else [gpu.find(device, gpus)]
+    except DeviceError as error:
+        raise DeviceError(
+            f'engine.device is "{device}": {error} Name another, or set engine.device = "cpu".'
+        ) from error
     names = ["engine"] if len(meant) == 1 else [f"engine gpu:{each.index}" for each in meant]
     return [Engine(name, f"gpu:{each.uuid or each.index}", each) for name, each in zip(names, meant, strict=True)]

@@ -217,7 +217,7 @@ def test_what_is_written_the_sdk_reads(asked: tuple[MethodField, Any]) -> None:
     field, value = asked
     expected = ours(field, value)
     writer = ReplyWriter(SimpleNamespace(concepts=(), key=SimpleNamespace(app_id="main")))  # type: ignore[arg-type]
-    data = Data.FromString(writer._returned(Returned(expected), field))
+    data = Data.FromString(b"".join(writer._returned(Returned(expected), field)))
     signature = methods.signature(method(returns=field))
     read = sdk.deserialize(data, signature.output_fields, is_output=True)
     assert comparable(ours(field, read)) == comparable(expected)
@@ -380,10 +380,10 @@ def test_a_reply_in_the_old_form_is_what_the_sdk_would_make_of_it(asked: tuple[M
     field, value = asked
     writer = ReplyWriter(SimpleNamespace(concepts=(), key=SimpleNamespace(app_id="main")))  # type: ignore[arg-type]
     result = Returned(ours(field, value))
-    pythonic = Data.FromString(writer._returned(result, field))
-    assert Data.FromString(writer._data(result, field)) == data_utils.DataConverter.convert_output_data_to_old_format(
-        pythonic
-    )
+    pythonic = Data.FromString(b"".join(writer._returned(result, field)))
+    assert Data.FromString(
+        b"".join(writer._data(result, field))
+    ) == data_utils.DataConverter.convert_output_data_to_old_format(pythonic)
 
 
 @many
