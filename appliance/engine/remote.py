@@ -2,7 +2,7 @@
 
 The front keeps the rows of every submission in its slab until they are answered, so that an engine may die: those that
 only queued are submitted again to the one that takes its place. Rows of the run that was on when it died, which the
-slab's ledger tells, are submitted again one by one, each in a run of its own with nothing else beside it ("alone"). A
+slab's marks tell, are submitted again one by one, each in a run of its own with nothing else beside it ("alone"). A
 row whose second run crashes the engine too is answered with an error, and its neighbours with their results.
 """
 
@@ -249,7 +249,7 @@ class EngineLink:
             self._look = None
 
     def _lost(self) -> None:
-        """The engine is gone, and all that it sent has been received. What it ran is told by the ledger."""
+        """The engine is gone, and all that it sent has been received. The marks tell what it ran."""
         self._stream = None
         for model in self._models:
             model.is_available = False
@@ -258,9 +258,9 @@ class EngineLink:
             self._release(pending)
         for pending in list(self._pending.values()):
             self._give_place_back(pending)
-            mark = int(self._slab.ledger[pending.slot]) if pending.slot else (1 << 32) | pending.count
+            mark = int(self._slab.marks[pending.slot]) if pending.slot else (1 << 32) | pending.count
             if pending.slot:
-                self._slab.ledger[pending.slot] = 0
+                self._slab.marks[pending.slot] = 0
             if mark:
                 self._crashed(pending, (mark >> 32) - 1, mark & 0xFFFFFFFF)
 
@@ -497,7 +497,7 @@ class EngineLink:
         """Its memory, its slot and its place are free."""
         self._give_place_back(pending)
         if pending.slot:
-            self._slab.ledger[pending.slot] = 0
+            self._slab.marks[pending.slot] = 0
             self._slab.slots.append(pending.slot)
             pending.slot = 0
         pending.rows.users -= 1

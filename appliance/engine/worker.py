@@ -20,7 +20,7 @@ from appliance.engine.admission import Admission, Content, content_of
 from appliance.engine.batcher import Batcher, Outcome, RunRecord, powers_of_two, shape_key
 from appliance.engine.cache import FileCache
 from appliance.engine.curves import Idle, Measured, Subject
-from appliance.engine.gate import Ledger, RunGate
+from appliance.engine.gate import Marks, RunGate
 from appliance.engine.inline import LONGEST_RUN_S, TURN_S, InlineLane, Waiter, Watchdog
 from appliance.engine.plan import only
 from appliance.engine.session import Device, Session, TensorSpec, bound_runs, resolve_device, version
@@ -102,7 +102,7 @@ class LocalModel:
         *,
         priority: int = 0,
         alone: bool = False,
-        ledger: Ledger | None = None,
+        marks: Marks | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Run rows inline if that is quick, else queue them; see `Batcher.submit`."""
         if not self._idle.asked:
@@ -110,8 +110,8 @@ class LocalModel:
         if self._lane is not None and not alone:
             count = len(next(iter(feeds.values())))
             if self._lane.takes(count):
-                return self._lane.submit(feeds, outputs, count, deadline, principal, priority=priority, ledger=ledger)
-        return self._batcher.submit(feeds, outputs, deadline, principal, priority=priority, alone=alone, ledger=ledger)
+                return self._lane.submit(feeds, outputs, count, deadline, principal, priority=priority, marks=marks)
+        return self._batcher.submit(feeds, outputs, deadline, principal, priority=priority, alone=alone, marks=marks)
 
     def submit_prompt(
         self,
@@ -123,13 +123,13 @@ class LocalModel:
         principal: str,
         *,
         priority: int = 0,
-        ledger: Ledger | None = None,
+        marks: Marks | None = None,
     ) -> None:
         """Run rows inline; `prompt` has just said yes to them. The waiter is told once, later than now."""
         assert self._lane is not None, "not prompt"
         if not self._idle.asked:
             self._idle.ask()
-        self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal, priority=priority, ledger=ledger)
+        self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal, priority=priority, marks=marks)
 
     async def drain(self) -> None:
         """Return when everything accepted has ended."""

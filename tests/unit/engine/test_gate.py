@@ -110,7 +110,7 @@ def test_nothing_runs_beside_a_run_that_is_alone(start: Start) -> None:
 
 
 class Told:
-    """A ledger and a board that write down what they are told, in order."""
+    """Marks and a board that write down what they are told, in order."""
 
     def __init__(self, log: list[Any]) -> None:
         self._log = log
@@ -130,7 +130,7 @@ class Told:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_ledgers_and_board_are_told_before_and_after_the_run(fails: bool) -> None:
+def test_marks_and_board_are_told_before_and_after_the_run(fails: bool) -> None:
     """Strictly, and also when it fails: what a crash leaves behind says what was in the run."""
     log: list[Any] = []
     model = FakeModel()
@@ -152,7 +152,7 @@ def test_ledgers_and_board_are_told_before_and_after_the_run(fails: bool) -> Non
     assert log == [("begin", 3), *marked, "run", *cleared, ("end", 77)]
 
 
-def test_a_ledger_is_told_by_one_thread_at_a_time(start: Start) -> None:
+def test_marks_are_told_by_one_thread_at_a_time(start: Start) -> None:
     """What it keeps of several runs needs no lock of its own."""
     inside: list[int] = []
     most: list[int] = []

@@ -399,7 +399,7 @@ async def test_closing_a_model_answers_who_comes_later(tmp_path: Path) -> None:
 
 
 class Threads:
-    """A ledger that writes down on which threads it was told what."""
+    """Marks that write down on which threads it was told what."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int, int, bool]] = []
@@ -417,8 +417,8 @@ async def test_rows_in_quarantine_never_run_on_the_loop(tmp_path: Path) -> None:
     assert model.prompt(2)
     values = np.ones((2, 3), np.float32)
     quick, alone = Threads(), Threads()
-    await model.submit({"x": values}, ("y",), None, "ada", ledger=quick)
-    outcome = await model.submit({"x": values * 2}, ("y",), None, "ada", alone=True, ledger=alone)
+    await model.submit({"x": values}, ("y",), None, "ada", marks=quick)
+    outcome = await model.submit({"x": values * 2}, ("y",), None, "ada", alone=True, marks=alone)
     assert np.array_equal(outcome.arrays["y"], values * 2)
     assert quick.told == [("running", 0, 2, True), ("idle", 0, 2, True)]
     assert alone.told == [(what, row, 1, False) for row in range(2) for what in ("running", "idle")]
