@@ -650,14 +650,14 @@ class Batcher:
             names = tuple(dict.fromkeys(name for piece in pieces for name in piece.submission.outputs))
         marked = [(p.submission.marks, p.start, p.count) for p in pieces if p.submission.marks is not None]
         if self._whole:
-            results = gates.run(self._model, names, pieces[0].submission.feeds, 1, marked, self.board)
+            results = gates.run(self._model, names, pieces[0].submission.feeds, marked, self.board)
             return [(pieces[0], dict(zip(names, results, strict=True)))]
         rows = sum(piece.count for piece in pieces)
         try:
             feeds = _gather(pieces, rows, next((size for size in self._sizes if size >= rows), rows))
         except MemoryError as error:
             raise OutOfMemory(f"no memory to put {rows} rows together") from error
-        results = gates.run(self._model, names, feeds, rows, marked, self.board)
+        results = gates.run(self._model, names, feeds, marked, self.board)
         named = list(zip(names, results, strict=True))
         for name, result in named:
             if not isinstance(result, np.ndarray) or result.ndim == 0 or len(result) < rows:

@@ -39,7 +39,7 @@ class Marks(Protocol):
 class RunBoard(Protocol):
     """Told of every run of one model, on the thread that runs, and while it waits: be quick."""
 
-    def begin(self, rows: int) -> int:
+    def begin(self) -> int:
         """A run begins. Returns: what `end` is told."""
 
     def end(self, token: int) -> None:
@@ -115,14 +115,13 @@ def run(
     model: Runs,
     outputs: Sequence[str],
     feeds: Mapping[str, Array],
-    rows: int,
     marked: Sequence[Marked],
     board: RunBoard | None,
 ) -> list[Array]:
     """Run the model; marks and board are told strictly before, and strictly after. Raises: what the model raises."""
     if not marked and board is None:
         return model.run(outputs, feeds)
-    token = board.begin(rows) if board is not None else 0
+    token = board.begin() if board is not None else 0
     try:
         if marked:
             with _telling:

@@ -207,7 +207,7 @@ class InlineLane:
         self._watchdog.begin(self._model)
         try:
             feeds = first.feeds if len(batch) == 1 else _joined(batch)
-            results = gates.run(self._model, first.outputs, feeds, rows, marked, self._batcher.board)
+            results = gates.run(self._model, first.outputs, feeds, marked, self._batcher.board)
         finally:
             hung = self._watchdog.end()
             seconds = self._clock() - started

@@ -344,8 +344,8 @@ class Told:
     def idle(self, start: int, count: int) -> None:
         self._log.append((self._name, "idle", start, count))
 
-    def begin(self, rows: int) -> int:
-        self._log.append((self._name, "begin", rows))
+    def begin(self) -> int:
+        self._log.append((self._name, "begin"))
         return 5
 
     def end(self, token: int) -> None:
@@ -362,11 +362,11 @@ async def test_marks_and_board_are_told_of_runs_on_the_loop(model: FakeModel, ma
     for future in futures:
         await doubled(future)
     marks = [[("one", what, 0, 1), ("two", what, 0, 2)] for what in ("running", "idle")]
-    assert log == [("board", "begin", 4), *marks[0], "run", *marks[1], ("board", "end", 5)]
+    assert log == [("board", "begin"), *marks[0], "run", *marks[1], ("board", "end", 5)]
     log.clear()
     model.torn = True  # type: ignore[attr-defined]
     await doubled(lane.ask(5, marks=Told(log, "one")))
-    run = [("board", "begin", 1), ("one", "running", 0, 1), ("one", "idle", 0, 1), ("board", "end", 5)]
+    run = [("board", "begin"), ("one", "running", 0, 1), ("one", "idle", 0, 1), ("board", "end", 5)]
     assert [told for told in log if told != "run"] == 2 * run
 
 
