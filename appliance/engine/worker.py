@@ -365,7 +365,7 @@ class LocalEngine:
     ) -> Subject | None:
         """What is to be measured, if anything is."""
         rows = mode == "rows" and not measured.dependence
-        runs: Sequence[int] = curves.sizes(threads if device.kind == "cpu" else 2)
+        runs: Sequence[int] = powers_of_two(threads if device.kind == "cpu" else 2)
         if request.parallel or self._parallel or _is_tiny(measured, device):
             runs = ()
         most_rows = (request.max_rows or probes.MAX_ROWS) if rows else 1
@@ -525,7 +525,7 @@ def _is_tiny(measured: Measured, device: Device) -> bool:
 def _warm(session: Session, request: LoadRequest, batching: Batching) -> None:
     """Run every size once that a GPU will see: the first run of a shape is slow."""
     for rows, most in zip(request.examples, batching.buckets, strict=False):
-        for size in curves.sizes(most):
+        for size in powers_of_two(most):
             with contextlib.suppress(InferenceFailed):
                 session.run(request.served, probes.join([rows[0]] * size))
 

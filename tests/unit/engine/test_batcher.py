@@ -399,6 +399,11 @@ async def test_a_row_that_does_not_fit_alone_is_an_error_of_its_own(model: FakeM
     assert {row: type(error) for row, error in outcome.errors.items()} == {0: OutOfMemory, 1: OutOfMemory}
 
 
+@pytest.mark.parametrize(("most", "sizes"), [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (8, (1, 2, 4, 8))])
+def test_sizes_are_powers_of_two_and_the_last(most: int, sizes: tuple[int, ...]) -> None:
+    assert powers_of_two(most) == sizes
+
+
 @pytest.mark.parametrize(("count", "padded"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 12), (12, 12)])
 async def test_runs_are_padded_to_a_power_of_two(model: FakeModel, make: Any, count: int, padded: int) -> None:
     """So that a GPU sees few shapes; never beyond max_rows, and nobody sees the padding."""

@@ -27,7 +27,7 @@ from appliance.engine import curves, gpu, probes, tensorrt, worker
 from appliance.engine import plan as plans
 from appliance.engine import session as sessions
 from appliance.engine.admission import content_of
-from appliance.engine.batcher import Batcher
+from appliance.engine.batcher import Batcher, powers_of_two
 from appliance.engine.session import gpu_problem
 from appliance.engine.transport import LoadRequest
 from appliance.engine.worker import LocalEngine, LocalModel
@@ -234,7 +234,7 @@ async def test_the_size_is_measured_while_the_engine_is_idle(tmp_path: Path) -> 
     assert "bucket 3: rows a run 1: " in model.batching.curve
     assert len(model.batching.buckets) == 3
     assert model.batching.max_rows == max(model.batching.buckets)
-    assert set(model.batching.buckets) <= set(curves.sizes(probes.MAX_ROWS))
+    assert set(model.batching.buckets) <= set(powers_of_two(probes.MAX_ROWS))
     assert model._batcher is not before
     assert model._batcher.max_rows == model.batching.max_rows
     ids = np.ones((5, 32), np.int64)
