@@ -199,7 +199,8 @@ class LocalEngine:
 
     async def load(self, request: LoadRequest) -> LocalModel:
         """Load, probe and warm up a graph; see `Engine.load`."""
-        device = self.device if request.device in (None, "auto") else resolve_device(request.device or "auto")
+        wanted = request.device or "auto"
+        device = self.device if wanted == "auto" else resolve_device(wanted)
         loading = _Loading()
         self._loads += 1
         self._idle.ask()
@@ -239,6 +240,7 @@ class LocalEngine:
                 max_rows=batching.max_rows,
                 queue_rows=self._queue_rows,
                 queue_bytes=self._queue_bytes,
+                max_bytes=self._most_bytes,
                 gate=self._gate,
                 board=request.board,
                 separate=batching.mode == "separate",
@@ -356,7 +358,7 @@ class LocalEngine:
             batching = replace(batching, curve="")
         if kept is None:
             self._keep(key, measured)
-        elif device.kind == "gpu":
+        if device.kind == "gpu" and (kept is not None or not measured.measured_at):
             _warm(session, request, batching)
         return session, batching, _Unmeasured(request, measured, subject, key) if subject is not None else None
 
@@ -524,16 +526,15 @@ def _is_tiny(measured: Measured, device: Device) -> bool:
 
 def _warm(session: Session, request: LoadRequest, batching: Batching) -> None:
     """Run every size once that a GPU will see: the first run of a shape is slow."""
-    for rows, most in zip(request.examples, batching.buckets, strict=False):
-        for size in powers_of_two(most):
-            with contextlib.suppress(InferenceFailed):
-                session.run(request.served, probes.join([rows[0]] * size))
+    for feeds in _batches(request, batching):
+        with contextlib.suppress(InferenceFailed):
+            session.run(request.served, feeds)
 
 
 def _batches(request: LoadRequest, batching: Batching) -> list[dict[str, Array]]:
     """What the batcher makes of each bucket's rows."""
     most = batching.buckets or (batching.max_rows,) * len(request.examples)
-    pairs = zip(request.examples, most, strict=True)
+    pairs = zip(request.examples, most, strict=False)  # what was kept may be of other buckets
     return [probes.join([rows[0]] * size) for rows, limit in pairs for size in powers_of_two(limit)]
 
 

@@ -467,6 +467,18 @@ async def test_runs_are_counted(tmp_path: Path) -> None:
     model.close()
 
 
+async def test_a_run_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By half of what runs may take together, however many rows it may have."""
+    monkeypatch.setattr(worker, "_is_tiny", lambda *_: False)
+    own = engine()
+    own._most_bytes = 8 * 12
+    model = await own.load(raw_request(graphs.write_raw(tmp_path / "b"), max_rows=64))
+    runs = spied_runs(monkeypatch)
+    assert len(await ask(model, np.ones((20, 3), np.float32))) == 20
+    assert max(runs) == (8, 3)
+    model.close()
+
+
 async def test_a_wrapped_half_precision_graph_is_probed_with_its_own_tolerance(tmp_path: Path) -> None:
     """float16 graphs are not made slow by their rounding."""
     folder = write_pixels(tmp_path / "b", pixel_model(5, dtype=TensorProto.FLOAT16))
@@ -516,6 +528,18 @@ async def test_nothing_is_written_without_a_state_folder(tmp_path: Path, host: H
     request = raw_request(graphs.write_raw(tmp_path / "b"))
     (await gpu_engine(None).load(request)).close()
     assert os.listdir(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize("parallel", [None, 2])
+async def test_every_size_is_run_before_a_gpu_serves(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch, parallel: int | None
+) -> None:
+    """Whether the sizes are measured at this load, were before, or are the bundle's to say: first runs are slow."""
+    request = replace(raw_request(graphs.write_raw(tmp_path / "b"), max_rows=5), parallel=parallel)
+    for _ in range(2):
+        runs = spied_runs(monkeypatch)
+        (await gpu_engine(tmp_path).load(request)).close()
+        assert {(1, 3), (2, 3), (4, 3), (5, 3)} <= set(runs)
 
 
 @pytest.mark.parametrize(
