@@ -26,7 +26,7 @@ from appliance.engine.inline import Waiter
 from appliance.engine.link import Definitions, Stream
 from appliance.engine.session import Device, TensorSpec
 from appliance.engine.slab import Blocks, FrontSlab, aligned
-from appliance.engine.transport import Batching
+from appliance.engine.transport import Batching, LoadedModel
 
 _log = logging.getLogger(__name__)
 
@@ -527,8 +527,8 @@ class RemoteModel:
         """Args: handle: what the engine knows it by. described: what `describe` made of it there."""
         self._link = engine
         self.handle = handle
-        self.inputs = tuple(_spec(each) for each in described["inputs"])
-        self.outputs = tuple(_spec(each) for each in described["outputs"])
+        self.inputs = tuple(TensorSpec.of(each) for each in described["inputs"])
+        self.outputs = tuple(TensorSpec.of(each) for each in described["outputs"])
         self.device = Device(**described["device"])
         self.providers = tuple(described["providers"])
         self.batching = Batching(**described["batching"])
@@ -599,12 +599,12 @@ class RemoteModel:
         self.give_up("it was closed")
 
 
-def describe(model: Any) -> dict[str, Any]:
+def describe(model: LoadedModel) -> dict[str, Any]:
     """What a front must know of a model that is loaded here, as plain data; see `RemoteModel`."""
     batching, device = model.batching, model.device
     return {
-        "inputs": [_told(spec) for spec in model.inputs],
-        "outputs": [_told(spec) for spec in model.outputs],
+        "inputs": [spec.described() for spec in model.inputs],
+        "outputs": [spec.described() for spec in model.outputs],
         "device": dataclasses.asdict(device),
         "providers": list(model.providers),
         "batching": {
@@ -614,12 +614,3 @@ def describe(model: Any) -> dict[str, Any]:
             "inline_rows": batching.inline_rows,
         },
     }
-
-
-def _told(spec: TensorSpec) -> list[Any]:
-    return [spec.name, None if spec.dtype is None else spec.dtype.str, list(spec.shape)]
-
-
-def _spec(told: Sequence[Any]) -> TensorSpec:
-    name, dtype, shape = told
-    return TensorSpec(name, None if dtype is None else np.dtype(dtype), tuple(shape))
