@@ -596,9 +596,8 @@ class Supervisor:
         self._fold.retire(engine.name)
         if self._stopping:
             return
-        activities = child.board.activities()
         _log.critical(
-            "the %s %s; it is replaced", engine.name, child.how_it_ended(), extra={"running": len(activities)}
+            "the %s %s; it is replaced", engine.name, child.how_it_ended(), extra={"running": len(child.last)}
         )
         for number in {activity.number for activity in child.last if not activity.loads}:
             self._count_crash(number)

@@ -1,6 +1,5 @@
 """CUDA's errors that end a process's use of the GPU, and slots; CUDA's runtime is a double on host memory."""
 
-
 import numpy as np
 import pytest
 from support.cuda_doubles import HostRuntime, at
