@@ -16,7 +16,7 @@ from functools import lru_cache
 from appliance.api.keys import DEFAULT_PRINCIPAL, KeyEntry, KeyStore
 from appliance.core.config import Config, Principal
 from appliance.core.errors import CertificateError, CredentialsMissing, KeyInvalid, NotPermitted, RateLimited
-from appliance.core.sharing import FrontsBoard, SharedMeter
+from appliance.core.sharing import SharedLimits, SharedMeter
 from appliance.core.types import Call, ModelKey
 from appliance.pki.inspect import ClientIdentity, client_identity
 from appliance.pki.trust import Trust
@@ -40,18 +40,18 @@ class Meter:
     fronts decide at once, each may admit one request too many; it is missing afterwards.
     """
 
-    def __init__(self, principal: Principal, clock: Callable[[], float], board: FrontsBoard | None = None) -> None:
-        """Args: board: what fronts know of each other; None: there is only this one."""
+    def __init__(self, principal: Principal, clock: Callable[[], float], limits: SharedLimits | None = None) -> None:
+        """Args: limits: what fronts know of each other; None: there is only this one."""
         self.principal = principal
         self._rate, self._concurrency = principal.requests_per_second, principal.concurrency
         size = principal.burst or max(1.0, self._rate)
         self._shared: SharedMeter | None = None
-        if board is not None and (self._rate or self._concurrency):
-            self._shared = board.meter(f"{principal.name} {self._rate} {size} {self._concurrency}")
+        if limits is not None and (self._rate or self._concurrency):
+            self._shared = limits.meter(f"{principal.name} {self._rate} {size} {self._concurrency}")
             if self._shared is None:  # no room for one more: each front has its part
-                self._rate /= board.fronts
-                size = max(1.0, size / board.fronts)
-                self._concurrency = self._concurrency and max(1, self._concurrency // board.fronts)
+                self._rate /= limits.fronts
+                size = max(1.0, size / limits.fronts)
+                self._concurrency = self._concurrency and max(1, self._concurrency // limits.fronts)
         self._most = size - 1 + _ROUNDING
         self._clock = clock
         self._admitted = 0
@@ -164,18 +164,18 @@ class Authenticator:
         keys: KeyStore,
         clock: Callable[[], float] = time.monotonic,
         trust: Callable[[], Trust] | None = None,
-        board: FrontsBoard | None = None,
+        limits: SharedLimits | None = None,
     ) -> None:
         """Make it.
 
         Args:
             trust: whose client certificates are believed at this moment; None: whoever the transport let in.
-            board: what fronts know of each other, so that limits hold for all together; None: there is only this one.
+            limits: what fronts know of each other, so that they hold for all together; None: there is only this one.
         """
         self.keys = keys
         self._trust = trust
         self._clock = clock
-        self._board = board
+        self._limits = limits
         self._meters: dict[str, Meter] = {}
         self._by_identity: dict[str, str] = {}
         self._by_key: dict[str, tuple[KeyEntry, Grant]] = {}
@@ -189,7 +189,7 @@ class Authenticator:
         self._meters = {
             name: self._meters[name]
             if name in self._meters and self._meters[name].principal == principal
-            else Meter(principal, self._clock, self._board)
+            else Meter(principal, self._clock, self._limits)
             for name, principal in principals.items()
         }
         self._by_key = {}  # made anew with the meters of now

@@ -520,7 +520,7 @@ class Engine(Section):
         None,
         examples=["2GiB"],
         description="Bytes of memory that all runs on the CPU may take together, their results included; a run that "
-        "needs more fails. Unset: a third of the memory we may use.",
+        "needs more fails. The inputs of one run have half of it at most. Unset: a third of the memory we may use.",
         json_schema_extra={"restart": True},
     )
     gpu_memory: Size | None = Field(

@@ -81,8 +81,8 @@ class SharedMeter:
         self._own_in_flight[self._index] -= 1
 
 
-class FrontsBoard:
-    """The segment; the supervisor makes it, each front attaches to it."""
+class SharedLimits:
+    """What all fronts hold and have admitted, in one segment; the supervisor makes it, each front attaches to it."""
 
     def __init__(self, segment: Segment, index: int | None) -> None:
         """Use `create` or `attach`."""
@@ -110,10 +110,10 @@ class FrontsBoard:
     @classmethod
     def attach(cls, descriptor: int, index: int) -> Self:
         """Take part as the front of that index; the descriptor is ours then. Raises: ValueError."""
-        board = cls(Segment.attach(descriptor), index)
-        if not 0 <= index < board.fronts:
-            raise ValueError(f"there are {board.fronts} fronts, and no front {index}")
-        return board
+        limits = cls(Segment.attach(descriptor), index)
+        if not 0 <= index < limits.fronts:
+            raise ValueError(f"there are {limits.fronts} fronts, and no front {index}")
+        return limits
 
     def clear(self, index: int) -> None:
         """What that front held and had in flight is no more: it is dead, and another in its place does not run yet.

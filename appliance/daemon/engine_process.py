@@ -34,6 +34,9 @@ _log = logging.getLogger(__name__)
 _HEARTBEAT_S = 0.2
 _SAMPLE_S = 1.0
 
+_HANDLES = 256
+"""Graphs that one version may have: its methods are fewer."""
+
 
 class EngineProcess:
     """Answers the supervisor, and serves fronts."""
@@ -166,10 +169,6 @@ def _poisoned(reason: str) -> None:
     """The device is lost to this process, and what it would compute is worth nothing: leave, to be replaced."""
     _log.critical("the engine gives up, to be replaced: %s", reason)
     child.leave(child.DEVICE_GONE)
-
-
-_HANDLES = 256
-"""Graphs that one version may have: its methods are fewer."""
 
 
 class _Numbered:

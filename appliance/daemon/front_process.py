@@ -17,7 +17,7 @@ from appliance.core.channel import Body, Channel
 from appliance.core.config import Config
 from appliance.core.metrics import Metrics
 from appliance.core.shared import Segment
-from appliance.core.sharing import FrontsBoard
+from appliance.core.sharing import SharedLimits
 from appliance.daemon import child
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.checks import check_urls
@@ -78,7 +78,7 @@ class FrontProcess:
         config = configuration.of_data(body["config"])
         self._config = config
         logs.set_up(config.log.level)
-        board, metrics, slab, fronts = descriptors
+        board, metrics, slab, limits = descriptors
         self._board = Board(Segment.attach(board))
         self._metrics = Metrics(Segment.attach(metrics))
         self._slab = FrontSlab(Segment.attach(slab))
@@ -95,7 +95,7 @@ class FrontProcess:
             lambda: (self._ready, self._readiness),
             self._certificates,
             self._keys,
-            FrontsBoard.attach(fronts, body["index"]),
+            SharedLimits.attach(limits, body["index"]),
         )
         self._tasks = [asyncio.create_task(work) for work in (self._beat(), self._look(), self._workflows.run())]
 

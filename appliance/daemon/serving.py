@@ -22,7 +22,7 @@ from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
-from appliance.core.sharing import FrontsBoard
+from appliance.core.sharing import SharedLimits
 from appliance.core.types import Endpoint
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.checks import memory_for_requests
@@ -51,11 +51,11 @@ class Serving:
         readiness: Readiness,
         certificates: CertificateFiles,
         keys: KeyStore,
-        board: FrontsBoard | None = None,
+        limits: SharedLimits | None = None,
     ) -> None:
         """Find everything that can be wrong before a port is bound.
 
-        Args:   board: what fronts know of each other, so that limits hold for all together; None: this is the only one.
+        Args:   limits: what fronts know of each other, so that they hold for all together; None: this is the only one.
         Raises: ConfigError.
         """
         self._config = config
@@ -63,8 +63,8 @@ class Serving:
         self._readiness = readiness
         self.certificates = certificates
         self.keys = keys
-        self._budget = MemoryBudget(memory_for_requests(config), board.memory() if board else None)
-        authenticator = Authenticator(config, keys, trust=certificates.trust, board=board)
+        self._budget = MemoryBudget(memory_for_requests(config), limits.memory() if limits else None)
+        authenticator = Authenticator(config, keys, trust=certificates.trust, limits=limits)
         self.api = Api(config, catalog, authenticator, self._budget, metrics, workflows)
         self._front: Front | None = None
 

@@ -34,7 +34,7 @@ from appliance.core.ledger import SIZE as COUNTS_SIZE
 from appliance.core.machine import accelerators, usable_cpus, usable_memory
 from appliance.core.metrics import Metrics
 from appliance.core.shared import Segment
-from appliance.core.sharing import FrontsBoard
+from appliance.core.sharing import SharedLimits
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.checks import memory_for_requests
 from appliance.daemon.front import native
@@ -252,7 +252,7 @@ class Supervisor:
         self.registry = self._fold.registry
         self.fronts = how_many_fronts(config)
         self._fronts = [FrontChild(index) for index in range(self.fronts)]
-        self._board = FrontsBoard.create(self.fronts)
+        self._limits = SharedLimits.create(self.fronts)
         self._engines: dict[str, Engine] = {}
         self._deployed: dict[int, Deployed] = {}
         self._early: dict[int, Body] = {}
@@ -596,9 +596,8 @@ class Supervisor:
         self._fold.retire(engine.name)
         if self._stopping:
             return
-        activities = child.board.activities()
         _log.critical(
-            "the %s %s; it is replaced", engine.name, child.how_it_ended(), extra={"running": len(activities)}
+            "the %s %s; it is replaced", engine.name, child.how_it_ended(), extra={"running": len(child.last)}
         )
         for number in {activity.number for activity in child.last if not activity.loads}:
             self._count_crash(number)
@@ -662,7 +661,7 @@ class Supervisor:
         front.prepared = set()
         try:
             body = {"config": self._front_config(), "index": front.index}
-            await child.start(body, front.slab, self._board.segment)
+            await child.start(body, front.slab, self._limits.segment)
             front.child = child
             self._fold.attach(front.name, child.counts)
             for engine in self._engines.values():
@@ -737,7 +736,7 @@ class Supervisor:
             return  # it never started
         front.child, front.listens, front.problem = None, False, "is being replaced"
         gauges = self._fold.retire(front.name)
-        self._board.clear(front.index)
+        self._limits.clear(front.index)
         if front.slab is not None:
             front.slab.close()
             front.slab = None

@@ -29,7 +29,7 @@ import numpy as np
 from appliance.core.errors import ApplianceError, DeadlineExceeded, Draining, InferenceFailed, Overloaded
 from appliance.core.types import Array
 from appliance.engine import gate as gates
-from appliance.engine.gate import Ledger, RunBoard, RunGate, Runs
+from appliance.engine.gate import Marks, RunBoard, RunGate, Runs
 from appliance.engine.session import OutOfMemory
 
 _log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class _Submission:
     priority: int
     key: ShapeKey
     row_bytes: int
-    ledger: Ledger | None
+    marks: Marks | None
     future: "asyncio.Future[Outcome]"
     queued_at: float
     taken: int = 0
@@ -301,7 +301,7 @@ class Batcher:
         *,
         priority: int = 0,
         alone: bool = False,
-        ledger: Ledger | None = None,
+        marks: Marks | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Queue rows; the future ends with their outcome. Cancelling it takes them out of the queue.
 
@@ -313,7 +313,7 @@ class Batcher:
             priority: higher goes first.
             alone: quarantine: the rows run one by one, and nothing else in the engine meanwhile. They were accepted
                 before the crash, so a full queue does not refuse them.
-            ledger: told which of the rows are in a run.
+            marks: told which of the rows are in a run.
         Raises:
             Overloaded: the queue is full. Draining: the model is being closed. InferenceFailed: the worker died.
         """
@@ -337,7 +337,7 @@ class Batcher:
             priority=priority,
             key=shape_key(feeds, self._whole, alone),
             row_bytes=size // count,
-            ledger=ledger,
+            marks=marks,
             future=self._loop.create_future(),
             queued_at=self._clock(),
             open=count,
@@ -648,16 +648,16 @@ class Batcher:
         names = pieces[0].submission.outputs
         if len(pieces) > 1:
             names = tuple(dict.fromkeys(name for piece in pieces for name in piece.submission.outputs))
-        marks = [(p.submission.ledger, p.start, p.count) for p in pieces if p.submission.ledger is not None]
+        marked = [(p.submission.marks, p.start, p.count) for p in pieces if p.submission.marks is not None]
         if self._whole:
-            results = gates.run(self._model, names, pieces[0].submission.feeds, 1, marks, self.board)
+            results = gates.run(self._model, names, pieces[0].submission.feeds, marked, self.board)
             return [(pieces[0], dict(zip(names, results, strict=True)))]
         rows = sum(piece.count for piece in pieces)
         try:
             feeds = _gather(pieces, rows, next((size for size in self._sizes if size >= rows), rows))
         except MemoryError as error:
             raise OutOfMemory(f"no memory to put {rows} rows together") from error
-        results = gates.run(self._model, names, feeds, rows, marks, self.board)
+        results = gates.run(self._model, names, feeds, marked, self.board)
         named = list(zip(names, results, strict=True))
         for name, result in named:
             if not isinstance(result, np.ndarray) or result.ndim == 0 or len(result) < rows:

@@ -1,7 +1,7 @@
-"""An engine's board: what its supervisor sees of it at any time, also when it is stopped, stuck or dead.
+"""A child's board: what its supervisor sees of it at any time, also when it is stopped, stuck or dead.
 
-Shared memory made by the supervisor, written by the engine alone: when its loop last turned, how long its longest run
-took, and which models are being loaded or run right now. After a crash that says whose doing it was.
+Shared memory made by the supervisor, written by the child alone: when its loop last turned; of an engine also how long
+its longest run took, and which models are being loaded or run right now. After a crash that says whose doing it was.
 """
 
 import threading
@@ -24,11 +24,10 @@ SIZE = (_FIRST + 2 * _PLACES) * 8
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What an engine is doing: running or loading a version, since `time.monotonic_ns()`."""
+    """What an engine is doing: running or loading a version."""
 
     number: int
     loads: bool
-    since_ns: int
 
 
 class Board:
@@ -40,10 +39,10 @@ class Board:
         self._lock = threading.Lock()
         self._free = list(range(_PLACES))
 
-    # ---- the engine ----
+    # ---- the child ----
 
     def turned(self) -> None:
-        """The engine's loop turns."""
+        """The child's loop turns."""
         self._cells[_TURNED] = time.monotonic_ns()
 
     def begin(self, number: int, *, loads: bool = False) -> int:
@@ -75,7 +74,7 @@ class Board:
 
     @property
     def turned_ago_s(self) -> float:
-        """Seconds since the engine's loop last turned."""
+        """Seconds since the child's loop last turned."""
         return (time.monotonic_ns() - int(self._cells[_TURNED])) / 1e9
 
     @property
@@ -91,7 +90,7 @@ class Board:
             told = int(self._cells[at])
             if told:
                 number = (told & 0xFFFFFFFF) - 1
-                found.append(Activity(number, bool(told & _LOADS), int(self._cells[at + 1])))
+                found.append(Activity(number, bool(told & _LOADS)))
         return found
 
     def close(self) -> None:
@@ -107,7 +106,7 @@ class VersionBoard:
         self._board = board
         self._number = number
 
-    def begin(self, rows: int) -> int:
+    def begin(self) -> int:
         """See `RunBoard.begin`."""
         return self._board.begin(self._number)
 

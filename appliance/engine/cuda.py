@@ -8,17 +8,13 @@ travel while another's are computed. Nothing here is loaded, let alone called, f
 
 import ctypes
 import re
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from appliance.core.types import Array
-
-EXIT_POISONED = 75
-"""Exit code of an engine process that ended itself because of such an error: EX_TEMPFAIL of sysexits.h, try again."""
 
 POISON = {
     214: "an uncorrectable ECC error",
@@ -186,62 +182,6 @@ def runtime() -> Runtime:
     return Runtime(ctypes.CDLL(_LIBRARY_NAME))
 
 
-# ---- memory that others own ------------------------------------------------------------------------------------------
-
-
-class Pinned:
-    """Host memory of somebody else that the device may read by itself until `release`."""
-
-    def __init__(self, address: int, size: int, release: Callable[[], None]) -> None:
-        self.address = address
-        self.size = size
-        self._release: Callable[[], None] | None = release
-
-    def release(self) -> None:
-        """The memory is its owner's alone again, who may unmap it."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
-
-
-_registered: dict[int, Pinned] = {}
-_registering = threading.Lock()
-
-
-def register_pinned(buffer: Any) -> Pinned | None:
-    """Let the device read a slab's memory by itself: what lies in it is not copied into a slot before it travels.
-
-    Args:    buffer: writable, and mapped until `release` is called on what is returned.
-    Returns: None without CUDA, or where it refuses: everything works without, a copy slower.
-    """
-    view = np.frombuffer(buffer, np.uint8)
-    address, size = view.ctypes.data, view.nbytes
-    try:
-        library = runtime()
-        library.call("cudaHostRegister", ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(_PORTABLE))
-    except (OSError, CudaError):
-        return None
-
-    def release() -> None:
-        with _registering:
-            _registered.pop(address, None)
-        library.call("cudaHostUnregister", ctypes.c_void_p(address))
-
-    pinned = Pinned(address, size, release)
-    with _registering:
-        _registered[address] = pinned
-    return pinned
-
-
-def is_pinned(array: Array) -> bool:
-    """Whether all of an array lies in memory that was registered, and in one piece."""
-    if not _registered or not array.flags.c_contiguous:
-        return False
-    start, end = array.ctypes.data, array.ctypes.data + array.nbytes
-    with _registering:
-        return any(pinned.address <= start and end <= pinned.address + pinned.size for pinned in _registered.values())
-
-
 # ---- slots -----------------------------------------------------------------------------------------------------------
 
 
@@ -272,11 +212,8 @@ class Slot:
             self._grow(end)
         for name, array in feeds.items():
             source = self._host + offsets[name]
-            if is_pinned(array):
-                source = array.ctypes.data
-            else:
-                memory = memoryview((ctypes.c_char * array.nbytes).from_address(source))
-                np.copyto(np.frombuffer(memory, array.dtype).reshape(array.shape), array)
+            memory = memoryview((ctypes.c_char * array.nbytes).from_address(source))
+            np.copyto(np.frombuffer(memory, array.dtype).reshape(array.shape), array)
             self._library.to_device(self._on_device + offsets[name], source, array.nbytes, self._stream)
         self._library.wait(self._stream)
         return {name: self._on_device + offset for name, offset in offsets.items()}

@@ -24,6 +24,7 @@ from appliance.core.errors import InferenceFailed
 from appliance.core.machine import accelerators, cpu_model, usable_cpus
 from appliance.core.types import Array
 from appliance.engine import session
+from appliance.engine.batcher import powers_of_two
 from appliance.engine.cache import FileCache
 from appliance.engine.gate import Runs
 from appliance.engine.probes import join
@@ -195,7 +196,7 @@ def steps(subject: Subject, known: Measured, visits: int = _VISITS) -> Steps:
     curves = []
     for example in subject.examples:
         curve: list[Point] = []
-        for rows in sizes(subject.most_rows):
+        for rows in powers_of_two(subject.most_rows):
             if curve and 2 * curve[-1].seconds > LONGEST_RUN_S:
                 break
             feeds = join([example] * rows)
@@ -325,11 +326,6 @@ def _taken(step: Step, left_off: Callable[[], bool]) -> tuple[InferenceFailed | 
         return None, step(left_off)
     except InferenceFailed as error:
         return error, 0.0
-
-
-def sizes(most: int) -> list[int]:
-    """Powers of two up to `most`, and `most`."""
-    return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
 
 
 def shortest_run(

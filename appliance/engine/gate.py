@@ -1,6 +1,6 @@
 """What surrounds a run of a model: who may run beside it, and who is told which rows are in it.
 
-A run that crashes takes the engine's process with it. Whoever owns the rows learns from his ledger which of them were
+A run that crashes takes the engine's process with it. Whoever owns the rows learns from their marks which of them were
 in a run then, and from a run that had the engine for itself that it was the one at fault.
 """
 
@@ -21,7 +21,7 @@ class Runs(Protocol):
         """End the run in progress on that thread (its identity), or all runs, soon: they raise InferenceFailed."""
 
 
-class Ledger(Protocol):
+class Marks(Protocol):
     """Told which rows of one submission are in a run; on the thread that runs, and while it waits: be quick.
 
     Rows of one submission may be in several runs at once, on several threads; each row is in one at most. No two
@@ -39,7 +39,7 @@ class Ledger(Protocol):
 class RunBoard(Protocol):
     """Told of every run of one model, on the thread that runs, and while it waits: be quick."""
 
-    def begin(self, rows: int) -> int:
+    def begin(self) -> int:
         """A run begins. Returns: what `end` is told."""
 
     def end(self, token: int) -> None:
@@ -47,10 +47,10 @@ class RunBoard(Protocol):
 
 
 _telling = threading.Lock()
-"""Held while ledgers are told."""
+"""Held while marks are told."""
 
-Mark: TypeAlias = tuple[Ledger, int, int]
-"""Rows `start` … `start + count` of a submission, and its ledger."""
+Marked: TypeAlias = tuple[Marks, int, int]
+"""The marks of a submission, and which of its rows are in one run: `start` … `start + count`."""
 
 
 class RunGate:
@@ -115,24 +115,23 @@ def run(
     model: Runs,
     outputs: Sequence[str],
     feeds: Mapping[str, Array],
-    rows: int,
-    marks: Sequence[Mark],
+    marked: Sequence[Marked],
     board: RunBoard | None,
 ) -> list[Array]:
-    """Run the model; ledgers and board are told strictly before, and strictly after. Raises: what the model raises."""
-    if not marks and board is None:
+    """Run the model; marks and board are told strictly before, and strictly after. Raises: what the model raises."""
+    if not marked and board is None:
         return model.run(outputs, feeds)
-    token = board.begin(rows) if board is not None else 0
+    token = board.begin() if board is not None else 0
     try:
-        if marks:
+        if marked:
             with _telling:
-                for ledger, start, count in marks:
-                    ledger.running(start, count)
+                for marks, start, count in marked:
+                    marks.running(start, count)
         return model.run(outputs, feeds)
     finally:
-        if marks:
+        if marked:
             with _telling:
-                for ledger, start, count in marks:
-                    ledger.idle(start, count)
+                for marks, start, count in marked:
+                    marks.idle(start, count)
         if board is not None:
             board.end(token)

@@ -28,7 +28,7 @@ from appliance.core.errors import ApplianceError, DeadlineExceeded, InferenceFai
 from appliance.core.types import Array
 from appliance.engine import gate as gates
 from appliance.engine.batcher import Batcher, Outcome, RunRecord
-from appliance.engine.gate import Ledger, Runs
+from appliance.engine.gate import Marks, Runs
 
 LONGEST_RUN_S = 200e-6
 """Seconds of a one-row run up to which a model gets a lane: the way through the batcher's thread costs a call 100 to
@@ -83,7 +83,7 @@ class _Entry:
     waiter: Waiter
     queued_at: float
     priority: int
-    ledger: Ledger | None
+    marks: Marks | None
 
 
 class InlineLane:
@@ -134,14 +134,14 @@ class InlineLane:
         principal: str,
         *,
         priority: int = 0,
-        ledger: Ledger | None = None,
+        marks: Marks | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Run rows at the end of this turn, or of a next one; `takes` has said yes. See `Batcher.submit`.
 
         Args:    priority: counts where the batcher runs them instead.
         """
         future: asyncio.Future[Outcome] = self._loop.create_future()
-        self.submit_for(future, feeds, outputs, count, deadline, principal, priority=priority, ledger=ledger)
+        self.submit_for(future, feeds, outputs, count, deadline, principal, priority=priority, marks=marks)
         return future
 
     def submit_for(
@@ -154,14 +154,14 @@ class InlineLane:
         principal: str,
         *,
         priority: int = 0,
-        ledger: Ledger | None = None,
+        marks: Marks | None = None,
     ) -> None:
         """The same for a waiter that is no future: it is told once, later than now, unless it is done before."""
         if not self._entries:
             self._loop.call_soon(self._end_turn)
         queued_at = self._clock()
         self._entries.append(
-            _Entry(feeds, tuple(outputs), count, deadline, principal, waiter, queued_at, priority, ledger)
+            _Entry(feeds, tuple(outputs), count, deadline, principal, waiter, queued_at, priority, marks)
         )
         self.waiting_rows += count
 
@@ -202,12 +202,12 @@ class InlineLane:
         """Run a batch and answer it. Raises: what the model, or putting rows together, raises; nobody is answered."""
         first = batch[0]
         rows = sum(entry.count for entry in batch)
-        marks = [(entry.ledger, 0, entry.count) for entry in batch if entry.ledger is not None]
+        marked = [(entry.marks, 0, entry.count) for entry in batch if entry.marks is not None]
         started, cpu_before = self._clock(), time.thread_time()
         self._watchdog.begin(self._model)
         try:
             feeds = first.feeds if len(batch) == 1 else _joined(batch)
-            results = gates.run(self._model, first.outputs, feeds, rows, marks, self._batcher.board)
+            results = gates.run(self._model, first.outputs, feeds, marked, self._batcher.board)
         finally:
             hung = self._watchdog.end()
             seconds = self._clock() - started
@@ -246,7 +246,7 @@ class InlineLane:
                     entry.deadline,
                     entry.principal,
                     priority=entry.priority,
-                    ledger=entry.ledger,
+                    marks=entry.marks,
                 )
             except ApplianceError as error:
                 entry.waiter.set_exception(error)

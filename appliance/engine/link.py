@@ -37,7 +37,7 @@ DEFINED = struct.Struct("<BI")
 ASKS, LAYOUTS = range(2)
 
 SUBMITTED = struct.Struct("<QIIIIIIQdB")
-"""Number, ask, layout, rows of the block, first, count, ledger slot, offset of the block, deadline, flags."""
+"""Number, ask, layout, rows of the block, first, count, slot of its marks, offset of the block, deadline, flags."""
 ALONE = 1
 """Flag: these rows share a run with nobody."""
 

@@ -63,7 +63,6 @@ _MIXES_ROWS = {
     "Bernoulli": "is random",
 }
 
-
 _OWN_ROWS = frozenset({"NonMaxSuppression", "NonZero", "Unique", "Compress"})
 """Operators whose results have as many rows as they find, not one for each row of a batch."""
 
@@ -105,8 +104,8 @@ class Plan:
         """All but graph and weights, as plain data that JSON can hold: what a task needs to know of it."""
         return {
             "file": str(self.file),
-            "inputs": [_spelled(spec) for spec in self.inputs],
-            "outputs": [_spelled(spec) for spec in self.outputs],
+            "inputs": [spec.described() for spec in self.inputs],
+            "outputs": [spec.described() for spec in self.outputs],
             "wrapped_input": self.wrapped_input,
             "wrapped_output": self.wrapped_output,
             "mixes_rows": self.mixes_rows,
@@ -127,8 +126,8 @@ class Plan:
         return cls(
             model=None,
             file=Path(described["file"]),
-            inputs=tuple(_read_spec(entry) for entry in described["inputs"]),
-            outputs=tuple(_read_spec(entry) for entry in described["outputs"]),
+            inputs=tuple(TensorSpec.of(entry) for entry in described["inputs"]),
+            outputs=tuple(TensorSpec.of(entry) for entry in described["outputs"]),
             wrapped_input=bool(described["wrapped_input"]),
             wrapped_output=bool(described["wrapped_output"]),
             mixes_rows=str(described["mixes_rows"]),
@@ -255,15 +254,6 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     if dtype.kind not in "biuf":  # strings, complex numbers, and those that NumPy has no type of its own for
         return TensorSpec(value.name, None, ())
     return TensorSpec(value.name, dtype, tuple(axes(value)))
-
-
-def _spelled(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "dtype": None if spec.dtype is None else spec.dtype.str, "shape": list(spec.shape)}
-
-
-def _read_spec(entry: Mapping[str, Any]) -> TensorSpec:
-    dtype = None if entry["dtype"] is None else np.dtype(entry["dtype"])
-    return TensorSpec(str(entry["name"]), dtype, tuple(None if axis is None else int(axis) for axis in entry["shape"]))
 
 
 def _opset(model: ModelProto) -> int:

@@ -2,7 +2,7 @@
 
 The front keeps the rows of every submission in its slab until they are answered, so that an engine may die: those that
 only queued are submitted again to the one that takes its place. Rows of the run that was on when it died, which the
-slab's ledger tells, are submitted again one by one, each in a run of its own with nothing else beside it ("alone"). A
+slab's marks tell, are submitted again one by one, each in a run of its own with nothing else beside it ("alone"). A
 row whose second run crashes the engine too is answered with an error, and its neighbours with their results.
 """
 
@@ -26,7 +26,7 @@ from appliance.engine.inline import Waiter
 from appliance.engine.link import Definitions, Stream
 from appliance.engine.session import Device, TensorSpec
 from appliance.engine.slab import Blocks, FrontSlab, aligned
-from appliance.engine.transport import Batching
+from appliance.engine.transport import Batching, LoadedModel
 
 _log = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ class EngineLink:
             self._look = None
 
     def _lost(self) -> None:
-        """The engine is gone, and all that it sent has been received. What it ran is told by the ledger."""
+        """The engine is gone, and all that it sent has been received. The marks tell what it ran."""
         self._stream = None
         for model in self._models:
             model.is_available = False
@@ -258,9 +258,9 @@ class EngineLink:
             self._release(pending)
         for pending in list(self._pending.values()):
             self._give_place_back(pending)
-            mark = int(self._slab.ledger[pending.slot]) if pending.slot else (1 << 32) | pending.count
+            mark = int(self._slab.marks[pending.slot]) if pending.slot else (1 << 32) | pending.count
             if pending.slot:
-                self._slab.ledger[pending.slot] = 0
+                self._slab.marks[pending.slot] = 0
             if mark:
                 self._crashed(pending, (mark >> 32) - 1, mark & 0xFFFFFFFF)
 
@@ -497,7 +497,7 @@ class EngineLink:
         """Its memory, its slot and its place are free."""
         self._give_place_back(pending)
         if pending.slot:
-            self._slab.ledger[pending.slot] = 0
+            self._slab.marks[pending.slot] = 0
             self._slab.slots.append(pending.slot)
             pending.slot = 0
         pending.rows.users -= 1
@@ -527,8 +527,8 @@ class RemoteModel:
         """Args: handle: what the engine knows it by. described: what `describe` made of it there."""
         self._link = engine
         self.handle = handle
-        self.inputs = tuple(_spec(each) for each in described["inputs"])
-        self.outputs = tuple(_spec(each) for each in described["outputs"])
+        self.inputs = tuple(TensorSpec.of(each) for each in described["inputs"])
+        self.outputs = tuple(TensorSpec.of(each) for each in described["outputs"])
         self.device = Device(**described["device"])
         self.providers = tuple(described["providers"])
         self.batching = Batching(**described["batching"])
@@ -599,12 +599,12 @@ class RemoteModel:
         self.give_up("it was closed")
 
 
-def describe(model: Any) -> dict[str, Any]:
+def describe(model: LoadedModel) -> dict[str, Any]:
     """What a front must know of a model that is loaded here, as plain data; see `RemoteModel`."""
     batching, device = model.batching, model.device
     return {
-        "inputs": [_told(spec) for spec in model.inputs],
-        "outputs": [_told(spec) for spec in model.outputs],
+        "inputs": [spec.described() for spec in model.inputs],
+        "outputs": [spec.described() for spec in model.outputs],
         "device": dataclasses.asdict(device),
         "providers": list(model.providers),
         "batching": {
@@ -614,12 +614,3 @@ def describe(model: Any) -> dict[str, Any]:
             "inline_rows": batching.inline_rows,
         },
     }
-
-
-def _told(spec: TensorSpec) -> list[Any]:
-    return [spec.name, None if spec.dtype is None else spec.dtype.str, list(spec.shape)]
-
-
-def _spec(told: Sequence[Any]) -> TensorSpec:
-    name, dtype, shape = told
-    return TensorSpec(name, None if dtype is None else np.dtype(dtype), tuple(shape))

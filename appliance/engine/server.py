@@ -92,7 +92,7 @@ class FrontLink:
         flags: int,
     ) -> None:
         handle, principal, priority, outputs = self._asks[ask]
-        submission = _Submission(self, number, Marks(self._slab, slot))
+        submission = _Submission(self, number, SlabMarks(self._slab, slot))
         self._submissions[number] = submission
         try:
             model = self._models.get(handle)
@@ -103,11 +103,11 @@ class FrontLink:
             alone = bool(flags & link.ALONE)
             if not alone and model.prompt(count):
                 model.submit_prompt(
-                    submission, feeds, outputs, count, until, principal, priority=priority, ledger=submission.marks
+                    submission, feeds, outputs, count, until, principal, priority=priority, marks=submission.marks
                 )
             else:
                 future = model.submit(
-                    feeds, outputs, until, principal, priority=priority, alone=alone, ledger=submission.marks
+                    feeds, outputs, until, principal, priority=priority, alone=alone, marks=submission.marks
                 )
                 submission.future = future
                 future.add_done_callback(submission.take)
@@ -202,7 +202,7 @@ class _Submission:
 
     __slots__ = ("_front", "_over", "_then", "future", "marks", "number", "outcome", "rows")
 
-    def __init__(self, front: FrontLink, number: int, marks: "Marks") -> None:
+    def __init__(self, front: FrontLink, number: int, marks: "SlabMarks") -> None:
         self._front = front
         self._over = False
         self._then: Callable[[object], object] | None = None
@@ -256,8 +256,8 @@ class _Submission:
         self.rows = self.outcome = None
 
 
-class Marks:
-    """Shows in the slab which rows of a submission are in a run: a `Ledger` that outlives its process.
+class SlabMarks:
+    """Shows in the slab which rows of a submission are in a run: `Marks` that outlive their process.
 
     Of several runs at once it shows all rows from the first of them to the last.
     """
@@ -270,11 +270,11 @@ class Marks:
         self._runs: tuple[tuple[int, int], ...] = ()
 
     def running(self, start: int, count: int) -> None:
-        """See `Ledger.running`."""
+        """See `Marks.running`."""
         self._show((*self._runs, (start, count)))
 
     def idle(self, start: int, count: int) -> None:
-        """See `Ledger.idle`."""
+        """See `Marks.idle`."""
         self._show(tuple(run for run in self._runs if run != (start, count)))
 
     def _show(self, runs: tuple[tuple[int, int], ...]) -> None:
@@ -286,7 +286,7 @@ class Marks:
             first = min(start for start, _ in runs)
             mark = (first + 1) << 32 | (max(start + count for start, count in runs) - first)
         # One store of eight aligned bytes: whoever reads it after a crash sees all of it or what was there before.
-        self._slab.ledger[self._slot] = mark
+        self._slab.marks[self._slot] = mark
 
 
 def _common_rows(arrays: Mapping[str, Array]) -> tuple[int, bool]:

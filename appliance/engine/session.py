@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # CUDA's own order is "fastest first"; a number in a device must mean the GPU that nvidia-smi shows under it.
@@ -66,6 +66,21 @@ class TensorSpec:
     def dynamic_batch(self) -> bool:
         """Whether the first axis may have any length."""
         return bool(self.shape) and self.shape[0] is None
+
+    def described(self) -> dict[str, Any]:
+        """As plain data that JSON can hold."""
+        return {
+            "name": self.name,
+            "dtype": None if self.dtype is None else self.dtype.str,
+            "shape": list(self.shape),
+        }
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Self:
+        """What `described` tells of. Raises: KeyError, TypeError, ValueError: that is no such description."""
+        dtype = None if described["dtype"] is None else np.dtype(described["dtype"])
+        shape = tuple(None if axis is None else int(axis) for axis in described["shape"])
+        return cls(str(described["name"]), dtype, shape)
 
 
 @dataclass(frozen=True, slots=True)

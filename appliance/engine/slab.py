@@ -1,7 +1,7 @@
 """A slab: shared memory in which a front keeps the rows of its requests, and where the engine finds them.
 
 The front owns it: it alone takes blocks and gives them back. The engine maps it, reads rows, writes large results into
-blocks that the front took for them, and marks which rows it runs (`Ledger` slots, at the slab's start), so that the
+blocks that the front took for them, and shows which rows it runs (the marks, at the slab's start), so that the
 front knows after a crash what was in the run that crashed.
 
 Blocks are taken by halving (Knuth, The Art of Computer Programming 1, section 2.5, "buddy system"). A block's size is a
@@ -24,9 +24,9 @@ from appliance.core.shared import Segment
 from appliance.core.types import Array
 
 SLOTS = 1 << 14
-"""Submissions of one front that an engine's ledger can tell apart; slot 0 is no slot."""
+"""Submissions of one front that have marks of their own; slot 0 is no slot."""
 
-_LEDGER = SLOTS * 8
+_MARKS = SLOTS * 8
 _SMALLEST = 8
 """log2 of the smallest block's bytes."""
 
@@ -138,15 +138,15 @@ class Slab:
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
-        self._base = -(-_LEDGER // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.ledger = np.frombuffer(segment.view[:_LEDGER], np.uint64)
+        self._base = -(-_MARKS // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.marks = np.frombuffer(segment.view[:_MARKS], np.uint64)
         """By slot: 0, or `(first row + 1) << 32 | rows` of what an engine runs of that submission now."""
         self.memory = segment.view[self._base :]
 
     @staticmethod
     def size_for(order: int) -> int:
         """Bytes of a segment whose blocks come to `1 << order`."""
-        return (1 << order) + -(-_LEDGER // mmap.PAGESIZE) * mmap.PAGESIZE
+        return (1 << order) + -(-_MARKS // mmap.PAGESIZE) * mmap.PAGESIZE
 
     @property
     def order(self) -> int:

@@ -84,7 +84,7 @@ def _library(name: str) -> ctypes.CDLL:
 def folder_of(state_dir: Path, plan: str, onnxruntime: str, tensorrt: int, gpu: str) -> Path:
     """Where the engine for that plan, those libraries and that GPU lies, or would lie.
 
-    Args:    plan: see `admission.plan_key`. gpu: its product name.
+    Args:    plan: its key, see `admission.content_of`. gpu: its product name.
     """
     key = hashlib.sha256(json.dumps([plan, onnxruntime, tensorrt, gpu]).encode()).hexdigest()[:32]
     return state_dir / "cache" / "tensorrt" / key

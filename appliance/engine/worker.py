@@ -21,7 +21,7 @@ from appliance.engine.admission import Admission, Content, content_of
 from appliance.engine.batcher import Batcher, Outcome, RunRecord, powers_of_two, shape_key
 from appliance.engine.cache import FileCache
 from appliance.engine.curves import Idle, Measured, Subject
-from appliance.engine.gate import Ledger, RunGate
+from appliance.engine.gate import Marks, RunGate
 from appliance.engine.inline import LONGEST_RUN_S, TURN_S, InlineLane, Waiter, Watchdog
 from appliance.engine.plan import only
 from appliance.engine.session import Device, Session, TensorSpec, bound_runs, resolve_device, version
@@ -103,7 +103,7 @@ class LocalModel:
         *,
         priority: int = 0,
         alone: bool = False,
-        ledger: Ledger | None = None,
+        marks: Marks | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Run rows inline if that is quick, else queue them; see `Batcher.submit`."""
         if not self._idle.asked:
@@ -111,8 +111,8 @@ class LocalModel:
         if self._lane is not None and not alone:
             count = len(next(iter(feeds.values())))
             if self._lane.takes(count):
-                return self._lane.submit(feeds, outputs, count, deadline, principal, priority=priority, ledger=ledger)
-        return self._batcher.submit(feeds, outputs, deadline, principal, priority=priority, alone=alone, ledger=ledger)
+                return self._lane.submit(feeds, outputs, count, deadline, principal, priority=priority, marks=marks)
+        return self._batcher.submit(feeds, outputs, deadline, principal, priority=priority, alone=alone, marks=marks)
 
     def submit_prompt(
         self,
@@ -124,13 +124,13 @@ class LocalModel:
         principal: str,
         *,
         priority: int = 0,
-        ledger: Ledger | None = None,
+        marks: Marks | None = None,
     ) -> None:
         """Run rows inline; `prompt` has just said yes to them. The waiter is told once, later than now."""
         assert self._lane is not None, "not prompt"
         if not self._idle.asked:
             self._idle.ask()
-        self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal, priority=priority, ledger=ledger)
+        self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal, priority=priority, marks=marks)
 
     async def drain(self) -> None:
         """Return when everything accepted has ended."""
@@ -200,7 +200,8 @@ class LocalEngine:
 
     async def load(self, request: LoadRequest) -> LocalModel:
         """Load, probe and warm up a graph; see `Engine.load`."""
-        device = self.device if request.device in (None, "auto") else resolve_device(request.device or "auto")
+        wanted = request.device or "auto"
+        device = self.device if wanted == "auto" else resolve_device(wanted)
         loading = _Loading()
         self._loads += 1
         self._idle.ask()
@@ -240,6 +241,7 @@ class LocalEngine:
                 max_rows=batching.max_rows,
                 queue_rows=self._queue_rows,
                 queue_bytes=self._queue_bytes,
+                max_bytes=self._most_bytes,
                 gate=self._gate,
                 board=request.board,
                 separate=batching.mode == "separate",
@@ -357,7 +359,7 @@ class LocalEngine:
             batching = replace(batching, curve="")
         if kept is None:
             self._keep(key, measured)
-        elif device.kind == "gpu":
+        if device.kind == "gpu" and (kept is not None or not measured.measured_at):
             _warm(session, request, batching)
         return session, batching, _Unmeasured(request, measured, subject, key) if subject is not None else None
 
@@ -366,7 +368,7 @@ class LocalEngine:
     ) -> Subject | None:
         """What is to be measured, if anything is."""
         rows = mode == "rows" and not measured.dependence
-        runs: Sequence[int] = curves.sizes(threads if device.kind == "cpu" else 2)
+        runs: Sequence[int] = powers_of_two(threads if device.kind == "cpu" else 2)
         if request.parallel or self._parallel or _is_tiny(measured, device):
             runs = ()
         most_rows = (request.max_rows or probes.MAX_ROWS) if rows else 1
@@ -533,16 +535,15 @@ def _is_tiny(measured: Measured, device: Device) -> bool:
 
 def _warm(session: Session, request: LoadRequest, batching: Batching) -> None:
     """Run every size once that a GPU will see: the first run of a shape is slow."""
-    for rows, most in zip(request.examples, batching.buckets, strict=False):
-        for size in curves.sizes(most):
-            with contextlib.suppress(InferenceFailed):
-                session.run(request.served, probes.join([rows[0]] * size))
+    for feeds in _batches(request, batching):
+        with contextlib.suppress(InferenceFailed):
+            session.run(request.served, feeds)
 
 
 def _batches(request: LoadRequest, batching: Batching) -> list[dict[str, Array]]:
     """What the batcher makes of each bucket's rows."""
     most = batching.buckets or (batching.max_rows,) * len(request.examples)
-    pairs = zip(request.examples, most, strict=True)
+    pairs = zip(request.examples, most, strict=False)  # what was kept may be of other buckets
     return [probes.join([rows[0]] * size) for rows, limit in pairs for size in powers_of_two(limit)]
 
 

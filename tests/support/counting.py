@@ -16,7 +16,7 @@ from appliance.core.errors import Overloaded, RateLimited
 from appliance.core.memory import MemoryBudget, Reservation
 from appliance.core.metrics import Family, Metrics
 from appliance.core.shared import Segment
-from appliance.core.sharing import FrontsBoard
+from appliance.core.sharing import SharedLimits
 
 _ROOT = Path(__file__).parents[2]
 
@@ -100,9 +100,9 @@ def _count(descriptor: int) -> None:
 
 
 def _front(descriptor: int, index: str, limit: str, principal: str) -> None:
-    board = FrontsBoard.attach(descriptor, int(index))
-    budget = MemoryBudget(int(limit), board.memory())
-    meter = Meter(Principal.model_validate_json(principal), time.monotonic, board)
+    shared = SharedLimits.attach(descriptor, int(index))
+    budget = MemoryBudget(int(limit), shared.memory())
+    meter = Meter(Principal.model_validate_json(principal), time.monotonic, shared)
     held: list[Reservation] = []
     _answer("ready")
     for words in _told():
@@ -120,7 +120,7 @@ def _front(descriptor: int, index: str, limit: str, principal: str) -> None:
                 _answer("left")
             case ["claim", names]:
                 for name in names:
-                    board.meter(name)
+                    shared.meter(name)
                 _answer("claimed")
             case ["fill and empty", size, rounds]:
                 held = _fill_and_empty(budget, size, rounds)

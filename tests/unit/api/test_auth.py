@@ -20,7 +20,7 @@ from appliance.api.keys import KeyStore, create_key, read_keys, revoke_key
 from appliance.core.config import Auth, Config, Principal
 from appliance.core.errors import ConfigError, CredentialsMissing, KeyInvalid, NotPermitted, RateLimited
 from appliance.core.memory import MemoryBudget
-from appliance.core.sharing import FrontsBoard
+from appliance.core.sharing import SharedLimits
 from appliance.core.types import Call, ModelKey
 from appliance.pki.leaf import Subject, issue
 from appliance.pki.profiles import DEFAULTS, Profile
@@ -563,15 +563,15 @@ def test_time_that_stands_still_or_jumps_is_no_gift(world: World) -> None:
 
 
 def fronts(world: World, count: int, *principals: Principal, slots: int = 8) -> list[Authenticator]:
-    """So many authenticators with a board in common."""
-    board = FrontsBoard.create(count, slots)
+    """So many authenticators that share limits."""
+    shared = SharedLimits.create(count, slots)
     config = Config(auth=Auth(keys_file=world.path), principal=principals)
     return [
         Authenticator(
             config,
             KeyStore(world.path),
             clock=lambda: world.now,
-            board=FrontsBoard.attach(os.dup(board.segment.descriptor), index),
+            limits=SharedLimits.attach(os.dup(shared.segment.descriptor), index),
         )
         for index in range(count)
     ]
@@ -592,9 +592,9 @@ def test_fronts_admit_what_one_process_would(
     """Wherever a request comes and whenever a front looks: rate, burst and concurrency are those of one meter."""
     principal = Principal(name="ada", requests_per_second=rate, burst=burst, concurrency=concurrency)
     now = 1e6
-    board = FrontsBoard.create(3)
-    boards = [FrontsBoard.attach(os.dup(board.segment.descriptor), index) for index in range(3)]
-    meters = [Meter(principal, lambda: now, board) for board in boards]
+    shared = SharedLimits.create(3)
+    parts = [SharedLimits.attach(os.dup(shared.segment.descriptor), index) for index in range(3)]
+    meters = [Meter(principal, lambda: now, shared) for shared in parts]
     alone = Meter(principal, lambda: now)
     flying: list[Meter] = []
     for index, seconds, leaves in steps:
@@ -615,7 +615,7 @@ def test_fronts_admit_what_one_process_would(
         if leaves and flying:
             flying.pop(0).leave()
             alone.leave()
-    for each in (board, *boards):
+    for each in (shared, *parts):
         each.segment.close()
 
 
@@ -647,7 +647,7 @@ def test_a_reload_at_one_front_keeps_what_all_have_counted(world: World) -> None
     assert [requests_let_through(world, door.grant(keyed(key)), 3) for door in (one, two)] == [3, 1]
 
 
-def test_where_the_board_is_full_each_front_has_its_part(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_no_slot_is_left_each_front_has_its_part(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """At least one request; the sentence names the limit that is configured."""
     keys = [world.key(name) for name in ("ada", "bob")]
     principals = [Principal(name=name, requests_per_second=6, concurrency=1) for name in ("ada", "bob", "eve")]
@@ -668,5 +668,5 @@ def test_a_principal_without_limits_takes_no_slot(world: World) -> None:
     doors = fronts(world, 2, *(Principal(name=str(number)) for number in range(20)), slots=1)
     key = world.key("7")
     assert requests_let_through(world, doors[1].grant(keyed(key)), 1000) == 1000
-    assert doors[1]._board is not None
-    assert doors[1]._board.meter("somebody") is not None
+    assert doors[1]._limits is not None
+    assert doors[1]._limits.meter("somebody") is not None

@@ -399,6 +399,11 @@ async def test_a_row_that_does_not_fit_alone_is_an_error_of_its_own(model: FakeM
     assert {row: type(error) for row, error in outcome.errors.items()} == {0: OutOfMemory, 1: OutOfMemory}
 
 
+@pytest.mark.parametrize(("most", "sizes"), [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (8, (1, 2, 4, 8))])
+def test_sizes_are_powers_of_two_and_the_last(most: int, sizes: tuple[int, ...]) -> None:
+    assert powers_of_two(most) == sizes
+
+
 @pytest.mark.parametrize(("count", "padded"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 12), (12, 12)])
 async def test_runs_are_padded_to_a_power_of_two(model: FakeModel, make: Any, count: int, padded: int) -> None:
     """So that a GPU sees few shapes; never beyond max_rows, and nobody sees the padding."""
@@ -740,7 +745,7 @@ async def test_of_three_priorities_none_starves(model: FakeModel, make: Any) -> 
 
 
 class Log:
-    """A ledger: which rows are in a run now, and whether they ever were."""
+    """Marks: which rows are in a run now, and whether they ever were."""
 
     def __init__(self) -> None:
         self.now: list[int] = []
@@ -826,15 +831,15 @@ async def test_who_waits_to_be_let_in_is_no_run_that_cannot_be_ended(
     assert not model.terminated
 
 
-async def test_a_ledger_is_told_of_each_run_and_each_part_of_a_failed_one(model: FakeModel, make: Any) -> None:
+async def test_marks_are_told_of_each_run_and_each_part_of_a_failed_one(model: FakeModel, make: Any) -> None:
     """Rows of its own submission, by their place in it, and none of them is left in the end."""
     batcher = make(max_rows=6)
     await plugged(model, batcher)
     submit = submitter(batcher)
     first, second, gone = Log(), Log(), Log()
     model.poison = {4.0}
-    futures = [submit(1, 2, ledger=first), submit(3, 4, 5, 6, 7, ledger=second)]
-    cancelled = submit(8, ledger=gone)
+    futures = [submit(1, 2, marks=first), submit(3, 4, 5, 6, 7, marks=second)]
+    cancelled = submit(8, marks=gone)
     cancelled.cancel()
     during: list[tuple[list[int], list[int]]] = []
     compute = model.compute
@@ -1098,8 +1103,8 @@ async def _play(events: Any, configuration: dict[str, Any], end: str) -> None:
             poisoned = {bad} if bad < count else set()
             model.poison |= {values[i] for i in poisoned}
             model.alone |= set(values) if alone else set()
-            ledger = Log()
-            more = {"priority": priority, "alone": alone, "ledger": ledger}
+            marks = Log()
+            more = {"priority": priority, "alone": alone, "marks": marks}
             try:
                 future = batcher.submit(rows(*values, width=width), ("double",), deadline, principal, **more)
             except Overloaded:
@@ -1107,7 +1112,7 @@ async def _play(events: Any, configuration: dict[str, Any], end: str) -> None:
                 continue
             number = len(accepted)
             future.add_done_callback(lambda _, number=number: endings.append(number))
-            accepted.append((future, values, poisoned, late, ledger))
+            accepted.append((future, values, poisoned, late, marks))
         elif event[0] == "cancel" and accepted:
             accepted[event[1] % len(accepted)][0].cancel()
         elif event[0] == "room":
@@ -1121,7 +1126,7 @@ async def _play(events: Any, configuration: dict[str, Any], end: str) -> None:
     await asyncio.wait_for(batcher.wait_idle(), 10)
     await asyncio.sleep(0)
     assert sorted(endings) == list(range(len(accepted)))
-    for future, values, poisoned, late, ledger in accepted:
+    for future, values, poisoned, late, marks in accepted:
         if future.cancelled():
             continue
         error = future.exception()
@@ -1132,7 +1137,7 @@ async def _play(events: Any, configuration: dict[str, Any], end: str) -> None:
             assert late or end != "wait"
             continue
         assert not late
-        assert ledger.ever == set(range(len(values)))
+        assert marks.ever == set(range(len(values)))
         outcome = future.result()
         if end != "crash":
             assert set(outcome.errors) == poisoned
@@ -1143,7 +1148,7 @@ async def _play(events: Any, configuration: dict[str, Any], end: str) -> None:
     for worker in batcher._workers:
         await asyncio.to_thread(worker.thread.join, 5)
         assert not worker.thread.is_alive()
-    assert all(ledger.now == [] for *_, ledger in accepted)
+    assert all(marks.now == [] for *_, marks in accepted)
     assert not model.broken
     assert (batcher.waiting_rows, batcher._waiting_bytes, batcher._busy) == (0, 0, 0) or batcher.death is not None
 

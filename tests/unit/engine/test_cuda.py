@@ -1,15 +1,11 @@
 """CUDA's errors that end a process's use of the GPU, and slots; CUDA's runtime is a double on host memory."""
 
-import ctypes
-import mmap
-
 import numpy as np
 import pytest
 from support.cuda_doubles import HostRuntime, at
 
 from appliance.engine import cuda
 from appliance.engine.cuda import CudaError, Slot
-from appliance.engine.session import gpu_problem
 
 # ---- poison ----------------------------------------------------------------------------------------------------------
 
@@ -58,47 +54,6 @@ def test_what_leaves_the_device_in_order_is_no_poison(text: str) -> None:
     assert cuda.poison(text) is None
 
 
-# ---- without CUDA ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(gpu_problem(0) is None, reason="a GPU works here")
-def test_without_a_gpu_nothing_is_registered() -> None:
-    """Whether CUDA's library is there or not; the caller need not know."""
-    with mmap.mmap(-1, 4096) as slab:
-        assert cuda.register_pinned(slab) is None
-    assert not cuda.is_pinned(np.zeros(3))
-
-
-# ---- memory of others ------------------------------------------------------------------------------------------------
-
-
-def test_registered_memory_is_known_until_it_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays that lie in it, whole and in one piece; nothing else."""
-    library = HostRuntime()
-    monkeypatch.setattr(cuda, "runtime", lambda: library)
-    slab = np.zeros(4096, np.uint8)
-    pinned = cuda.register_pinned(slab)
-    assert pinned is not None
-    inside = slab[64:1024].reshape(3, 320)
-    assert cuda.is_pinned(inside)
-    assert cuda.is_pinned(slab)
-    assert not cuda.is_pinned(inside[:, :3])
-    assert not cuda.is_pinned(np.zeros(8, np.uint8))
-    pinned.release()
-    pinned.release()
-    assert not cuda.is_pinned(inside)
-    assert library.calls == ["cudaHostRegister", "cudaHostUnregister"]
-
-
-def test_memory_that_cuda_refuses_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = HostRuntime()
-    library.fails["cudaHostRegister"] = "CUDA failure 1: invalid argument"
-    monkeypatch.setattr(cuda, "runtime", lambda: library)
-    slab = np.zeros(4096, np.uint8)
-    assert cuda.register_pinned(slab) is None
-    assert not cuda.is_pinned(slab)
-
-
 # ---- slots -----------------------------------------------------------------------------------------------------------
 
 
@@ -143,19 +98,3 @@ def test_a_slot_that_could_not_grow_can_later() -> None:
     np.testing.assert_array_equal(at(address, (10,), np.float64), np.ones(10))
     slot.close()
     assert library.memory_of == {}
-
-
-def test_what_is_pinned_already_is_not_copied_into_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device reads the slab itself."""
-    library = HostRuntime()
-    monkeypatch.setattr(cuda, "runtime", lambda: library)
-    slab = np.arange(64, dtype=np.float32)
-    pinned = cuda.register_pinned(slab)
-    assert pinned is not None
-    slot = Slot(library, 0)
-    addresses = slot.fill({"x": slab[:16].reshape(4, 4)})
-    np.testing.assert_array_equal(at(addresses["x"], (16,), np.float32), slab[:16])
-    untouched = ctypes.string_at(slot._host, 64)
-    assert untouched == bytes(64)
-    pinned.release()
-    slot.close()

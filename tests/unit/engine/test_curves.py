@@ -13,6 +13,7 @@ from support.fake_model import FakeModel
 
 from appliance.core.errors import InferenceFailed
 from appliance.engine import curves
+from appliance.engine.batcher import powers_of_two
 from appliance.engine.cache import FileCache
 from appliance.engine.curves import Idle, Measured, Point, Step, Steps, Subject
 from appliance.engine.session import Device, OutOfMemory
@@ -22,15 +23,10 @@ KNOWN = Measured(dependence="", row_seconds=0.01, shared_seconds=0.01)
 
 
 def curve(seconds: Callable[[int], float], most: int = 128, memory: int = 0) -> list[Point]:
-    return [Point(rows, seconds(rows), memory * rows) for rows in curves.sizes(most)]
+    return [Point(rows, seconds(rows), memory * rows) for rows in powers_of_two(most)]
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("most", "wanted"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (8, [1, 2, 4, 8])])
-def test_sizes_are_powers_of_two_and_the_last(most: int, wanted: list[int]) -> None:
-    assert curves.sizes(most) == wanted
 
 
 @pytest.mark.parametrize(

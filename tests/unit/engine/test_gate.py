@@ -110,7 +110,7 @@ def test_nothing_runs_beside_a_run_that_is_alone(start: Start) -> None:
 
 
 class Told:
-    """A ledger and a board that write down what they are told, in order."""
+    """Marks and a board that write down what they are told, in order."""
 
     def __init__(self, log: list[Any]) -> None:
         self._log = log
@@ -121,8 +121,8 @@ class Told:
     def idle(self, start: int, count: int) -> None:
         self._log.append(("idle", start, count))
 
-    def begin(self, rows: int) -> int:
-        self._log.append(("begin", rows))
+    def begin(self) -> int:
+        self._log.append(("begin",))
         return 77
 
     def end(self, token: int) -> None:
@@ -130,7 +130,7 @@ class Told:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_ledgers_and_board_are_told_before_and_after_the_run(fails: bool) -> None:
+def test_marks_and_board_are_told_before_and_after_the_run(fails: bool) -> None:
     """Strictly, and also when it fails: what a crash leaves behind says what was in the run."""
     log: list[Any] = []
     model = FakeModel()
@@ -139,7 +139,7 @@ def test_ledgers_and_board_are_told_before_and_after_the_run(fails: bool) -> Non
     told = Told(log)
 
     def run() -> None:
-        gates.run(model, ["double"], rows(1, 2, 3), 3, [(told, 4, 2), (told, 0, 1)], told)
+        gates.run(model, ["double"], rows(1, 2, 3), [(told, 4, 2), (told, 0, 1)], told)
 
     if fails:
         model.compute = lambda name, x: (log.append("run"), 1 / 0)  # type: ignore[method-assign,return-value]
@@ -149,10 +149,10 @@ def test_ledgers_and_board_are_told_before_and_after_the_run(fails: bool) -> Non
         run()
     marked = [("running", 4, 2), ("running", 0, 1)]
     cleared = [("idle", 4, 2), ("idle", 0, 1)]
-    assert log == [("begin", 3), *marked, "run", *cleared, ("end", 77)]
+    assert log == [("begin",), *marked, "run", *cleared, ("end", 77)]
 
 
-def test_a_ledger_is_told_by_one_thread_at_a_time(start: Start) -> None:
+def test_marks_are_told_by_one_thread_at_a_time(start: Start) -> None:
     """What it keeps of several runs needs no lock of its own."""
     inside: list[int] = []
     most: list[int] = []
@@ -168,7 +168,7 @@ def test_a_ledger_is_told_by_one_thread_at_a_time(start: Start) -> None:
 
     def run(seed: int) -> None:
         for _ in range(50):
-            gates.run(FakeModel(), ["double"], rows(seed), 1, [(Slow(), seed, 1)], None)
+            gates.run(FakeModel(), ["double"], rows(seed), [(Slow(), seed, 1)], None)
 
     for thread in [start(run, seed) for seed in range(4)]:
         thread.join(WAIT_S)
@@ -177,8 +177,8 @@ def test_a_ledger_is_told_by_one_thread_at_a_time(start: Start) -> None:
 
 def test_a_run_with_nobody_to_tell_is_just_a_run() -> None:
     model = FakeModel()
-    (result,) = gates.run(model, ["double"], rows(1, 2), 2, [], None)
+    (result,) = gates.run(model, ["double"], rows(1, 2), [], None)
     assert result.tolist() == [[2], [4]]
     model.poison = {1.0}
     with pytest.raises(InferenceFailed):
-        gates.run(model, ["double"], rows(1, 2), 2, [], None)
+        gates.run(model, ["double"], rows(1, 2), [], None)

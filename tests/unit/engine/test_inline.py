@@ -333,7 +333,7 @@ async def test_no_run_goes_unwatched_when_there_is_no_thread_for_the_watchdog(
 
 
 class Told:
-    """A ledger and a board that write down what they are told."""
+    """Marks and a board that write down what they are told."""
 
     def __init__(self, log: list[Any], name: str) -> None:
         self._log, self._name = log, name
@@ -344,29 +344,29 @@ class Told:
     def idle(self, start: int, count: int) -> None:
         self._log.append((self._name, "idle", start, count))
 
-    def begin(self, rows: int) -> int:
-        self._log.append((self._name, "begin", rows))
+    def begin(self) -> int:
+        self._log.append((self._name, "begin"))
         return 5
 
     def end(self, token: int) -> None:
         self._log.append((self._name, "end", token))
 
 
-async def test_ledgers_and_board_are_told_of_runs_on_the_loop(model: FakeModel, make_lane: Any) -> None:
+async def test_marks_and_board_are_told_of_runs_on_the_loop(model: FakeModel, make_lane: Any) -> None:
     """As the batcher tells them; and of the batcher's runs when a batch is handed over."""
     log: list[Any] = []
     lane = make_lane(board=Told(log, "board"))
     compute = model.compute
     model.compute = lambda name, x: (log.append("run"), compute(name, x))[1]  # type: ignore[method-assign]
-    futures = [lane.ask(1, ledger=Told(log, "one")), lane.ask(2, 3, ledger=Told(log, "two")), lane.ask(4)]
+    futures = [lane.ask(1, marks=Told(log, "one")), lane.ask(2, 3, marks=Told(log, "two")), lane.ask(4)]
     for future in futures:
         await doubled(future)
     marks = [[("one", what, 0, 1), ("two", what, 0, 2)] for what in ("running", "idle")]
-    assert log == [("board", "begin", 4), *marks[0], "run", *marks[1], ("board", "end", 5)]
+    assert log == [("board", "begin"), *marks[0], "run", *marks[1], ("board", "end", 5)]
     log.clear()
     model.torn = True  # type: ignore[attr-defined]
-    await doubled(lane.ask(5, ledger=Told(log, "one")))
-    run = [("board", "begin", 1), ("one", "running", 0, 1), ("one", "idle", 0, 1), ("board", "end", 5)]
+    await doubled(lane.ask(5, marks=Told(log, "one")))
+    run = [("board", "begin"), ("one", "running", 0, 1), ("one", "idle", 0, 1), ("board", "end", 5)]
     assert [told for told in log if told != "run"] == 2 * run
 
 
@@ -386,7 +386,7 @@ async def test_while_a_run_is_to_be_alone_the_loop_runs_nothing_and_does_not_wai
     shared.enter(True)
     await lane.wait_idle()
     assert not future.done()
-    assert asked == [{"priority": 1, "ledger": None}]
+    assert asked == [{"priority": 1, "marks": None}]
     assert not model.runs
     shared.leave(True)
     assert await doubled(future) == [2]

@@ -88,12 +88,12 @@ class World:
             number = next(n for n, p in self.link._pending.items() if p.waiter is future)
             marks[self.link._pending[number].slot] = (first + 1) << 32 | count
         self._old.append(self.fake)
-        # As the kernel does when a process ends: nothing is answered, the stream is closed, the ledger stays.
+        # As the kernel does when a process ends: nothing is answered, the stream is closed, the marks stay.
         self.front._stream._out.clear()
         self.front._stream.close()
-        self.front._slab.ledger = np.zeros_like(self.slab.ledger)  # its threads go on here, and would write into ours
+        self.front._slab.marks = np.zeros_like(self.slab.marks)  # its threads go on here, and would write into ours
         for slot, mark in marks.items():
-            self.slab.ledger[slot] = mark
+            self.slab.marks[slot] = mark
         await until(lambda: not self.link.up)
 
     def replace(self) -> None:
@@ -141,8 +141,8 @@ async def world() -> Any:
     yield made
     made.close()
     assert not made.slab.blocks.used, "a block was not given back"
-    assert len(made.slab.slots) == len(set(made.slab.slots)) == len(made.slab.ledger) - 1
-    assert not made.slab.ledger.any()
+    assert len(made.slab.slots) == len(set(made.slab.slots)) == len(made.slab.marks) - 1
+    assert not made.slab.marks.any()
 
 
 async def test_rows_of_several_inputs_are_one_submission(world: World) -> None:

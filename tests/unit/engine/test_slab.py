@@ -67,8 +67,8 @@ def test_both_ends_see_the_same_arrays() -> None:
     offset = front.take(400)
     front.array(offset, (10, 10), np.dtype(np.float32))[...] = np.arange(100).reshape(10, 10)
     assert engine.array(offset, (10, 10), np.dtype(np.float32))[3, 4] == 34
-    engine.ledger[5] = 9
-    assert front.ledger[5] == 9
+    engine.marks[5] = 9
+    assert front.marks[5] == 9
 
 
 def test_an_array_outside_is_refused() -> None:

@@ -27,7 +27,7 @@ from appliance.engine import curves, gpu, probes, tensorrt, worker
 from appliance.engine import plan as plans
 from appliance.engine import session as sessions
 from appliance.engine.admission import content_of
-from appliance.engine.batcher import Batcher
+from appliance.engine.batcher import Batcher, powers_of_two
 from appliance.engine.session import gpu_problem
 from appliance.engine.transport import LoadRequest
 from appliance.engine.worker import LocalEngine, LocalModel
@@ -246,7 +246,7 @@ async def test_the_size_is_measured_while_the_engine_is_idle(tmp_path: Path) -> 
     assert "bucket 3: rows a run 1: " in model.batching.curve
     assert len(model.batching.buckets) == 3
     assert model.batching.max_rows == max(model.batching.buckets)
-    assert set(model.batching.buckets) <= set(curves.sizes(probes.MAX_ROWS))
+    assert set(model.batching.buckets) <= set(powers_of_two(probes.MAX_ROWS))
     assert model._batcher is not before
     assert model._batcher.max_rows == model.batching.max_rows
     ids = np.ones((5, 32), np.int64)
@@ -409,7 +409,7 @@ async def test_closing_a_model_answers_who_comes_later(tmp_path: Path) -> None:
 
 
 class Threads:
-    """A ledger that writes down on which threads it was told what."""
+    """Marks that write down on which threads it was told what."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int, int, bool]] = []
@@ -427,8 +427,8 @@ async def test_rows_in_quarantine_never_run_on_the_loop(tmp_path: Path) -> None:
     assert model.prompt(2)
     values = np.ones((2, 3), np.float32)
     quick, alone = Threads(), Threads()
-    await model.submit({"x": values}, ("y",), None, "ada", ledger=quick)
-    outcome = await model.submit({"x": values * 2}, ("y",), None, "ada", alone=True, ledger=alone)
+    await model.submit({"x": values}, ("y",), None, "ada", marks=quick)
+    outcome = await model.submit({"x": values * 2}, ("y",), None, "ada", alone=True, marks=alone)
     assert np.array_equal(outcome.arrays["y"], values * 2)
     assert quick.told == [("running", 0, 2, True), ("idle", 0, 2, True)]
     assert alone.told == [(what, row, 1, False) for row in range(2) for what in ("running", "idle")]
@@ -474,6 +474,18 @@ async def test_runs_are_counted(tmp_path: Path) -> None:
     assert value("inference_appliance_batch_rows_sum", labels) == 3
     assert value("inference_appliance_compute_seconds_count", labels) == 1
     assert value("inference_appliance_queue_seconds_count", labels) == 1
+    model.close()
+
+
+async def test_a_run_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By half of what runs may take together, however many rows it may have."""
+    monkeypatch.setattr(worker, "_is_tiny", lambda *_: False)
+    own = engine()
+    own._most_bytes = 8 * 12
+    model = await own.load(raw_request(graphs.write_raw(tmp_path / "b"), max_rows=64))
+    runs = spied_runs(monkeypatch)
+    assert len(await ask(model, np.ones((20, 3), np.float32))) == 20
+    assert max(runs) == (8, 3)
     model.close()
 
 
@@ -526,6 +538,18 @@ async def test_nothing_is_written_without_a_state_folder(tmp_path: Path, host: H
     request = raw_request(graphs.write_raw(tmp_path / "b"))
     (await gpu_engine(None).load(request)).close()
     assert os.listdir(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize("parallel", [None, 2])
+async def test_every_size_is_run_before_a_gpu_serves(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch, parallel: int | None
+) -> None:
+    """Whether the sizes are measured at this load, were before, or are the bundle's to say: first runs are slow."""
+    request = replace(raw_request(graphs.write_raw(tmp_path / "b"), max_rows=5), parallel=parallel)
+    for _ in range(2):
+        runs = spied_runs(monkeypatch)
+        (await gpu_engine(tmp_path).load(request)).close()
+        assert {(1, 3), (2, 3), (4, 3), (5, 3)} <= set(runs)
 
 
 @pytest.mark.parametrize(
