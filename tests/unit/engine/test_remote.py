@@ -1,8 +1,10 @@
 """A front and an engine over stream and slab: every submission ends once, whatever becomes of the engine."""
 
 import asyncio
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -261,6 +263,25 @@ async def test_a_front_that_is_gone_takes_its_submissions_with_it(world: World) 
     for future in futures:
         future.cancel()
     world.link._lost()
+
+
+async def test_a_front_that_is_gone_leaves_nothing_mapped(world: World) -> None:
+    """Its slab's memory is the system's at once: an engine at rest does not look for cycles for a long time."""
+    assert firsts(await world.submit(1)) == [2]
+    cancelled = world.submit(2)
+    cancelled.cancel()
+    await until(lambda: not world.slab.blocks.used)
+    slab = weakref.ref(world.front._slab)
+    gc.disable()
+    try:
+        world.link._stream.close()  # type: ignore[union-attr]
+        await until(lambda: world.front._stream.closed)
+        del world.front
+        await until(lambda: slab() is None)
+    finally:
+        gc.enable()
+        world.start()
+        world.model.available()
 
 
 async def test_rows_given_up_before_they_are_submitted_are_free_again(world: World) -> None:
