@@ -58,6 +58,11 @@ class Segment:
         if last > first:
             self._mapped.madvise(mmap.MADV_REMOVE, first, last - first)
 
+    def __del__(self) -> None:
+        # Whoever fails before there is anybody to close it leaves no descriptor behind; views keep what is mapped.
+        if getattr(self, "descriptor", -1) >= 0:
+            os.close(self.descriptor)
+
     def close(self) -> None:
         """Unmap it here, once no array looks at it any more; idempotent."""
         if self.descriptor >= 0:

@@ -51,6 +51,7 @@ class EngineProcess:
         self._models: dict[int, LocalModel] = {}
         self._servables: dict[int, Servable] = {}
         self._told: dict[int, Body] = {}
+        self._loading: dict[int, asyncio.Task[Servable]] = {}
         self._fronts: set[FrontLink] = set()
         self._pool = DecodePool(1)
 
@@ -128,17 +129,23 @@ class EngineProcess:
 
         place = self._board.begin(number, loads=True)
         try:
-            loaded = await servable.load(
-                Path(body["path"]),
-                config_of(body["config"]),
-                folder_of(body["folder"]),
-                engine,
-                self._pool,
-                self._metrics,
-                self._config.limits,
-                make_plan,
+            loading = self._loading[number] = asyncio.create_task(
+                servable.load(
+                    Path(body["path"]),
+                    config_of(body["config"]),
+                    folder_of(body["folder"]),
+                    engine,
+                    self._pool,
+                    self._metrics,
+                    self._config.limits,
+                    make_plan,
+                )
             )
+            loaded = await loading
+        except asyncio.CancelledError:
+            raise NotReady("Nobody wants this version any more.") from None
         finally:
+            self._loading.pop(number, None)
             self._board.end(place)
         self._servables[number] = loaded
         self._models.update(engine.models)
@@ -148,6 +155,10 @@ class EngineProcess:
 
     async def _unload(self, body: Body, descriptors: list[int]) -> None:
         """Let a version go: no front asks for it any more."""
+        loading = self._loading.get(body["number"])
+        if loading is not None:
+            loading.cancel()
+            await asyncio.wait({loading})
         loaded = self._servables.pop(body["number"], None)
         self._told.pop(body["number"], None)
         if loaded is None:

@@ -65,6 +65,7 @@ class FrontProcess:
         self._catalog: Mirror[Servable] = Mirror()
         self._engines: dict[str, EngineLink] = {}
         self._running: dict[int, Running[Servable]] = {}
+        self._preparing: dict[int, asyncio.Task[Any]] = {}
         self._models: dict[int, list[RemoteModel]] = {}
         self._ready = False
         self._readiness: dict[str, object] = {"ready": False, "phase": "starting", "not_ready": {}}
@@ -121,10 +122,13 @@ class FrontProcess:
     def _connect(self, body: Body, descriptors: list[int]) -> None:
         """The stream to an engine; one that took another's place has its name."""
         (stream,) = descriptors
-        name = body["name"]
+        self._engine(body["name"]).connect(socket.socket(fileno=stream))
+
+    def _engine(self, name: str) -> EngineLink:
+        """That engine, which may not be there now."""
         if name not in self._engines:
             self._engines[name] = EngineLink(self._slab, self._config.engine.queue_rows)
-        self._engines[name].connect(socket.socket(fileno=stream))
+        return self._engines[name]
 
     def _available(self, body: Body, descriptors: list[int]) -> None:
         """A version's graphs are loaded in the engine that we are connected to now."""
@@ -144,7 +148,16 @@ class FrontProcess:
     async def _prepare(self, body: Body, descriptors: list[int]) -> None:
         """Have all of a version that is not in the engine: tasks, tokenizers, concepts. Raises: BundleInvalid."""
         number = body["number"]
-        engine = _Told(self._engines[body["engine"]], body["models"])
+        task = asyncio.current_task()
+        assert task is not None, "every call has one"
+        self._preparing[number] = task
+        try:
+            await self._prepare_version(number, body)
+        finally:
+            del self._preparing[number]
+
+    async def _prepare_version(self, number: int, body: Body) -> None:
+        engine = _Told(self._engine(body["engine"]), body["models"])
         told = iter(body["plans"])
 
         def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int) -> Plan:
@@ -166,6 +179,9 @@ class FrontProcess:
 
     async def _drop(self, body: Body, descriptors: list[int]) -> None:
         """Let a version go, when nobody uses it any more."""
+        preparing = self._preparing.get(body["number"])
+        if preparing is not None:  # its load was given up meanwhile
+            await asyncio.wait({preparing})
         running = self._running.pop(body["number"], None)
         models = self._models.pop(body["number"], [])
         if running is not None:

@@ -60,6 +60,9 @@ _CANARY_RUNS = 3
 _FRONT_SILENCE_S = 30.0
 """Seconds without a turn of its loop after which a front is replaced."""
 
+_LATE_S = 1.0
+"""Seconds of delay of a look from which on we stood still, and the children may have too."""
+
 _START_S = 60.0
 """Seconds in which a child must have started."""
 
@@ -107,7 +110,8 @@ class Child:
             env={**inherited, **(environment or {})},
         )
         theirs.close()
-        self.started_at = time.monotonic()
+        self.patient_from = time.monotonic()
+        """Silence before this moment does not count."""
         self.started = False
         self.gone = asyncio.Event()
         self.last: list[Activity] = []
@@ -121,13 +125,15 @@ class Child:
         shared = [self.board.segment.descriptor, self.counts.descriptor, *(each.descriptor for each in segments)]
         async with asyncio.timeout(_START_S):
             answer = await self.channel.call("start", body, shared)
+        if self.gone.is_set():  # it ended in this very moment
+            raise ChannelClosed
         self.started = True
         return answer
 
     @property
     def silent_s(self) -> float:
         """Seconds since it last showed that it lives."""
-        return min(self.board.turned_ago_s, time.monotonic() - self.started_at)
+        return min(self.board.turned_ago_s, time.monotonic() - self.patient_from)
 
     def kill(self) -> None:
         """End it now."""
@@ -138,7 +144,8 @@ class Child:
         """In words."""
         code = self.process.returncode
         if code is not None and code < 0:
-            return f"was ended by {signal.Signals(-code).name}"
+            named = {number.value: number.name for number in signal.Signals}
+            return f"was ended by {named.get(-code, f'signal {-code}')}"
         return f"ended with exit code {code}"
 
     def _ended(self) -> None:
@@ -472,25 +479,25 @@ class Supervisor:
         assert child is not None, "waited for"
         try:
             deployed.told = await child.channel.call("load", deployed.request)
-            deployed.loaded = True
+            deployed.loaded = deployed.engine.child is child  # else its next process loads it
         except ChannelClosed:
             await child.gone.wait()
             raise _EngineDied(child) from None
 
     async def _load_first(self, deployed: Deployed) -> None:
         """The same for a version that was never loaded. Raises: BundleInvalid: also when the engine died of it."""
-        try:
-            await self._load_in_engine(deployed)
-        except _EngineDied as death:
-            # Where others ran, it may have been their doing: it is tried once more.
-            if not all(activity.loads for activity in death.child.last):
-                with contextlib.suppress(_EngineDied):
-                    await self._load_in_engine(deployed)
-                    return
-            raise BundleInvalid(
-                f"The engine {death.child.how_it_ended()} while it loaded this model, which is not tried again until "
-                "its files change."
-            ) from None
+        for attempt in range(_CRASHES):
+            try:
+                await self._load_in_engine(deployed)
+                return
+            except _EngineDied as death:
+                # Where it was not the only thing going on, it may have been another's doing: it is tried once more.
+                doing = [(activity.number, activity.loads) for activity in death.child.last]
+                if doing == [(deployed.number, True)] or attempt == _CRASHES - 1:
+                    raise BundleInvalid(
+                        f"The engine {death.child.how_it_ended()} while it loaded this model, which is not tried again "
+                        "until its files change."
+                    ) from None
 
     async def _wait_for(self, engine: Engine) -> None:
         while engine.child is None or not engine.child.started:
@@ -505,17 +512,16 @@ class Supervisor:
 
     async def _prepare(self, front: FrontChild, deployed: Deployed) -> None:
         child = front.child
-        if child is None or deployed.number in front.prepared:
+        if child is None or deployed.number in front.prepared or deployed.number not in self._deployed:
             return
+        front.prepared.add(deployed.number)  # from here on it must be dropped there, however this ends
         body = {**deployed.request, "engine": deployed.engine.name, **deployed.told}
-        try:
+        with contextlib.suppress(ChannelClosed):  # its replacement is told anew
             await child.channel.call("prepare", body)
-        except ChannelClosed:
-            return  # its replacement is told anew
-        if front.child is child:
-            front.prepared.add(deployed.number)
 
     def _make_available(self, deployed: Deployed) -> None:
+        if not deployed.loaded:
+            return  # its engine has ended since: whoever replaces it does this
         for front in self._fronts:
             if deployed.number in front.prepared:
                 front.tell("available", {"number": deployed.number})
@@ -527,7 +533,7 @@ class Supervisor:
         async def drop(front: FrontChild) -> None:
             if front.child is not None and deployed.number in front.prepared:
                 front.prepared.discard(deployed.number)
-                with contextlib.suppress(ChannelClosed):
+                with contextlib.suppress(ChannelClosed, ApplianceError):
                     await front.child.channel.call("drop", {"number": deployed.number})
 
         await asyncio.gather(*(drop(front) for front in self._fronts))
@@ -577,7 +583,7 @@ class Supervisor:
         body = {"config": configuration.as_data(self._config), "device": engine.device}
         try:
             engine.facts = await child.start(body)
-        except (ApplianceError, ChannelClosed, TimeoutError) as error:
+        except (ApplianceError, ChannelClosed, OSError) as error:
             child.kill()
             await child.gone.wait()
             if isinstance(error, ApplianceError):
@@ -638,14 +644,19 @@ class Supervisor:
         for deployed in [each for each in self._deployed.values() if each.engine is engine and not each.given_up]:
             if engine.child is not child or self._stopping:
                 return  # gone again: whoever replaces it does the rest
+            if deployed.number not in self._deployed:
+                continue  # it was removed meanwhile
             try:
                 await self._load_in_engine(deployed)
             except _EngineDied:
                 self._count_crash(deployed.number)
                 return  # as above
             except ApplianceError as error:
-                self._give_up(deployed, str(error))
+                if deployed.number in self._deployed:
+                    self._give_up(deployed, str(error))
                 continue
+            if not deployed.loaded:
+                return  # as above
             deployed.problem = None
             self._make_available(deployed)
             self._changed()
@@ -656,16 +667,20 @@ class Supervisor:
     async def _start_front(self, front: FrontChild) -> None:
         """Raises: ConfigError: what the operator must change."""
         child, front.next = front.next or self._front_process(front), None
-        order = max(26, (4 * memory_for_requests(self._config) - 1).bit_length())
-        front.slab = Segment.create(f"{front.name} slab", Slab.size_for(order))
+        config = self._config
+        order = max(26, (4 * memory_for_requests(config) - 1).bit_length())
         front.prepared = set()
         try:
+            front.slab = Segment.create(f"{front.name} slab", Slab.size_for(order))
             body = {"config": self._front_config(), "index": front.index}
             await child.start(body, front.slab, self._limits.segment)
             front.child = child
             self._fold.attach(front.name, child.counts)
             for engine in self._engines.values():
                 self._join(front, engine)
+            while config is not self._config:  # it was reloaded meanwhile
+                config = self._config
+                await child.channel.call("configure", {"config": self._front_config()})
             tried: set[int] = set()
             while missing := [each for number, each in self._deployed.items() if number not in tried]:
                 for deployed in missing:
@@ -675,7 +690,7 @@ class Supervisor:
                     except ApplianceError as error:
                         # Its files have changed since: this front does without it until it is loaded anew.
                         _log.error("%s cannot serve %s: %s", front.name, deployed.request["path"], error)
-                    if front.child is None:
+                    if front.child is not child:
                         raise ChannelClosed
             front.listens = True  # from here on it hears of every new version as the others do
             for deployed in self._deployed.values():
@@ -687,10 +702,15 @@ class Supervisor:
                 front.tell("catalog", self._news)
             names, sockets = self._own_sockets(front)
             self._facts = await child.channel.call("listen", {"sockets": names}, [sock.fileno() for sock in sockets])
-        except (ApplianceError, ChannelClosed, TimeoutError) as error:
+            if front.child is not child:  # it ended in this very moment
+                raise ChannelClosed
+        except (ApplianceError, ChannelClosed, OSError) as error:
             front.listens = False
             child.kill()
             await child.gone.wait()
+            if front.slab is not None:
+                front.slab.close()
+                front.slab = None
             if isinstance(error, ApplianceError):
                 raise
             raise ConfigError(f"The {front.name} did not start: its process {child.how_it_ended()}.") from error
@@ -734,6 +754,7 @@ class Supervisor:
     def _front_ended(self, front: FrontChild, child: Child) -> None:
         if front.child is not child:
             return  # it never started
+        was_at_work = front.problem is None
         front.child, front.listens, front.problem = None, False, "is being replaced"
         gauges = self._fold.retire(front.name)
         self._limits.clear(front.index)
@@ -746,7 +767,8 @@ class Supervisor:
         self._metrics.lost.inc(lost)
         _log.critical("the %s %s; it is replaced", front.name, child.how_it_ended(), extra={"in_flight": lost})
         self._changed()
-        self._spawn(self._replace_front(front))
+        if was_at_work:  # else whoever starts it goes on with that
+            self._spawn(self._replace_front(front))
 
     async def _replace_front(self, front: FrontChild) -> None:
         while not self._stopping:
@@ -773,12 +795,16 @@ class Supervisor:
 
     async def _watch(self) -> None:
         """Replace who shows no sign of life."""
+        looked_at = time.monotonic()
         while True:
             await asyncio.sleep(_LOOK_S)
+            late_s, looked_at = time.monotonic() - looked_at - _LOOK_S, time.monotonic()
             silence_s = self._config.processes.engine_silence_s
             for member in self._members():
                 limit_s = silence_s if isinstance(member, Engine) else _FRONT_SILENCE_S
                 child = member.child
+                if child is not None and late_s > _LATE_S:
+                    child.patient_from = looked_at
                 if child is not None and child.started and child.silent_s > limit_s:
                     _log.critical("the %s shows no sign of life for %.1f s; it is ended", member.name, child.silent_s)
                     child.kill()

@@ -132,6 +132,8 @@ class Stream:
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
             self._sock.close()
+            # Whoever made us has us: neither shall wait for the collector, as a slab's memory would with them.
+            self._receive, self._on_close = _nothing, _nothing
 
     def _flush(self) -> None:
         if self.closed:
@@ -162,8 +164,9 @@ class Stream:
         except OSError:
             data = b""
         if not data:
+            told = self._on_close
             self.close()
-            self._on_close()
+            told()
             return
         if self._rest:
             data = self._rest + data
@@ -174,6 +177,10 @@ class Stream:
                 return
             taken = after
         self._rest = data[taken:]
+
+
+def _nothing(*_: object) -> None:
+    """Nobody is told any more."""
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, memoryview]]:

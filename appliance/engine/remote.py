@@ -226,6 +226,8 @@ class EngineLink:
         if self._stream is not None:  # the one before it is gone, and we have not heard of it yet
             self._stream.close()
             self._lost()
+        for model in self._models:  # what was told of the one before it may have come after its end
+            model.is_available = False
         self._stream = Stream(sock, self._receive, self._lost)
         self._asks = Definitions(link.ASKS)
         self._layouts = Definitions(link.LAYOUTS)
@@ -274,7 +276,8 @@ class EngineLink:
         if pending.count == 1 or pending.layout[0]:
             pending.alone = True
             return
-        first, end = max(0, first), min(pending.count, first + count)
+        first = min(max(0, first), pending.count)  # what the dead wrote is not believed
+        end = min(pending.count, first + count)
         split = _Split(pending.waiter, pending.count)
         spans = [(0, first, False), *((row, row + 1, True) for row in range(first, end)), (end, pending.count, False)]
         for start, stop, alone in spans:
@@ -514,7 +517,8 @@ class EngineLink:
     def _look_around(self) -> None:
         """End what is over its deadline, and let the slab give back what nobody has needed for a while."""
         now = time.monotonic()
-        for pending in [each for each in self._pending.values() if each.deadline <= now]:
+        # Parts of a submission whose caller left, too: nobody cancels them.
+        for pending in [each for each in self._pending.values() if each.deadline <= now or each.waiter.done()]:
             self._leave(pending, DeadlineExceeded())
         again = self._slab.rest() or self._pending
         self._look = self._loop.call_later(_LOOK_S, self._look_around) if again else None

@@ -160,6 +160,7 @@ class FrontLink:
         """A submission has ended: tell its front, at once or when there is a place for the result."""
         if submission.number not in self._submissions:
             return
+        submission.marks.let_go()
         if not isinstance(outcome, Outcome):
             if not isinstance(outcome, ApplianceError):
                 _log.error("a submission failed unexpectedly", exc_info=outcome)
@@ -249,6 +250,7 @@ class _Submission:
     def leave(self) -> None:
         """Nobody waits for it any more."""
         self._over = True
+        self.marks.let_go()
         if self.future is not None:
             self.future.cancel()
         if self._then is not None:
@@ -277,16 +279,21 @@ class SlabMarks:
         """See `Marks.idle`."""
         self._show(tuple(run for run in self._runs if run != (start, count)))
 
+    def let_go(self) -> None:
+        """The front may give the slot to another submission now, also where a run of this one goes on."""
+        self._slot = 0
+
     def _show(self, runs: tuple[tuple[int, int], ...]) -> None:
         self._runs = runs
-        if not self._slot:
+        slot = self._slot
+        if not slot:
             return
         mark = 0
         if runs:
             first = min(start for start, _ in runs)
             mark = (first + 1) << 32 | (max(start + count for start, count in runs) - first)
         # One store of eight aligned bytes: whoever reads it after a crash sees all of it or what was there before.
-        self._slab.marks[self._slot] = mark
+        self._slab.marks[slot] = mark
 
 
 def _common_rows(arrays: Mapping[str, Array]) -> tuple[int, bool]:

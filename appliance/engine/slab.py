@@ -101,7 +101,11 @@ class Blocks:
 
     def _take_back(self) -> None:
         while self._returned:
-            self.give_back(self._returned.popleft())
+            try:
+                offset = self._returned.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            self.give_back(offset)
 
     def return_pages(self, give_back: Callable[[int, int], None]) -> None:
         """Have `give_back` called with offset and length of each large free block; none of them is taken meanwhile."""

@@ -69,6 +69,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def children(appliance: Appliance, kind: str = "") -> set[int]:
+    """Every process that the supervisor has started, also those that it does not show; of that kind."""
+    assert appliance.process is not None
+    pid = appliance.process.pid
+    found = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split())
+    return {child for child in found if kind in Path(f"/proc/{child}/cmdline").read_text(encoding="ascii")}
+
+
 def cpu_ticks(pid: int) -> int:
     """CPU time of a process."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
@@ -173,6 +181,115 @@ class TestEngine:
         assert "was ended by SIGKILL while it loaded this model" in problem
         with Client(appliance.port(), pki.ca, appliance.key) as client:
             assert client.predict(PREDICT).status.code == StatusCode.SUCCESS
+
+
+class TestAtAnyMoment:
+    """A process ends, or stands still, while another one starts, loads or is told something."""
+
+    def test_a_front_that_starts_while_there_is_no_engine_serves_every_model(
+        self, appliance: Appliance, pki: Pki
+    ) -> None:
+        """It is told of them before it is joined to the engine."""
+        before = processes(appliance)
+        os.kill(before["engine"], signal.SIGKILL)
+        appliance.wait(lambda: children(appliance, "engine_process") - {before["engine"]}, "an engine that starts")
+        (starting,) = children(appliance, "engine_process") - {before["engine"]}
+        os.kill(starting, signal.SIGSTOP)
+        try:
+            os.kill(before["front 0"], signal.SIGKILL)
+            appliance.wait(lambda: processes(appliance).get("front 0", 0) not in (0, before["front 0"]), "a new front")
+            appliance.wait(lambda: "front 0" not in appliance.admin("/readyz")["not_ready"], "a front that serves")
+            assert "engine" in appliance.admin("/readyz")["not_ready"]
+        finally:
+            os.kill(starting, signal.SIGCONT)
+        appliance.wait(lambda: appliance.admin("/readyz")["ready"] and not appliance.admin("/readyz")["not_ready"])
+        for _ in range(24):  # a connection each: the system chooses the front
+            with Client(appliance.port(), pki.ca, appliance.key) as client:
+                assert client.predict(PREDICT).status.code == StatusCode.SUCCESS
+
+    def test_a_front_that_ends_while_it_starts_is_replaced_once(self, make_appliance: Make) -> None:
+        """Nobody knows a second one, which would go on with what was served when it began."""
+        appliance = make_appliance("digits")
+        for number in range(8):  # so that its start takes a while
+            graphs.write_raw(appliance.models / f"m{number}")
+        with appliance:
+            caught = False
+            while not caught:
+                pid = processes(appliance)["front 0"]
+                os.kill(pid, signal.SIGKILL)
+
+                def there(pid: int = pid) -> bool:
+                    return processes(appliance).get("front 0", pid) != pid
+
+                appliance.wait(there, "a front that starts")
+                row = next(row for row in appliance.admin("/status")["processes"] if row["name"] == "front 0")
+                os.kill(row["pid"], signal.SIGKILL)
+                caught = bool(row["problem"])
+                appliance.wait(lambda row=row: replaced(appliance, "front 0", row["pid"]), "a new front")  # type: ignore[misc]
+                appliance.wait(lambda: not appliance.admin("/readyz")["not_ready"], "all is well")
+            assert children(appliance) == set(processes(appliance).values())
+
+    def test_whatever_signal_ends_a_child_it_is_replaced(self, appliance: Appliance) -> None:
+        """Also one that has no name."""
+        for name in ("engine", "front 0"):
+            pid = processes(appliance)[name]
+            os.kill(pid, signal.SIGRTMIN + 5)
+            appliance.wait(lambda name=name, pid=pid: replaced(appliance, name, pid), f"a new {name}")  # type: ignore[misc]
+
+    def test_a_load_that_nobody_waits_for_any_more_is_ended(self, make_appliance: Make) -> None:
+        """The bundle is removed while it loads: the engine has nothing to do with it any more."""
+        appliance = make_appliance("digits", catalog={"start_wait_s": 0.5})
+        graphs.write_raw(appliance.models / "never", graphs.endless_model())
+        appliance.spawn()
+        with contextlib.ExitStack() as stack:
+            stack.callback(appliance.stop)
+            appliance.wait(lambda: appliance.state_of("digits") == "ready" and appliance.state_of("never") == "loading")
+            pid = processes(appliance)["engine"]
+            appliance.wait(lambda: ticks_soon(pid) > 10, "it loads")
+            shutil.rmtree(appliance.models / "never")
+            appliance.wait(lambda: not appliance.state_of("never"), "removed")
+            appliance.wait(lambda: ticks_soon(pid) < 4, "the engine is at rest")
+            assert processes(appliance)["engine"] == pid
+
+    def test_whoever_stood_still_with_all_the_others_is_not_blamed(self, make_appliance: Make) -> None:
+        """A container that is paused and goes on: nothing is replaced for it."""
+        appliance = make_appliance("digits", processes={"engine_silence_s": 1.0})
+        with appliance:
+            before = processes(appliance)
+            assert appliance.process is not None
+            everybody = [appliance.process.pid, *before.values()]
+            for pid in everybody:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(2.5)  # what is tested is that time passes
+            for pid in everybody:
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(0.1)
+            appliance.wait(lambda: appliance.admin("/readyz")["ready"])
+            time.sleep(1.0)
+            assert processes(appliance) == before
+
+    def test_an_engine_keeps_nothing_of_a_front_that_is_gone(self, appliance: Appliance, pki: Pki) -> None:
+        """Its slab's memory is the system's again."""
+        engine = processes(appliance)["engine"]
+        with Load(appliance.port(), pki.ca, appliance.key, PREDICT) as load:
+            for _ in range(2):
+                load.wait_for(20)
+                pid = processes(appliance)["front 0"]
+                os.kill(pid, signal.SIGKILL)
+                appliance.wait(lambda pid=pid: replaced(appliance, "front 0", pid), "a new front")  # type: ignore[misc]
+            load.wait_for(20)
+
+        def slabs() -> int:
+            return Path(f"/proc/{engine}/maps").read_text(encoding="utf-8").count("/memfd:front 0 slab")
+
+        appliance.wait(lambda: slabs() == 1, "the old slabs are gone")
+
+
+def ticks_soon(pid: int) -> int:
+    """CPU time that a process takes within a while."""
+    before = cpu_ticks(pid)
+    time.sleep(0.5)
+    return cpu_ticks(pid) - before
 
 
 def kill_while_running(appliance: Appliance, call: Any) -> int:

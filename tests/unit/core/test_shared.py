@@ -63,6 +63,17 @@ def test_what_is_given_back_reads_as_zeros() -> None:
     segment.close()
 
 
+def test_its_descriptor_goes_with_it() -> None:
+    """Whoever failed before anybody could close it leaves none behind; what was mapped stays while it is looked at."""
+    segment = Segment.create("test", 4096)
+    descriptor, view = segment.descriptor, segment.view
+    del segment
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    view[:3] = b"one"
+    assert bytes(view[:3]) == b"one"
+
+
 def test_closing_waits_for_whoever_looks() -> None:
     """And may be done twice."""
     segment = Segment.create("test", 4096)

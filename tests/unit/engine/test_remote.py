@@ -1,8 +1,10 @@
 """A front and an engine over stream and slab: every submission ends once, whatever becomes of the engine."""
 
 import asyncio
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,6 +265,25 @@ async def test_a_front_that_is_gone_takes_its_submissions_with_it(world: World) 
     world.link._lost()
 
 
+async def test_a_front_that_is_gone_leaves_nothing_mapped(world: World) -> None:
+    """Its slab's memory is the system's at once: an engine at rest does not look for cycles for a long time."""
+    assert firsts(await world.submit(1)) == [2]
+    cancelled = world.submit(2)
+    cancelled.cancel()
+    await until(lambda: not world.slab.blocks.used)
+    slab = weakref.ref(world.front._slab)
+    gc.disable()
+    try:
+        world.link._stream.close()  # type: ignore[union-attr]
+        await until(lambda: world.front._stream.closed)
+        del world.front
+        await until(lambda: slab() is None)
+    finally:
+        gc.enable()
+        world.start()
+        world.model.available()
+
+
 async def test_rows_given_up_before_they_are_submitted_are_free_again(world: World) -> None:
     """Whoever joined them was cancelled in between."""
     joined = world.model.join([rows(1), rows(2)])
@@ -348,6 +369,68 @@ async def test_a_single_row_that_crashes_twice_fails(world: World) -> None:
     outcome = await future
     assert not outcome.arrays
     assert "twice" in str(outcome.errors[0])
+
+
+async def test_a_caller_who_leaves_takes_the_parts_of_a_crashed_submission_along(world: World) -> None:
+    """They would be run for nobody, each of them with the whole engine for itself."""
+    world.fake.gated = True
+    future = world.submit(0, 1, 2)
+    await world.fake.entered()
+    await world.kill((future, 0, 3))
+    future.cancel()
+    await until(lambda: not world.slab.blocks.used)
+    world.replace()
+    assert firsts(await world.submit(7)) == [14]
+    assert world.fake.runs == [[7]]
+
+
+async def test_a_mark_that_cannot_be_is_not_believed(world: World) -> None:
+    """Whatever the dead wrote, every row is run once, and none that is not there."""
+    world.fake.gated = True
+    future = world.submit(0, 1, 2)
+    await world.fake.entered()
+    await world.kill((future, 1000, 5))
+    assert world.model.waiting_rows == 3
+    world.replace()
+    assert firsts(await future) == [0, 2, 4]
+
+
+async def test_word_of_a_model_in_a_dead_engine_is_not_of_the_next_one(world: World) -> None:
+    """The engine before this one had loaded it, and we hear of that late: it is not asked for what it lacks."""
+    await world.kill()
+    world.model.available()
+    world.start()
+    await asyncio.sleep(0.01)
+    models, world.models = dict(world.models), world.models
+    world.models.clear()  # this one is still loading it
+    future = world.submit(1)
+    await asyncio.sleep(0.01)
+    assert not future.done()
+    world.models.update(models)
+    world.model.available()
+    assert firsts(await future) == [2]
+
+
+async def test_a_run_that_outlives_its_submission_leaves_the_ledger_alone(world: World) -> None:
+    """Its place there is another submission's then."""
+    world.fake.gated = True
+    first, second = world.submit(1), world.submit(2)
+    await world.fake.entered()
+    (number, *_) = world.front._submissions
+    marks = world.front._submissions[number].marks
+    slot = world.link._pending[number].slot
+    world.front._submissions[number].set_exception(Draining())
+    with pytest.raises(Draining):
+        await first
+    marks.idle(0, 1)
+    assert world.slab.ledger[slot] == 0
+    world.slab.ledger[slot] = 1 << 32 | 1
+    marks.running(0, 1)
+    marks.idle(0, 1)
+    assert world.slab.ledger[slot] == 1 << 32 | 1
+    world.slab.ledger[slot] = 0
+    world.fake.open_gate()
+    assert firsts(await second) == [4]
 
 
 async def test_a_model_that_is_given_up_answers_who_waits(world: World) -> None:
