@@ -411,7 +411,7 @@ async def test_word_of_a_model_in_a_dead_engine_is_not_of_the_next_one(world: Wo
     assert firsts(await future) == [2]
 
 
-async def test_a_run_that_outlives_its_submission_leaves_the_ledger_alone(world: World) -> None:
+async def test_a_run_that_outlives_its_submission_leaves_the_marks_alone(world: World) -> None:
     """Its place there is another submission's then."""
     world.fake.gated = True
     first, second = world.submit(1), world.submit(2)
@@ -423,12 +423,12 @@ async def test_a_run_that_outlives_its_submission_leaves_the_ledger_alone(world:
     with pytest.raises(Draining):
         await first
     marks.idle(0, 1)
-    assert world.slab.ledger[slot] == 0
-    world.slab.ledger[slot] = 1 << 32 | 1
+    assert world.slab.marks[slot] == 0
+    world.slab.marks[slot] = 1 << 32 | 1
     marks.running(0, 1)
     marks.idle(0, 1)
-    assert world.slab.ledger[slot] == 1 << 32 | 1
-    world.slab.ledger[slot] = 0
+    assert world.slab.marks[slot] == 1 << 32 | 1
+    world.slab.marks[slot] = 0
     world.fake.open_gate()
     assert firsts(await second) == [4]
 
