@@ -533,16 +533,20 @@ async def test_calls_are_counted(world: World) -> None:
 
 
 async def test_an_unforeseen_error_has_a_stock_sentence(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing from inside reaches the caller."""
+    """Nothing from inside reaches the caller, on the quick way (one input) and on the ordinary one (two)."""
 
-    async def fail(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(oip, "infer", fail)
-    abort = await refused(world.api(), "ModelInfer", infer_request("tensor", ("x", "FP32", [1, 3], ROW)))
-    assert abort.status is RpcStatus.INTERNAL
-    assert "secret" not in abort.message
-    assert b"secret" not in abort.details
+    monkeypatch.setattr(oip, "answer_of", fail)
+    for request in (
+        infer_request("tensor", ("x", "FP32", [1, 3], ROW)),
+        infer_request("topic", ("text", "BYTES", [2], elements(b"good", b"bad"))),
+    ):
+        abort = await refused(world.api(), "ModelInfer", request)
+        assert abort.status is RpcStatus.INTERNAL
+        assert "secret" not in abort.message
+        assert b"secret" not in abort.details
 
 
 async def test_a_refusal_carries_clarifais_status(world: World) -> None:
