@@ -7,7 +7,7 @@ Sources: kserve/open-inference-protocol; triton-inference-server/common, grpc_se
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 from google.protobuf.message import Message
@@ -21,6 +21,7 @@ from appliance.api.health import Health
 from appliance.api.parsing import parsed
 from appliance.api.quick import Begun
 from appliance.api.replies import Reply, length_head
+from appliance.api.varints import Pieces
 from appliance.catalog.view import State, Version
 from appliance.core.config import Limits
 from appliance.core.errors import ApplianceError, InvalidInput, InvalidRequest, NotReady
@@ -300,9 +301,16 @@ def _reply_of_one(
 def _response(request: pb.ModelInferRequest, answer: oip.Answer) -> bytes:
     """The reply. Its arrays are joined behind what was serialised: in a message they would be copied twice more."""
     head = pb.ModelInferResponse(model_name=request.model_name, model_version=answer.version, id=request.id)
-    pieces: list[bytes | memoryview] = []
+    outputs = [_output(tensor.name, tensor.datatype, tensor.shape) for tensor in answer.tensors]
+    pieces: Pieces = []
     for tensor in answer.tensors:
-        head.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         data = oip.to_bytes(tensor)
         pieces += (length_head(_RAW_OUTPUT, len(data)), data)
-    return b"".join((head.SerializeToString(), *pieces))
+    return b"".join((head.SerializeToString(), *outputs, *pieces))
+
+
+@lru_cache(maxsize=1024)
+def _output(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    """The reply's field that declares an output: they are a few in a model's answers."""
+    output = pb.ModelInferResponse.InferOutputTensor(name=name, datatype=datatype, shape=shape)
+    return bytes(pb.ModelInferResponse(outputs=[output]).SerializeToString())
