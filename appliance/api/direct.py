@@ -5,14 +5,14 @@ What holds for PostModelOutputs holds here: who may use a model, how many inputs
 
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from appliance.api import status
 from appliance.api.context import Context
 from appliance.api.limits import check_input_count
+from appliance.api.quick import Begin
 from appliance.api.replies import Reply
-from appliance.catalog.view import Version, View
+from appliance.catalog.view import Running, Version, View
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, InputError, ModelError, UnknownModel
 from appliance.core.types import Endpoint, Payload, PredictOptions, Result
@@ -25,15 +25,14 @@ Handler: TypeAlias = Callable[[Context, bytes], Awaitable[Reply]]
 class Maker(Protocol):
     """What makes endpoints of handlers; see `service.Api`."""
 
-    def door(self, name: str, handler: Handler) -> Endpoint:
-        """A unary call."""
+    def door(self, name: str, handler: Handler, begin: Begin | None = None) -> Endpoint:
+        """A unary call; `begin` takes the usual one the quick way."""
 
     def door_stream(self, name: str, handler: Handler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
         """A stream."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelName:
+class ModelName(NamedTuple):
     """Which model and version a caller names; empty parts were not said."""
 
     user_id: str
@@ -59,13 +58,17 @@ class Direct:
         self.config = config
         self._repository = repository
 
+    def running(self, name: ModelName) -> Running[Servable]:
+        """What answers for a name. Raises: UnknownModel, NotReady, NotDeployed."""
+        return self._repository.use(name.user_id, name.app_id, name.model_id, name.version_id)
+
     @contextlib.contextmanager
     def serving(self, context: Context, name: ModelName) -> Iterator[Servable]:
         """The servable that answers for a name; within the block no swap takes it away.
 
         Raises: UnknownModel, NotReady, NotDeployed, NotPermitted.
         """
-        with self._repository.use(name.user_id, name.app_id, name.model_id, name.version_id) as servable:
+        with self.running(name) as servable:
             context.model = (servable.key.model_id, servable.version)
             context.grant.check_model(servable.key)
             yield servable

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -52,6 +53,12 @@ def options_for(asked: Asked, concepts: Sequence[Concept], limits: Limits) -> tu
         selected=selected if asked.select else None,
     )
     return options, unknown
+
+
+@lru_cache(maxsize=16)
+def usual_options(concepts_default: int) -> PredictOptions:
+    """What `options_for` makes of a request that asks for nothing."""
+    return PredictOptions(max_concepts=concepts_default)
 
 
 def _select(wanted: Sequence[tuple[str, str]], concepts: Sequence[Concept]) -> tuple[tuple[int, ...], list[str]]:

@@ -18,7 +18,7 @@ import numpy as np
 from appliance.api.context import Context
 from appliance.api.direct import Direct, ModelName
 from appliance.api.jsonbody import from_base64
-from appliance.api.limits import Asked, options_for
+from appliance.api.limits import Asked, options_for, usual_options
 from appliance.core.config import Limits
 from appliance.core.errors import InvalidArgument, InvalidInput, TooManyInputs
 from appliance.core.types import Array, ConceptScores, Embedding, Payload, PredictOptions, Result, Tensors
@@ -56,6 +56,9 @@ _LENGTH = struct.Struct("<I")
 _LARGE = 256 * 1024
 """Bytes of elements from which they are decoded on a thread."""
 
+_SMALL = 4 * 1024
+"""Bytes of an array up to which to copy them is cheaper than to make a view."""
+
 VALUES, CONCEPTS, EMBEDDING = "values", "concepts", "embedding"
 
 Parameters = Mapping[str, bool | int | float | str]
@@ -70,7 +73,7 @@ class Declared:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tensor:
     """A tensor with its values: an array of `shape`, or the elements of a BYTES tensor in C order.
 
@@ -85,14 +88,22 @@ class Tensor:
     textual: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What an inference gave.
+@dataclass(slots=True)
+class Understood:
+    """What an inference asks of its model.
 
     Attributes:
-        version: which version of the model answered.
-        tensors: the outputs asked for, in that order; all if none was.
+        outputs: names of those asked for, in that order; all if none was.
     """
+
+    payloads: list[Payload]
+    options: PredictOptions
+    outputs: Sequence[str]
+
+
+@dataclass(slots=True)
+class Answer:
+    """What an inference gave: the outputs asked for, of that version of the model."""
 
     version: str
     tensors: list[Tensor]
@@ -101,26 +112,34 @@ class Answer:
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def inputs_of(servable: Servable) -> tuple[Declared, ...]:
-    """What a model takes. Raises: InvalidArgument: it has no form in tensors."""
-    task = servable.task
-    if isinstance(task, RawTensors):
-        return tuple(_declared(spec) for spec in task.inputs)
-    if isinstance(task, Classifier | Embedder):
-        return (Declared(task.method.arguments[0].name, BYTES, (-1,)),)
-    raise InvalidArgument(
-        f"Model {servable.key} has a predict method of its own, without a form in tensors; call it by Clarifai's API."
-    )
+class Form:
+    """A model as named tensors: a companion of its servable.
 
+    Attributes:
+        inputs, outputs: what it takes and gives, by name.
+    """
 
-def outputs_of(servable: Servable) -> tuple[Declared, ...]:
-    """What a model gives; one that `inputs_of` takes."""
-    task = servable.task
-    if isinstance(task, RawTensors):
-        return tuple(_declared(spec) for spec in task.output_specs)
-    if isinstance(task, Classifier):
-        return (Declared(VALUES, "FP32", (-1, -1)), Declared(CONCEPTS, BYTES, (-1, -1)))
-    return (Declared(EMBEDDING, "FP32", (-1, dimensions(servable) or -1)),)
+    def __init__(self, servable: Servable) -> None:
+        """Raises: InvalidArgument: it has no form in tensors."""
+        task = servable.task
+        inputs: Sequence[Declared]
+        outputs: Sequence[Declared]
+        if isinstance(task, RawTensors):
+            inputs = [_declared(spec) for spec in task.inputs]
+            outputs = [_declared(spec) for spec in task.output_specs]
+        elif isinstance(task, Classifier):
+            inputs = [Declared(task.method.arguments[0].name, BYTES, (-1,))]
+            outputs = [Declared(VALUES, "FP32", (-1, -1)), Declared(CONCEPTS, BYTES, (-1, -1))]
+        elif isinstance(task, Embedder):
+            inputs = [Declared(task.method.arguments[0].name, BYTES, (-1,))]
+            outputs = [Declared(EMBEDDING, "FP32", (-1, dimensions(servable) or -1))]
+        else:
+            raise InvalidArgument(
+                f"Model {servable.key} has a predict method of its own, without a form in tensors; call it by "
+                "Clarifai's API."
+            )
+        self.inputs = {declared.name: declared for declared in inputs}
+        self.outputs = {declared.name: declared for declared in outputs}
 
 
 def dimensions(servable: Servable) -> int:
@@ -154,11 +173,14 @@ def count_of(name: str, shape: Sequence[int]) -> int:
     """How many elements a shape has. Raises: InvalidInput: it is none that an array can have."""
     if len(shape) > _AXES:
         raise InvalidInput(f"The input {name[:80]!r} has {len(shape)} axes; the limit is {_AXES}.")
-    if any(axis < 0 for axis in shape):
-        raise InvalidInput(f"The input {name[:80]!r} has an axis of negative length.")
-    if any(axis > _LONGEST for axis in shape):  # JSON's numbers have no end
-        raise InvalidInput(f"The input {name[:80]!r} has an axis longer than any array can have.")
-    return math.prod(shape)  # Python's integers do not overflow
+    count = 1  # Python's integers do not overflow
+    for axis in shape:
+        if axis < 0:
+            raise InvalidInput(f"The input {name[:80]!r} has an axis of negative length.")
+        if axis > _LONGEST:  # JSON's numbers have no end
+            raise InvalidInput(f"The input {name[:80]!r} has an axis longer than any array can have.")
+        count *= axis
+    return count
 
 
 def from_bytes(name: str, datatype: str, shape: tuple[int, ...], data: bytes | memoryview, limits: Limits) -> Tensor:
@@ -212,7 +234,9 @@ def to_bytes(tensor: Tensor) -> bytes | memoryview:
     values = tensor.values
     if isinstance(values, list):
         return b"".join(part for element in values for part in (_LENGTH.pack(len(element)), element))
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data if values.size else b""
+    if values.nbytes < _SMALL:
+        return values.tobytes()
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
 def _check_count(name: str, shape: tuple[int, ...], found: int) -> None:
@@ -272,29 +296,43 @@ async def infer(
     Raises: RequestError: the request is at fault, or one of its inputs. CapacityError, ModelError.
     """
     with direct.serving(context, name) as servable:
-        declared = inputs_of(servable)
-        outputs = _chosen(servable, wanted)
-        options = _options(servable, parameters, direct.config.limits)
         # Texts and files are decoded now.
         large = sum(len(e) for t in tensors if isinstance(t.values, list) for e in t.values) >= _LARGE
-        given = servable, declared, tensors
-        payloads = await asyncio.to_thread(_payloads, *given) if large else _payloads(*given)
-        results = await direct.results(context, servable, payloads, options)
-        found = _given(servable, results)
-        return Answer(servable.version, [found[output] for output in outputs])
+        given = servable, tensors, wanted, parameters, direct.config.limits
+        asked = await asyncio.to_thread(understood, *given) if large else understood(*given)
+        return answer_of(servable, asked, await direct.results(context, servable, asked.payloads, asked.options))
 
 
-def _chosen(servable: Servable, wanted: Sequence[str]) -> Sequence[str]:
-    known = [output.name for output in outputs_of(servable)]
+def understood(
+    servable: Servable, tensors: Sequence[Tensor], wanted: Sequence[str], parameters: Parameters, limits: Limits
+) -> Understood:
+    """What a request asks of a model; see `infer`. Raises: InvalidArgument, InvalidInput."""
+    form = servable.companion(Form)
+    outputs = _chosen(form, wanted)
+    options = _options(servable, parameters, limits)
+    return Understood(_payloads(servable, form.inputs, tensors), options, outputs)
+
+
+def answer_of(servable: Servable, asked: Understood, results: Sequence[Result]) -> Answer:
+    """The answer of what the payloads gave, a result each."""
+    found = _given(servable, results)
+    return Answer(servable.version, [found[output] for output in asked.outputs])
+
+
+def _chosen(form: Form, wanted: Sequence[str]) -> Sequence[str]:
+    if not wanted:
+        return tuple(form.outputs)
     for name in wanted:
-        if name not in known:
-            raise InvalidArgument(f"The model has no output {name[:80]!r}; it has {', '.join(known)}.")
+        if name not in form.outputs:
+            raise InvalidArgument(f"The model has no output {name[:80]!r}; it has {', '.join(form.outputs)}.")
     if len(set(wanted)) < len(wanted):
         raise InvalidArgument("An output is asked for twice.")
-    return wanted or known
+    return wanted
 
 
 def _options(servable: Servable, parameters: Parameters, limits: Limits) -> PredictOptions:
+    if not parameters:
+        return usual_options(limits.concepts_default)
     known = (MAX_CONCEPTS,) if isinstance(servable.task, Classifier) else ()
     check_parameters("The request", parameters, known, "this model")
     most = parameters.get(MAX_CONCEPTS, limits.concepts_default)
@@ -314,9 +352,8 @@ def check_parameters(place: str, given: Parameters, known: Sequence[str], taker:
             )
 
 
-def _payloads(servable: Servable, takes: Sequence[Declared], tensors: Sequence[Tensor]) -> list[Payload]:
+def _payloads(servable: Servable, declared: Mapping[str, Declared], tensors: Sequence[Tensor]) -> list[Payload]:
     """The tensors as inputs of the task: one for a raw model, one an element for others."""
-    declared = {spec.name: spec for spec in takes}
     found: dict[str, Tensor] = {}
     for tensor in tensors:
         spec = declared.get(tensor.name)
@@ -329,8 +366,8 @@ def _payloads(servable: Servable, takes: Sequence[Declared], tensors: Sequence[T
                 f"The input {tensor.name!r} came as {tensor.datatype}; it is {spec.datatype} {list(spec.shape)}."
             )
         found[tensor.name] = tensor
-    missing = [name for name in declared if name not in found]
-    if missing:
+    if len(found) < len(declared):
+        missing = [name for name in declared if name not in found]
         raise InvalidInput(f"The model's input {', '.join(map(repr, missing))} is missing.")
     if isinstance(servable.task, RawTensors):
         arrays: dict[str, Array] = {}
@@ -362,14 +399,16 @@ def _file(name: str, index: int, element: bytes) -> bytes:
 
 
 def _check_axes(tensor: Tensor, spec: Declared) -> None:
-    fits = len(tensor.shape) == len(spec.shape) and all(
-        want in (-1, have) for have, want in zip(tensor.shape, spec.shape, strict=True)
+    if len(tensor.shape) == len(spec.shape):
+        for have, want in zip(tensor.shape, spec.shape, strict=True):
+            if have != want and want != -1:
+                break
+        else:
+            return
+    raise InvalidInput(
+        f"The input {tensor.name!r} has shape {list(tensor.shape)}; it is {spec.datatype} {list(spec.shape)}, "
+        "-1 for any length."
     )
-    if not fits:
-        raise InvalidInput(
-            f"The input {tensor.name!r} has shape {list(tensor.shape)}; it is {spec.datatype} {list(spec.shape)}, "
-            "-1 for any length."
-        )
 
 
 def _given(servable: Servable, results: Sequence[Result]) -> dict[str, Tensor]:

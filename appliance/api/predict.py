@@ -7,30 +7,28 @@ whatever is unusual it leaves to `post`.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 
-from appliance.api import messages, methods, replies, status, values
+from appliance.api import messages, methods, quick, replies, status, values
 from appliance.api.cache import PredictCache
 from appliance.api.context import Context
 from appliance.api.downloads import Downloads
 from appliance.api.limits import check_input_count
 from appliance.api.placement import Ids, chosen
 from appliance.api.questions import Conversation, Question, Rpc, options_of, understand
+from appliance.api.quick import Begun
 from appliance.api.replies import Reply, ReplyWriter, Written
 from appliance.api.varints import Pieces
-from appliance.catalog.view import Running, View
+from appliance.catalog.view import View
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, readable
 from appliance.core.memory import Reservation
 from appliance.core.metrics import Metrics
 from appliance.core.types import ConceptScores, MethodKind, PredictOptions, Returned
-from appliance.engine.batcher import Outcome
 from appliance.engine.inline import Waiter
-from appliance.tasks.base import Decoded
 from appliance.tasks.servable import Answer, Servable
 
 _LARGE = 1 << 20
@@ -40,35 +38,6 @@ _WRITTEN = 10
 """Bytes that a byte of a value takes while it is written: a message for each number, and then the bytes of all."""
 
 Answered: TypeAlias = Reply | service_pb2.MultiOutputResponse
-
-
-@dataclass(slots=True)
-class Begun:
-    """A request of one input that is with the model; its servable is held until `let_go`."""
-
-    context: Context
-    given: resources_pb2.Input
-    options: PredictOptions
-    running: Running[Servable]
-    row: Decoded
-    writer: ReplyWriter
-    brief: bytes
-
-    def reply(self, outcome: Outcome) -> Reply:
-        """The reply. Raises: ApplianceError: when there is none but an error."""
-        answer = self.running.servable.answer(self.row, outcome, self.options, self.context)
-        req_id = self.context.req_id
-        if isinstance(answer, ApplianceError):
-            self.context.count(status.row_of(answer).code)
-            return replies.reply(replies.error_output(self.given, answer, req_id), 1, [answer], "", req_id)
-        self.context.count(status.SUCCESS.code)
-        success = replies.success(req_id)
-        output = self.writer.output(self.writer.head(self.brief, success), self.given, answer)
-        return replies.good_reply(output, success)
-
-    def let_go(self) -> None:
-        """The servable is not needed any more."""
-        self.running.let_go()
 
 
 class Predictions:
@@ -92,14 +61,9 @@ class Predictions:
         served = (version.servable for bundle in self._repository.bundles for version in bundle.versions.values())
         self._cache.keep_only({servable.serial for servable in served if servable is not None})
 
-    def begin(self, context: Context, request: service_pb2.PostModelOutputsRequest, waiter: Waiter) -> Begun | None:
-        """Submit the one small input of a request to a model that the loop runs itself; its answer comes soon.
-
-        Args:    waiter: is told the outcome, once and later than now.
-        Returns: None for every request that is not so simple; nothing has happened then, but that the context's memory
-            may have grown.
-        Raises: ApplianceError: the request, or its input, is at fault; likewise.
-        """
+    def begin(self, context: Context, body: bytes, waiter: Waiter) -> Begun | None:
+        """PostModelOutputs on the quick way; see `quick.Begin`."""
+        request = service_pb2.PostModelOutputsRequest.FromString(body)
         inputs = request.inputs
         if len(inputs) != 1 or request.HasField("runner_selector"):
             return None
@@ -120,14 +84,9 @@ class Predictions:
         payload = messages.payload_of(servable.task.kind, data)
         if unknown or isinstance(payload, messages.UrlInput):
             return None
-        writer = _writer(servable)
-        brief = writer.brief_of_ready(version)
-        row = servable.ask(payload, options, context, self.config.limits, waiter)
-        if row is None:
-            return None
-        running.hold()
-        context.model = (servable.key.model_id, servable.version)
-        return Begun(context, given, options, running, row, writer, brief)
+        writer = servable.companion(ReplyWriter)
+        write = partial(_reply_of_one, context, given, writer, writer.brief_of_ready(version))
+        return quick.begin(context, running, payload, options, self.config.limits, waiter, write)
 
     async def post(self, context: Context, request: service_pb2.PostModelOutputsRequest) -> Answered:
         """Predict on all inputs of a request.
@@ -181,7 +140,7 @@ class Predictions:
                 questions, unknown = await asyncio.to_thread(understand, *given)
             if conversation is not None:
                 conversation.reserve(context.principal)
-            writer, key = _writer(servable), servable.key
+            writer, key = servable.companion(ReplyWriter), servable.key
             # Now, as the model may be gone from the catalog afterwards.
             bundle = self._repository.find(key.user_id, key.app_id, key.model_id)
             brief = writer.brief(bundle.versions.get(servable.version))
@@ -241,6 +200,18 @@ class Predictions:
                     put(payload)
 
 
+def _reply_of_one(
+    context: Context, given: resources_pb2.Input, writer: ReplyWriter, brief: bytes, answer: Answer
+) -> Reply:
+    req_id = context.req_id
+    if isinstance(answer, ApplianceError):
+        context.count(status.row_of(answer).code)
+        return replies.reply(replies.error_output(given, answer, req_id), 1, [answer], "", req_id)
+    context.count(status.SUCCESS.code)
+    success = replies.success(req_id)
+    return replies.good_reply(writer.output(writer.head(brief, success), given, answer), success)
+
+
 async def _written(
     context: Context, questions: Sequence[Question], answers: Sequence[Answer]
 ) -> Sequence[Answer | Written]:
@@ -288,12 +259,6 @@ def _elements(answer: Answer) -> Sequence[Answer]:
         return [answer]
     assert isinstance(answer, Returned), "what declared methods give"
     return [each if isinstance(each, ConceptScores) else Returned(each) for each in answer.value]
-
-
-def _writer(servable: Servable) -> ReplyWriter:
-    if not isinstance(servable.companion, ReplyWriter):
-        servable.companion = ReplyWriter(servable)
-    return servable.companion
 
 
 def _signatures(

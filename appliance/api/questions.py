@@ -9,7 +9,7 @@ import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
@@ -17,7 +17,7 @@ from google.protobuf import struct_pb2
 
 from appliance.api import messages, methods, values
 from appliance.api.contents import NOTHING, Contents
-from appliance.api.limits import Asked, options_for
+from appliance.api.limits import Asked, options_for, usual_options
 from appliance.api.messages import UrlInput
 from appliance.core.config import Limits
 from appliance.core.errors import (
@@ -176,7 +176,7 @@ def options_of(
     Raises: InvalidArgument.
     """
     if not request.HasField("model"):
-        return _usual_options(limits.concepts_default), []
+        return usual_options(limits.concepts_default), []
     return options_for(_asked_by_request(request, method), servable.concepts, limits)
 
 
@@ -265,12 +265,6 @@ def _put(media: Media, fetched: Payload) -> None:
 
 def _returns_concepts(method: Method) -> bool:
     return method.returns.type is FieldType.LIST and method.returns.items[0].type is FieldType.CONCEPT
-
-
-@lru_cache(maxsize=16)
-def _usual_options(concepts_default: int) -> PredictOptions:
-    """What `options_for` makes of a request that asks for nothing."""
-    return PredictOptions(max_concepts=concepts_default)
 
 
 def _asked_by_request(request: service_pb2.PostModelOutputsRequest, method: Method) -> Asked:

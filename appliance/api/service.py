@@ -29,7 +29,8 @@ from appliance.api.context import Context
 from appliance.api.health import Health
 from appliance.api.kserve import Kserve, kserve_endpoints
 from appliance.api.parsing import parsed
-from appliance.api.predict import Begun, Predictions
+from appliance.api.predict import Predictions
+from appliance.api.quick import Begin, Begun
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
 from appliance.api.workflow_results import WorkflowResults
@@ -184,7 +185,7 @@ class Api:
         found = {}
         for name, handler in unary.items():
             rpc = _Rpc.named(name)
-            quick = self._quick(rpc) if name == "PostModelOutputs" else None
+            quick = self._quick(rpc, predictions.begin) if name == "PostModelOutputs" else None
             found[name] = Endpoint(unary=self._unary(rpc, handler), admit=self._admission(rpc), quick=quick)
         # Both answer message by message here: a generate request is a stream of one.
         streams: dict[str, Callable[[Callable[[str], Reservation]], Handler]] = {
@@ -199,13 +200,16 @@ class Api:
         served |= kserve_endpoints(self.kserve, self)
         return served | self.health.endpoints() | reflection_endpoints(self._authenticator)
 
-    def door(self, name: str, handler: direct.Handler) -> Endpoint:
+    def door(self, name: str, handler: direct.Handler, begin: Begin | None = None) -> Endpoint:
         """A unary call of another protocol: the same steps around `handler` as around an RPC.
 
         Whoever calls the endpoint meets every error as a `status.Refusal`.
+
+        Args: begin: takes the usual call the quick way.
         """
         form = _Door(name)
-        return Endpoint(unary=self._unary(form, handler), admit=self._admission(form))
+        quick = None if begin is None else self._quick(form, begin)
+        return Endpoint(unary=self._unary(form, handler), admit=self._admission(form), quick=quick)
 
     def door_stream(self, name: str, handler: direct.Handler, told: Callable[[ApplianceError], bytes]) -> Endpoint:
         """The same, message by message; `told` makes a message of an error that need not end the stream."""
@@ -439,9 +443,7 @@ class Api:
 
     # ---- the quick way ----
 
-    def _quick(self, rpc: _Rpc) -> QuickHandler:
-        parse = rpc.request.FromString
-
+    def _quick(self, rpc: _Form, begin: Begin) -> QuickHandler:
         def quick(call: Call, body: bytes, done: Done) -> bool:
             size = len(body)
             if self._closed or size > _QUICK_BODY:
@@ -458,7 +460,7 @@ class Api:
                 context = Context(grant.name, self._deadline(call, started), memory, call, grant, _request_id(call))
                 accepted = _QuickCall(self._finish, rpc, started, done)
                 if context.deadline > started:
-                    begun = self._predictions.begin(context, parse(body), accepted)
+                    begun = begin(context, body, accepted)
             except Exception:
                 # Whatever is wrong with the call: the ordinary way meets it again, and says so.
                 begun = None
@@ -526,7 +528,7 @@ class _QuickCall:
     def __init__(
         self,
         finish: "Callable[[_QuickCall, Outcome | BaseException | None], None]",
-        rpc: _Rpc,
+        rpc: _Form,
         started: float,
         reply: Done,
     ) -> None:

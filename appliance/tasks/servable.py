@@ -141,8 +141,7 @@ class Servable:
         self.serial = next(_serials)
         """No other load has it, not even one of the same version: what was computed by this one bears it."""
 
-        self.companion: object = None
-        """What whoever serves it has made for it and keeps here, so that both go together."""
+        self._companions: dict[object, Any] = {}
 
     @property
     def problem(self) -> str | None:
@@ -151,6 +150,13 @@ class Servable:
             if model.death:
                 return model.death
         return None
+
+    def companion(self, kind: "Callable[[Servable], _T]") -> _T:
+        """What `kind` makes of this servable, for whoever serves it; made once, and gone with it."""
+        found: _T | None = self._companions.get(kind)
+        if found is None:
+            found = self._companions[kind] = kind(self)
+        return found
 
     async def predict(
         self,

@@ -42,11 +42,14 @@ TYPES = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """The usual models, and one that gives back what it gets for each type of number."""
+    """The usual models, one that gives back what it gets for each type of number, and one of a method of its own."""
     made = World(tmp_path_factory.mktemp("world"))
     for name, (kind, _) in TYPES.items():
         graphs.write_raw(made.root / f"same-{name.lower()}", graphs.identity_model(("batch", 3), kind), **QUICK)
     graphs.write_raw(made.root / "one", graphs.no_batch_axis_model(), **QUICK)
+    array = {"type": "ndarray"}
+    same = {"name": "predict", "arguments": [{"name": "x", **array}], "returns": {"output": "y", **array}}
+    graphs.write_raw(made.root / "declared", methods=[same], **QUICK)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LONGEST_RUN_S", 10)
         patch.setattr(worker, "TURN_S", 10)
@@ -161,14 +164,11 @@ async def test_versions_are_listed_newest_first(world: World) -> None:
         assert list(reply.versions) == ["2", "1"]
 
 
-async def test_a_model_that_has_no_form_in_tensors(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_model_that_has_no_form_in_tensors(world: World) -> None:
     """A task that this door does not know is refused, not guessed at."""
-    version = world.repository.answering("", "", "vector", "")
-    assert version.running is not None
-    monkeypatch.setattr(version.running.servable, "task", object())
     for rpc, request in (
-        ("ModelMetadata", pb.ModelMetadataRequest(name="vector")),
-        ("ModelInfer", infer_request("vector", ("image", "BYTES", [1], elements(PICTURE)))),
+        ("ModelMetadata", pb.ModelMetadataRequest(name="declared")),
+        ("ModelInfer", infer_request("declared", ("x", "FP32", [1, 3], ROW))),
     ):
         abort = await refused(world.api(), rpc, request)
         assert abort.status is RpcStatus.INVALID_ARGUMENT
@@ -533,16 +533,20 @@ async def test_calls_are_counted(world: World) -> None:
 
 
 async def test_an_unforeseen_error_has_a_stock_sentence(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing from inside reaches the caller."""
+    """Nothing from inside reaches the caller, on the quick way (one input) and on the ordinary one (two)."""
 
-    async def fail(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(oip, "infer", fail)
-    abort = await refused(world.api(), "ModelInfer", infer_request("tensor", ("x", "FP32", [1, 3], ROW)))
-    assert abort.status is RpcStatus.INTERNAL
-    assert "secret" not in abort.message
-    assert b"secret" not in abort.details
+    monkeypatch.setattr(oip, "answer_of", fail)
+    for request in (
+        infer_request("tensor", ("x", "FP32", [1, 3], ROW)),
+        infer_request("topic", ("text", "BYTES", [2], elements(b"good", b"bad"))),
+    ):
+        abort = await refused(world.api(), "ModelInfer", request)
+        assert abort.status is RpcStatus.INTERNAL
+        assert "secret" not in abort.message
+        assert b"secret" not in abort.details
 
 
 async def test_a_refusal_carries_clarifais_status(world: World) -> None:
