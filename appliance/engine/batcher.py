@@ -473,6 +473,7 @@ class Batcher:
             while (pieces := self._next_batch()) is not None:
                 if pieces:
                     self._run(worker, pieces)
+                del pieces  # while it waits for the next ones, their rows may be in memory that a front wants back
         except BaseException as error:  # whatever it is, callers must not wait for ever
             _log.critical("the batcher's worker died: %r", error, exc_info=error)
             self._to_loop(self._die, repr(error))

@@ -243,6 +243,17 @@ async def test_a_cancelled_submission_leaves_the_queue(world: World) -> None:
     assert world.fake.runs == [[1]]
 
 
+async def test_rows_cancelled_in_a_run_are_free_when_it_is_over(world: World) -> None:
+    """Not only when the model's next batch comes."""
+    world.fake.gated = True
+    future = world.submit(1)
+    await world.fake.entered()
+    future.cancel()
+    await until(lambda: world.link._leaving)
+    world.fake.open_gate()
+    await until(lambda: not world.slab.blocks.used)
+
+
 async def test_a_deadline_passes_also_when_the_engine_is_silent(world: World) -> None:
     """It may be stopped, or gone."""
     world.fake.gated = True
