@@ -270,7 +270,8 @@ class Supervisor:
         self._sockets: ListeningSockets | None = None
         self._facts: Body = {}
         self._shut: set[int] = set()
-        self._stopping = False
+        self._draining = False  # no front is started any more
+        self._stopping = False  # nor an engine
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # ---- life ----
@@ -370,8 +371,8 @@ class Supervisor:
         }
 
     async def drain(self, now: asyncio.Event) -> None:
-        """See `Staff.drain`: every front does it for itself; engines work until the last front is done."""
-        self._stopping = True
+        """See `Staff.drain`: every front does it for itself; engines work, and are replaced, until the last is done."""
+        self._draining = True
         hurry = asyncio.ensure_future(self._hurry(now))
         settings = self._config.shutdown
         fronts = [front for front in self._fronts if front.child is not None and front.listens]
@@ -765,13 +766,13 @@ class Supervisor:
             return
         lost = int(gauges.get(("in_flight_requests", ()), 0))
         self._metrics.lost.inc(lost)
-        _log.critical("the %s %s; it is replaced", front.name, child.how_it_ended(), extra={"in_flight": lost})
+        _log.critical("the %s %s", front.name, child.how_it_ended(), extra={"in_flight": lost})
         self._changed()
-        if was_at_work:  # else whoever starts it goes on with that
+        if was_at_work and not self._draining:  # else whoever starts it goes on with that
             self._spawn(self._replace_front(front))
 
     async def _replace_front(self, front: FrontChild) -> None:
-        while not self._stopping:
+        while not (self._stopping or self._draining):
             await asyncio.sleep(front.restarts.pause_s())
             try:
                 await self._start_front(front)

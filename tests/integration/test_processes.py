@@ -405,6 +405,22 @@ class TestSupervisor:
         assert set(load.ends) <= {"answered", "UNAVAILABLE"}, (load.ends, load.odd[:3])
         assert "were lost" not in appliance.log
 
+    def test_an_engine_that_ends_during_the_drain_is_replaced(self, make_appliance: Make, pki: Pki) -> None:
+        """What was accepted is answered all the same."""
+        appliance = make_appliance("digits", shutdown={"lame_duck_s": 5, "drain_s": 60})
+        appliance.key = appliance.new_key()
+        with appliance, Load(appliance.port(), pki.ca, appliance.key, PREDICT, callers=4) as load:
+            load.wait_for(20)
+            appliance.signal(signal.SIGTERM)
+            appliance.wait(lambda: "draining" in appliance.log)
+            pid = processes(appliance)["engine"]
+            os.kill(pid, signal.SIGKILL)
+            appliance.wait(lambda: processes(appliance).get("engine", pid) != pid, "a new engine")
+            load.wait_for(5)
+            assert appliance.stop() == 0
+        assert set(load.ends) <= {"answered", "UNAVAILABLE"}, (load.ends, load.odd[:3])
+        assert "were lost" not in appliance.log
+
     def test_signals_to_the_whole_group_are_the_supervisor_s(self, appliance: Appliance, pki: Pki) -> None:
         """A terminal's interrupt reaches children too; they wait for its word."""
         for pid in processes(appliance).values():
