@@ -19,6 +19,9 @@ _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
+HEARTBEAT_S = 0.2
+"""Seconds between two signs of life on a child's board."""
+
 DEVICE_GONE = 75
 """Exit code of an engine that cannot go on: a run that cannot be ended, or a device that is lost to it."""
 

@@ -31,7 +31,6 @@ from appliance.tasks.servable import DecodePool, Servable
 
 _log = logging.getLogger(__name__)
 
-_HEARTBEAT_S = 0.2
 _SAMPLE_S = 1.0
 
 _HANDLES = 256
@@ -89,7 +88,7 @@ class EngineProcess:
                         _log.critical("the engine gives up, to be replaced: %s", model.death)
                         child.leave(child.DEVICE_GONE)
                 self._tell_changes()
-            await asyncio.sleep(_HEARTBEAT_S)
+            await asyncio.sleep(child.HEARTBEAT_S)
 
     def _tell_changes(self) -> None:
         """Have everybody know what was measured since a version was loaded."""

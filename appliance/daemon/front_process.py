@@ -33,7 +33,6 @@ from appliance.tasks.servable import DecodePool, Servable
 
 _log = logging.getLogger(__name__)
 
-_HEARTBEAT_S = 0.2
 _LOOK_S = 1.0
 
 
@@ -105,7 +104,7 @@ class FrontProcess:
         while True:
             self._board.turned()
             self._metrics.sample()
-            await asyncio.sleep(_HEARTBEAT_S)
+            await asyncio.sleep(child.HEARTBEAT_S)
 
     async def _look(self) -> None:
         """Once a second: certificates that changed."""

@@ -102,25 +102,6 @@ class _Submission:
     errors: dict[int, ApplianceError] = field(default_factory=dict)
     left: bool = False
 
-    def outcome(self) -> Outcome:
-        """Put the pieces together in row order; failed rows are filled with zeros.
-
-        Raises: ValueError: the pieces have different shapes.
-        """
-        if not self.pieces:
-            return Outcome({}, self.errors)
-        if len(self.pieces) == 1 and not self.errors:
-            return Outcome(self.pieces[0][1], {})
-        arrays = {}
-        for name, sample in self.pieces[0][1].items():
-            whole = np.zeros((self.count, *sample.shape[1:]), sample.dtype)
-            for start, piece in self.pieces:
-                if piece[name].shape[1:] != sample.shape[1:]:  # assigning could broadcast one to the other
-                    raise ValueError(f"{name}: {piece[name].shape[1:]} and {sample.shape[1:]}")
-                whole[start : start + len(piece[name])] = piece[name]
-            arrays[name] = whole
-        return Outcome(arrays, self.errors)
-
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
@@ -361,11 +342,7 @@ class Batcher:
 
     def _check_room(self, rows: int, size: int) -> None:
         """Raises: Overloaded: beside what waits there is no room for so many rows and bytes."""
-        if self._waiting + rows > self.queue_rows:
-            raise Overloaded(
-                f"{self._waiting} inputs wait for this model already; the limit is {self.queue_rows} "
-                "(engine.queue_rows). Try again."
-            )
+        check_queue(self._waiting, rows, self.queue_rows)
         if self._queue_bytes is not None and self._waiting_bytes + size > self._queue_bytes:
             raise Overloaded(
                 f"Inputs of {self._waiting_bytes} bytes wait for this model already; the limit is {self._queue_bytes} "
@@ -448,13 +425,9 @@ class Batcher:
     @staticmethod
     def _finish(submission: _Submission) -> None:
         try:
-            submission.future.set_result(submission.outcome())
-        except ValueError as error:  # runs of one submission gave answers of different shapes
-            message = "The answers to the rows of this request have different shapes; send one row a request."
-            submission.future.set_exception(InferenceFailed(message, detail=str(error)))
-        except Exception as error:  # no memory for the whole, say: the neighbours must still get their answers
-            message = "The answers to the rows of this request could not be put together."
-            submission.future.set_exception(InferenceFailed(message, detail=repr(error)))
+            submission.future.set_result(put_together(submission.count, submission.pieces, submission.errors))
+        except InferenceFailed as error:
+            submission.future.set_exception(error)
 
     def _die(self, reason: str) -> None:
         if self.death is not None:
@@ -676,6 +649,44 @@ class Batcher:
         # A loop that is closed has nobody left to answer: the process is ending.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def put_together(
+    count: int, pieces: Sequence[tuple[int, dict[str, Array]]], errors: dict[int, ApplianceError]
+) -> Outcome:
+    """The outcome of `count` rows; failed ones are filled with zeros.
+
+    Args:    pieces: number of the first row, and the arrays of those that follow. errors: row → why it failed.
+    Raises:  InferenceFailed: the pieces do not fit together.
+    """
+    if not pieces:
+        return Outcome({}, errors)
+    if len(pieces) == 1 and not errors:
+        return Outcome(pieces[0][1], {})
+    arrays = {}
+    try:
+        for name, sample in pieces[0][1].items():
+            whole = np.zeros((count, *sample.shape[1:]), sample.dtype)
+            for start, piece in pieces:
+                if piece[name].shape[1:] != sample.shape[1:]:  # assigning could broadcast one to the other
+                    raise ValueError(f"{name}: {piece[name].shape[1:]} and {sample.shape[1:]}")
+                whole[start : start + len(piece[name])] = piece[name]
+            arrays[name] = whole
+    except ValueError as error:  # runs of one submission gave answers of different shapes
+        message = "The answers to the rows of this request have different shapes; send one row a request."
+        raise InferenceFailed(message, detail=str(error)) from error
+    except Exception as error:  # no memory for the whole, say: the neighbours must still get their answers
+        message = "The answers to the rows of this request could not be put together."
+        raise InferenceFailed(message, detail=repr(error)) from error
+    return Outcome(arrays, errors)
+
+
+def check_queue(waiting: int, rows: int, limit: int) -> None:
+    """Raises: Overloaded: beside rows that wait there is no room for so many more."""
+    if waiting + rows > limit:
+        raise Overloaded(
+            f"{waiting} inputs wait for this model already; the limit is {limit} (engine.queue_rows). Try again."
+        )
 
 
 def powers_of_two(most: int) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ import numpy as np
 from appliance.core.errors import ApplianceError, DeadlineExceeded, InferenceFailed, Overloaded, of_data
 from appliance.core.types import Array
 from appliance.engine import link
-from appliance.engine.batcher import Outcome
+from appliance.engine.batcher import Outcome, check_queue, put_together
 from appliance.engine.inline import Waiter
 from appliance.engine.link import Definitions, Stream
 from appliance.engine.session import Device, TensorSpec
@@ -123,7 +123,7 @@ class _Split:
     def __init__(self, waiter: "Waiter | _Part", count: int) -> None:
         self._waiter = waiter
         self._count = count
-        self._outcomes: list[tuple[int, int, Outcome]] = []
+        self._outcomes: list[tuple[int, Outcome]] = []
         self._error: BaseException | None = None
         self.open = 0
 
@@ -139,34 +139,18 @@ class _Split:
         if isinstance(outcome, BaseException):
             self._error = outcome
         else:
-            self._outcomes.append((part.first, part.count, outcome))
+            self._outcomes.append((part.first, outcome))
         if self.open or self._waiter.done():
             return
         if self._error is not None:
             self._waiter.set_exception(self._error)
             return
+        errors = {first + row: error for first, part in self._outcomes for row, error in part.errors.items()}
+        pieces = [(first, part.arrays) for first, part in self._outcomes if part.arrays]
         try:
-            whole = self._whole()
-        except (ValueError, MemoryError) as error:
-            message = "The answers to the rows of this request could not be put together."
-            self._waiter.set_exception(InferenceFailed(message, detail=repr(error)))
-            return
-        self._waiter.set_result(whole)
-
-    def _whole(self) -> Outcome:
-        errors = {first + row: error for first, _, part in self._outcomes for row, error in part.errors.items()}
-        sample = next((part.arrays for _, _, part in self._outcomes if part.arrays), None)
-        if sample is None:
-            return Outcome({}, errors)
-        arrays: dict[str, Array] = {}
-        for name, array in sample.items():
-            arrays[name] = np.zeros((self._count, *array.shape[1:]), array.dtype)
-            for first, count, part in self._outcomes:
-                if part.arrays:
-                    if part.arrays[name].shape[1:] != array.shape[1:]:  # assigning could broadcast one to the other
-                        raise ValueError(f"{name}: {part.arrays[name].shape[1:]} and {array.shape[1:]}")
-                    arrays[name][first : first + count] = part.arrays[name]
-        return Outcome(arrays, errors)
+            self._waiter.set_result(put_together(self._count, pieces, errors))
+        except InferenceFailed as error:
+            self._waiter.set_exception(error)
 
 
 class _Part:
@@ -355,12 +339,12 @@ class EngineLink:
         if model.death is not None:
             feeds.let_go()
             raise InferenceFailed("The model cannot run any more; its operator is told why.", detail=model.death)
-        if model.waiting_rows and model.waiting_rows + count > self._queue_rows:
-            feeds.let_go()
-            raise Overloaded(
-                f"{model.waiting_rows} inputs wait for this model already; the limit is {self._queue_rows} "
-                "(engine.queue_rows). Try again."
-            )
+        if model.waiting_rows:
+            try:
+                check_queue(model.waiting_rows, count, self._queue_rows)
+            except Overloaded:
+                feeds.let_go()
+                raise
         layout = link.layout_of(feeds, whole=whole)
         self._number += 1
         pending = _Pending(

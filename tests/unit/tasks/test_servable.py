@@ -25,6 +25,7 @@ from appliance.core.errors import (
 )
 from appliance.core.memory import MemoryBudget
 from appliance.core.types import ConceptScores, Embedding, Payload, PredictOptions, Tensors
+from appliance.engine import probes
 from appliance.engine.batcher import Outcome
 from appliance.tasks.servable import PREDICT, DecodePool, Offer, Servable, Ticket
 
@@ -48,6 +49,9 @@ class HeldModel:
         self.futures: list[asyncio.Future[Outcome]] = []
         self.asked: list[tuple[Any, ...]] = []
         self._refuse_after = refuse_after
+
+    def join(self, rows: Any) -> Any:
+        return probes.join(rows)
 
     def submit(
         self, feeds: Any, outputs: Any, deadline: Any, principal: Any, *, priority: int
@@ -257,7 +261,7 @@ async def test_cancelling_takes_the_rows_out_of_the_queue(tmp_path: Path, load: 
     servable = await load(graphs.write_text_classifier(tmp_path / "b"))
     held = hold(servable)
     task = asyncio.create_task(servable.predict(many_texts(), OPTIONS, ticket, LIMITS))
-    while len(held.futures) < 2:  # noqa: ASYNC110
+    while len(held.futures) < 2 and not task.done():  # noqa: ASYNC110
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -281,7 +285,7 @@ async def test_when_all_parts_fail_none_is_left_unread(tmp_path: Path, load: Any
     servable = await load(graphs.write_text_classifier(tmp_path / "b"))
     held = hold(servable)
     task = asyncio.create_task(servable.predict(many_texts(), OPTIONS, ticket, LIMITS))
-    while len(held.futures) < 2:  # noqa: ASYNC110
+    while len(held.futures) < 2 and not task.done():  # noqa: ASYNC110
         await asyncio.sleep(0)
     for future in held.futures:
         future.set_exception(Draining())
@@ -302,7 +306,7 @@ async def test_deadline_principal_and_priority_reach_the_queue(tmp_path: Path, l
     held = hold(servable)
     ticket = Ticket("bob", 12.5, budget.hold(0), priority=1)
     task = asyncio.create_task(servable.predict(many_texts(), OPTIONS, ticket, LIMITS))
-    while len(held.futures) < 2:  # noqa: ASYNC110
+    while len(held.futures) < 2 and not task.done():  # noqa: ASYNC110
         await asyncio.sleep(0)
     assert {asked[2:] for asked in held.asked} == {(12.5, "bob", 1)}
     task.cancel()
