@@ -229,6 +229,22 @@ class TestAtAnyMoment:
                 appliance.wait(lambda: not appliance.admin("/readyz")["not_ready"], "all is well")
             assert children(appliance) == set(processes(appliance).values())
 
+    @pytest.mark.parametrize("kind", ["engine_process", "front_process"])
+    def test_a_child_that_is_ended_while_the_daemon_starts_is_started_once_more(
+        self, make_appliance: Make, kind: str
+    ) -> None:
+        """That is nothing an operator could change."""
+        appliance = make_appliance("digits")
+        appliance.spawn()
+        with contextlib.ExitStack() as stack:
+            stack.callback(appliance.stop)
+            appliance.wait(lambda: children(appliance, kind))
+            pid = min(children(appliance, kind))
+            os.kill(pid, signal.SIGKILL)
+            appliance.wait(lambda: appliance.admin("/readyz")["ready"] and not appliance.admin("/readyz")["not_ready"])
+            assert pid not in children(appliance)
+            assert children(appliance) == set(processes(appliance).values())
+
     def test_whatever_signal_ends_a_child_it_is_replaced(self, appliance: Appliance) -> None:
         """Also one that has no name."""
         for name in ("engine", "front 0"):
