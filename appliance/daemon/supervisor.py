@@ -17,9 +17,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from appliance.api.keys import KeyStore
 from appliance.catalog.bundle import BundleConfig, VersionFolder
@@ -47,6 +47,8 @@ from appliance.engine.gpu import Gpu
 from appliance.engine.slab import Slab
 
 _log = logging.getLogger(__name__)
+
+_Member = TypeVar("_Member")
 
 _LOOK_S = 0.25
 """Seconds between two looks at the children's boards."""
@@ -159,6 +161,10 @@ class Child:
         self._on_end(self)
         self.board.close()
         self.counts.close()
+
+
+class _NeverStarted(ConfigError):
+    """A child ended, or said nothing, before it had started."""
 
 
 class _EngineDied(Exception):
@@ -284,7 +290,7 @@ class Supervisor:
         refused: ApplianceError | None = None
         for engine in _engines(self._config):
             try:
-                await self._start_engine(engine)
+                await _insisting(self._start_engine, engine)
             except DeviceError as error:
                 if self._config.engine.device != "auto":
                     raise
@@ -294,7 +300,7 @@ class Supervisor:
                 self._engines[engine.name] = engine
         if refused is not None and not self._engines:
             engine = Engine("engine", "cpu")
-            await self._start_engine(engine)
+            await _insisting(self._start_engine, engine)
             engine.facts["reason"] = str(refused)
             self._engines[engine.name] = engine
 
@@ -310,7 +316,7 @@ class Supervisor:
         """See `Staff.serve`: fronts read workflows, certificates and keys for themselves."""
         self._catalog, self._readiness, self._sockets = catalog, readiness, sockets
         self._changed()
-        await asyncio.gather(*(self._start_front(front) for front in self._fronts))
+        await asyncio.gather(*(_insisting(self._start_front, front) for front in self._fronts))
         ports: Mapping[str, int] = self._facts["ports"]
         return ports
 
@@ -589,7 +595,7 @@ class Supervisor:
             await child.gone.wait()
             if isinstance(error, ApplianceError):
                 raise
-            raise ConfigError(f"The {engine.name} did not start: its process {child.how_it_ended()}.") from error
+            raise _NeverStarted(f"The {engine.name} did not start: its process {child.how_it_ended()}.") from error
         self._fold.attach(engine.name, child.counts)
         engine.child, engine.problem = child, None
         engine.canary_at = time.monotonic() + _CANARY_S
@@ -714,7 +720,7 @@ class Supervisor:
                 front.slab = None
             if isinstance(error, ApplianceError):
                 raise
-            raise ConfigError(f"The {front.name} did not start: its process {child.how_it_ended()}.") from error
+            raise _NeverStarted(f"The {front.name} did not start: its process {child.how_it_ended()}.") from error
         front.problem = None
 
     def _front_config(self) -> Body:
@@ -840,6 +846,15 @@ class Supervisor:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.critical("a task of the supervisor failed", exc_info=task.exception())
+
+
+async def _insisting(start: Callable[[_Member], Awaitable[None]], member: _Member) -> None:
+    """Start a child for the first time; one that ends meanwhile, whoever ended it, is started once more."""
+    try:
+        await start(member)
+    except _NeverStarted as error:
+        _log.critical("%s It is started once more.", error)
+        await start(member)
 
 
 def how_many_fronts(config: Config) -> int:
