@@ -464,7 +464,8 @@ class Processes(Section):
         10.0,
         ge=1,
         le=600,
-        description="Seconds without a sign of life after which an engine is replaced.",
+        description="Seconds without a sign of life after which an engine is replaced that computes all the while; "
+        "one that stands still is replaced after one second.",
         json_schema_extra={"restart": True},
     )
 

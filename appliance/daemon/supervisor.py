@@ -53,6 +53,10 @@ _Member = TypeVar("_Member")
 _LOOK_S = 0.25
 """Seconds between two looks at the children's boards."""
 
+_STUCK_S = 1.0
+"""Seconds of silence after which a child is replaced whose loop's thread was not once given a CPU meanwhile, though
+it does not wait for one: it is stopped, or waits for ever. One that computes, or gets no CPU, has longer."""
+
 _CANARY_S = 5.0
 """Seconds between two canary runs of an engine."""
 
@@ -114,6 +118,7 @@ class Child:
         theirs.close()
         self.patient_from = time.monotonic()
         """Silence before this moment does not count."""
+        self._turns, self._moved_at = "", self.patient_from
         self.started = False
         self.gone = asyncio.Event()
         self.last: list[Activity] = []
@@ -136,6 +141,19 @@ class Child:
     def silent_s(self) -> float:
         """Seconds since it last showed that it lives."""
         return min(self.board.turned_ago_s, time.monotonic() - self.patient_from)
+
+    def is_stuck(self) -> bool:
+        """Whether its loop is silent, and its thread stood still all that time; to be asked again and again."""
+        try:
+            turns = Path(f"/proc/{self.process.pid}/schedstat").read_text(encoding="ascii").split()[2]
+            state = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+        except (OSError, IndexError):  # it is gone, or the kernel does not count: silence alone decides
+            return False
+        now = time.monotonic()
+        if turns != self._turns:
+            self._turns, self._moved_at = turns, now
+        # Source: proc(5). R waits for a CPU, D for a disk; T is stopped, S sleeps: the loop's longest sleep is shorter.
+        return state in "TtS" and min(self.silent_s, now - self._moved_at) > _STUCK_S
 
     def kill(self) -> None:
         """End it now."""
@@ -812,7 +830,7 @@ class Supervisor:
                 child = member.child
                 if child is not None and late_s > _LATE_S:
                     child.patient_from = looked_at
-                if child is not None and child.started and child.silent_s > limit_s:
+                if child is not None and child.started and (child.silent_s > limit_s or child.is_stuck()):
                     _log.critical("the %s shows no sign of life for %.1f s; it is ended", member.name, child.silent_s)
                     child.kill()
                 if isinstance(member, Engine) and child is not None and time.monotonic() > member.canary_at:
