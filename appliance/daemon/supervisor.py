@@ -276,7 +276,7 @@ class Supervisor:
         self._sockets: ListeningSockets | None = None
         self._facts: Body = {}
         self._shut: set[int] = set()
-        self._stopping = False
+        self._draining = self._stopping = False
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # ---- life ----
@@ -377,7 +377,7 @@ class Supervisor:
 
     async def drain(self, now: asyncio.Event) -> None:
         """See `Staff.drain`: every front does it for itself; engines work until the last front is done."""
-        self._stopping = True
+        self._draining = True
         hurry = asyncio.ensure_future(self._hurry(now))
         settings = self._config.shutdown
         fronts = [front for front in self._fronts if front.child is not None and front.listens]
@@ -388,7 +388,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """See `Staff.stop`."""
-        self._stopping = True
+        self._draining = self._stopping = True
         for task in self._tasks:
             task.cancel()
         children = [member.child for member in self._members() if member.child is not None]
@@ -507,7 +507,7 @@ class Supervisor:
 
     async def _wait_for(self, engine: Engine) -> None:
         while engine.child is None or not engine.child.started:
-            if self._stopping:
+            if self._draining:
                 raise Draining
             await asyncio.sleep(_LOOK_S / 4)
 
@@ -768,7 +768,7 @@ class Supervisor:
         if front.slab is not None:
             front.slab.close()
             front.slab = None
-        if self._stopping:
+        if self._draining:
             return
         lost = int(gauges.get(("in_flight_requests", ()), 0))
         self._metrics.lost.inc(lost)
@@ -778,7 +778,7 @@ class Supervisor:
             self._spawn(self._replace_front(front))
 
     async def _replace_front(self, front: FrontChild) -> None:
-        while not self._stopping:
+        while not self._draining:
             await asyncio.sleep(front.restarts.pause_s())
             try:
                 await self._start_front(front)

@@ -245,6 +245,20 @@ class TestAtAnyMoment:
             assert pid not in children(appliance)
             assert children(appliance) == set(processes(appliance).values())
 
+    def test_an_engine_that_ends_during_a_drain_is_replaced(self, appliance: Appliance, pki: Pki) -> None:
+        """What was accepted is answered, and the drain ends with that."""
+        engine = processes(appliance)["engine"]
+        with Client(appliance.port(), pki.ca, appliance.key) as client:
+            assert client.predict(PREDICT).status.code == StatusCode.SUCCESS
+            os.kill(engine, signal.SIGSTOP)
+            call = client.stub.PostModelOutputs.future(PREDICT, metadata=client.metadata, timeout=PATIENCE_S)
+            appliance.wait(lambda: appliance.metric("inference_appliance_in_flight_requests") == 1, "accepted")
+            appliance.signal(signal.SIGTERM)
+            appliance.wait(lambda: "draining" in appliance.log, "it drains")
+            os.kill(engine, signal.SIGKILL)
+            assert call.result().status.code == StatusCode.SUCCESS
+        assert appliance.stop() == 0
+
     def test_whatever_signal_ends_a_child_it_is_replaced(self, appliance: Appliance) -> None:
         """Also one that has no name."""
         for name in ("engine", "front 0"):
