@@ -407,7 +407,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """See `Staff.stop`."""
-        self._stopping = True
+        self._draining = self._stopping = True
         for task in self._tasks:
             task.cancel()
         children = [member.child for member in self._members() if member.child is not None]
@@ -526,7 +526,7 @@ class Supervisor:
 
     async def _wait_for(self, engine: Engine) -> None:
         while engine.child is None or not engine.child.started:
-            if self._stopping:
+            if self._draining:
                 raise Draining
             await asyncio.sleep(_LOOK_S / 4)
 
