@@ -175,6 +175,7 @@ class TestEngine:
         appliance.spawn()
         appliance.wait(lambda: appliance.state_of("digits") == "ready" and appliance.state_of("never") == "loading")
         pid = processes(appliance)["engine"]
+        appliance.wait(lambda: ticks_within(pid, 0.5) > 5, "the engine loads it")
         os.kill(pid, signal.SIGKILL)
         appliance.wait(lambda: appliance.state_of("never") == "failed", "given up")
         appliance.wait(lambda: replaced(appliance, "engine", pid), "a new engine")
