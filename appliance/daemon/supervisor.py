@@ -465,7 +465,6 @@ class Supervisor:
             raise
         self._make_available(deployed)
         early = self._early.pop(deployed.number, None)
-        self._early.clear()
         if early is not None:
             self._version_changed(early, [])
         return deployed
@@ -549,6 +548,7 @@ class Supervisor:
             return  # its engine has ended since: whoever replaces it does this
         for front in self._fronts:
             if deployed.number in front.prepared:
+                front.tell("changed", {"number": deployed.number, "models": deployed.told["models"]})
                 front.tell("available", {"number": deployed.number})
 
     async def drop(self, deployed: Deployed) -> None:
@@ -570,6 +570,7 @@ class Supervisor:
             self._spawn(self._unload(deployed))
 
     async def _unload(self, deployed: Deployed) -> None:
+        self._early.pop(deployed.number, None)
         if deployed.engine.child is not None:
             with contextlib.suppress(ChannelClosed, ApplianceError):
                 await deployed.engine.child.channel.call("unload", {"number": deployed.number})

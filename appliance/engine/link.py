@@ -20,12 +20,15 @@ messages then use; a number may be defined anew, and means from then on what was
 
 import asyncio
 import json
+import logging
 import socket
 import struct
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 from appliance.core.types import Array
+
+_log = logging.getLogger(__name__)
 
 DEFINE, SUBMIT, CANCEL, PLACE, DONE, FAILED, ROOM, GONE = range(8)
 
@@ -172,7 +175,11 @@ class Stream:
             data = self._rest + data
         taken = 0
         for after, kind, body in _messages(data):
-            self._receive(kind, body)
+            try:
+                self._receive(kind, body)
+            except Exception:
+                # One message must not keep those behind it from being heard: whoever waits for it has a deadline.
+                _log.exception("a message between front and engine was not taken", extra={"kind": kind})
             if self.closed:
                 return
             taken = after
