@@ -314,7 +314,11 @@ def _machine_info() -> resources_pb2.ComputeInfo:
 @lru_cache(maxsize=1)
 def _gpus() -> tuple[str, ...]:
     """The accelerators as Clarifai writes them: NVIDIA-L40S."""
-    return tuple("-".join(name.split()) or "NVIDIA" for name in accelerators())
+    return tuple(_written(name) or "NVIDIA" for name in accelerators())
+
+
+def _written(name: str) -> str:
+    return "-".join(name.split())
 
 
 def _compute_info(version: Version[Servable]) -> resources_pb2.ComputeInfo:
@@ -328,7 +332,5 @@ def _compute_info(version: Version[Servable]) -> resources_pb2.ComputeInfo:
         info.num_accelerators = max(1, info.num_accelerators)
         if not info.accelerator_type:
             name = servable.model.device.name
-            info.accelerator_type.extend(
-                ["-".join(name.split())] if name else _gpus()[servable.model.device.index :][:1]
-            )
+            info.accelerator_type.extend([_written(name)] if name else _gpus()[servable.model.device.index :][:1])
     return info

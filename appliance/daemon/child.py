@@ -8,10 +8,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import uvloop
 
+from appliance.catalog.bundle import BundleConfig, VersionFolder
+from appliance.catalog.view import config_of, folder_of
 from appliance.media.images import ignore_warnings
 
 _log = logging.getLogger(__name__)
@@ -26,10 +30,10 @@ DEVICE_GONE = 75
 """Exit code of an engine that cannot go on: a run that cannot be ended, or a device that is lost to it."""
 
 
-def run(name: str, work: Callable[[socket.socket], Awaitable[None]]) -> None:
-    """Run a child until its supervisor is gone, or says that it may go; never returns.
+def run(name: str, make: Callable[[socket.socket], object]) -> None:
+    """Run a child until it leaves, as it does when its supervisor is gone; never returns.
 
-    Args:    name: for lists of processes, 15 letters of it. work: is given the line to the supervisor.
+    Args:    name: for lists of processes, 15 letters of it. make: makes it, on the loop, of the line to the supervisor.
     """
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     libc = ctypes.CDLL(None, use_errno=True)
@@ -45,11 +49,17 @@ def run(name: str, work: Callable[[socket.socket], Awaitable[None]]) -> None:
     spare_the_collector()
 
     async def main() -> None:
-        await work(socket.socket(fileno=descriptor))
+        kept = make(socket.socket(fileno=descriptor))  # what hangs on it must not be collected
+        await asyncio.Event().wait()
+        raise AssertionError(f"{kept} leaves by itself")
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
-    leave(0)
+
+
+def place_of(request: Mapping[str, Any]) -> tuple[Path, BundleConfig, VersionFolder]:
+    """The bundle and version that the supervisor asks to load."""
+    return Path(request["path"]), config_of(request["config"]), folder_of(request["folder"])
 
 
 def leave(code: int) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from appliance.catalog.bundle import BundleConfig, VersionFolder
-from appliance.catalog.view import config_of, folder_of
 from appliance.core import config as configuration
 from appliance.core import logs
 from appliance.core.channel import Body, Channel
@@ -53,10 +52,6 @@ class EngineProcess:
         self._loading: dict[int, asyncio.Task[Servable]] = {}
         self._fronts: set[FrontLink] = set()
         self._pool = DecodePool(1)
-
-    async def run(self) -> None:
-        """Until the supervisor is gone."""
-        await asyncio.Event().wait()
 
     async def _start(self, body: Body, descriptors: list[int]) -> Body:
         """Find the device. Raises: DeviceError."""
@@ -129,16 +124,7 @@ class EngineProcess:
         place = self._board.begin(number, loads=True)
         try:
             loading = self._loading[number] = asyncio.create_task(
-                servable.load(
-                    Path(body["path"]),
-                    config_of(body["config"]),
-                    folder_of(body["folder"]),
-                    engine,
-                    self._pool,
-                    self._metrics,
-                    self._config.limits,
-                    make_plan,
-                )
+                servable.load(*child.place_of(body), engine, self._pool, self._metrics, self._config.limits, make_plan)
             )
             loaded = await loading
         except asyncio.CancelledError:
@@ -202,7 +188,7 @@ class _Numbered:
 
 def main() -> None:
     """The process's life."""
-    child.run("engine", lambda sock: EngineProcess(sock).run())
+    child.run("engine", EngineProcess)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from appliance.api.keys import KeyStore
 from appliance.catalog.bundle import BundleConfig, VersionFolder
-from appliance.catalog.view import Mirror, Running, config_of, folder_of
+from appliance.catalog.view import Mirror, Running
 from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
 from appliance.core import logs
@@ -68,10 +68,6 @@ class FrontProcess:
         self._models: dict[int, list[RemoteModel]] = {}
         self._ready = False
         self._readiness: dict[str, object] = {"ready": False, "phase": "starting", "not_ready": {}}
-
-    async def run(self) -> None:
-        """Until the supervisor is gone."""
-        await asyncio.Event().wait()
 
     async def _start(self, body: Body, descriptors: list[int]) -> None:
         """Everything but the ports. Raises: ConfigError."""
@@ -162,16 +158,8 @@ class FrontProcess:
         def make_plan(bundle: Path, config: BundleConfig, version: VersionFolder, concepts: int) -> Plan:
             return Plan.of(next(told))
 
-        loaded = await servable.load(
-            Path(body["path"]),
-            config_of(body["config"]),
-            folder_of(body["folder"]),
-            engine,
-            self._pool,
-            self._metrics,
-            self._config.limits,
-            make_plan,
-        )
+        limits = self._config.limits
+        loaded = await servable.load(*child.place_of(body), engine, self._pool, self._metrics, limits, make_plan)
         running = Running(loaded)
         running.free.set()
         self._running[number], self._models[number] = running, engine.models
@@ -224,11 +212,10 @@ class FrontProcess:
         logs.set_level(config.log.level)
         self._metrics.sample()
 
-    async def _drain(self, body: Body, descriptors: list[int]) -> Body:
+    async def _drain(self, body: Body, descriptors: list[int]) -> None:
         """See `Serving.drain`."""
-        lost = await self._serving.drain(self._now, lambda: self._channel.tell("shut"))
+        await self._serving.drain(self._now, lambda: self._channel.tell("shut"))
         self._metrics.sample()
-        return {"lost": lost}
 
 
 class _Told:
@@ -251,7 +238,7 @@ class _Told:
 def main() -> None:
     """The process's life."""
     child.return_large_blocks()
-    child.run("front", lambda sock: FrontProcess(sock).run())
+    child.run("front", FrontProcess)
 
 
 if __name__ == "__main__":

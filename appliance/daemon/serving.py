@@ -105,11 +105,10 @@ class Serving:
         self.api.health.publish(ready, dict(models))
         self.api.catalog_changed()
 
-    async def drain(self, now: asyncio.Event, on_shut: Callable[[], None] = lambda: None) -> int:
+    async def drain(self, now: asyncio.Event, on_shut: Callable[[], None] = lambda: None) -> None:
         """Balancers notice → accept no more → finish what was accepted → answer the rest.
 
-        Args:    now: set when nothing shall be waited for any more. on_shut: called when no more is accepted.
-        Returns: calls that were lost: they ended without a result or a status.
+        Args: now: set when nothing shall be waited for any more. on_shut: called when no more is accepted.
         """
         settings, front = self._config.shutdown, self._front
         assert front is not None, "it listens"
@@ -132,7 +131,6 @@ class Serving:
         if lost:
             self._metrics.lost.inc(lost)
             _log.critical("calls were lost: they ended without a result or a status", extra={"count": lost})
-        return lost
 
     async def stop(self) -> None:
         """Close the ports at once; does nothing after `drain`."""

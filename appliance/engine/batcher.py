@@ -682,8 +682,8 @@ def put_together(
 
 
 def check_queue(waiting: int, rows: int, limit: int) -> None:
-    """Raises: Overloaded: beside rows that wait there is no room for so many more."""
-    if waiting + rows > limit:
+    """Raises: Overloaded: beside rows that wait there is no room for so many more; where none wait, there is."""
+    if waiting and waiting + rows > limit:
         raise Overloaded(
             f"{waiting} inputs wait for this model already; the limit is {limit} (engine.queue_rows). Try again."
         )

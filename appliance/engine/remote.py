@@ -336,15 +336,13 @@ class EngineLink:
         """
         whole = model.batching.mode == "whole"
         count = 1 if whole else len(next(iter(feeds.values())))
-        if model.death is not None:
+        try:
+            if model.death is not None:
+                raise InferenceFailed("The model cannot run any more; its operator is told why.", detail=model.death)
+            check_queue(model.waiting_rows, count, self._queue_rows)
+        except ApplianceError:
             feeds.let_go()
-            raise InferenceFailed("The model cannot run any more; its operator is told why.", detail=model.death)
-        if model.waiting_rows:
-            try:
-                check_queue(model.waiting_rows, count, self._queue_rows)
-            except Overloaded:
-                feeds.let_go()
-                raise
+            raise
         layout = link.layout_of(feeds, whole=whole)
         self._number += 1
         pending = _Pending(
