@@ -10,11 +10,7 @@ A version is loaded by one engine, then made known to every front, and only then
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -26,23 +22,21 @@ from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.view import View, config_data, folder_data, tell
 from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
-from appliance.core.channel import Body, Channel, ChannelClosed, pair
+from appliance.core.channel import Body, ChannelClosed, pair
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, BundleInvalid, ConfigError, DeviceError, Draining
 from appliance.core.fold import Fold
-from appliance.core.ledger import SIZE as COUNTS_SIZE
 from appliance.core.machine import accelerators, usable_cpus, usable_memory
 from appliance.core.metrics import Metrics
 from appliance.core.shared import Segment
 from appliance.core.sharing import SharedLimits
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.checks import memory_for_requests
+from appliance.daemon.children import Child, EngineDied, NeverStarted, Restarts
 from appliance.daemon.front import native
 from appliance.daemon.sockets import ListeningSockets
 from appliance.daemon.staff import Readiness
-from appliance.engine import board as boards
 from appliance.engine import gpu
-from appliance.engine.board import Activity, Board
 from appliance.engine.gpu import Gpu
 from appliance.engine.slab import Slab
 
@@ -52,10 +46,6 @@ _Member = TypeVar("_Member")
 
 _LOOK_S = 0.25
 """Seconds between two looks at the children's boards."""
-
-_STUCK_S = 1.0
-"""Seconds of silence after which a child is replaced whose loop's thread was not once given a CPU meanwhile, though
-it does not wait for one: it is stopped, or waits for ever. One that computes, or gets no CPU, has longer."""
 
 _CANARY_S = 5.0
 """Seconds between two canary runs of an engine."""
@@ -69,14 +59,8 @@ _FRONT_SILENCE_S = 30.0
 _LATE_S = 1.0
 """Seconds of delay of a look from which on we stood still, and the children may have too."""
 
-_START_S = 60.0
-"""Seconds in which a child must have started."""
-
 _CRASHES, _CRASH_WINDOW_S = 3, 300.0
 """So many crashes in its runs, in so many seconds, and a version is not run any more."""
-
-_BACK_OFF_S = (0.0, 0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-"""Seconds before a child is started again, by how many of its ends lie within the last minute."""
 
 _LAST_S = 5.0
 """Seconds beyond what a drain may take after which fronts are ended."""
@@ -84,127 +68,6 @@ _LAST_S = 5.0
 _MOST_FRONTS = 8
 _FRONT_MEMORY = 512 * 2**20
 """Bytes of memory that there must be for each front: one takes 120 MiB without a request."""
-
-
-class Child:
-    """One process of ours: its line, its board, its counts."""
-
-    def __init__(
-        self,
-        name: str,
-        module: str,
-        handlers: Mapping[str, Callable[[Body, list[int]], None]],
-        on_end: "Callable[[Child], None]",
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        """Start it. Raises: OSError. Args: on_end: called once, when the process is gone."""
-        self.name = name
-        self._on_end = on_end
-        self._loop = asyncio.get_running_loop()
-        self.board = Board(Segment.create(f"{name} board", boards.SIZE))
-        self.counts = Segment.create(f"{name} counts", COUNTS_SIZE)
-        ours, theirs = pair()
-        inherited = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID") and not key.startswith("LISTEN_")
-        }
-        self.process = subprocess.Popen(  # noqa: S603  # our own modules
-            [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            env={**inherited, **(environment or {})},
-        )
-        theirs.close()
-        self.patient_from = time.monotonic()
-        """Silence before this moment does not count."""
-        self._turns, self._moved_at = "", self.patient_from
-        self.started = False
-        self.gone = asyncio.Event()
-        self.last: list[Activity] = []
-        """What it was doing when it ended."""
-        self._pidfd = os.pidfd_open(self.process.pid)
-        self._loop.add_reader(self._pidfd, self._ended)
-        self.channel = Channel(ours, {}, handlers)
-
-    async def start(self, body: Body, *segments: Segment) -> Body:
-        """Have it begin; what it answers. Raises: ApplianceError: it cannot. ChannelClosed: it ended."""
-        shared = [self.board.segment.descriptor, self.counts.descriptor, *(each.descriptor for each in segments)]
-        async with asyncio.timeout(_START_S):
-            answer = await self.channel.call("start", body, shared)
-        if self.gone.is_set():  # it ended in this very moment
-            raise ChannelClosed
-        self.started = True
-        return answer
-
-    @property
-    def silent_s(self) -> float:
-        """Seconds since it last showed that it lives."""
-        return min(self.board.turned_ago_s, time.monotonic() - self.patient_from)
-
-    def is_stuck(self) -> bool:
-        """Whether its loop is silent, and its thread stood still all that time; to be asked again and again."""
-        try:
-            turns = Path(f"/proc/{self.process.pid}/schedstat").read_text(encoding="ascii").split()[2]
-            state = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
-        except (OSError, IndexError):  # it is gone, or the kernel does not count: silence alone decides
-            return False
-        now = time.monotonic()
-        if turns != self._turns:
-            self._turns, self._moved_at = turns, now
-        # Source: proc(5). R waits for a CPU, D for a disk; T is stopped, S sleeps: the loop's longest sleep is shorter.
-        return state in "TtS" and min(self.silent_s, now - self._moved_at) > _STUCK_S
-
-    def kill(self) -> None:
-        """End it now."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-
-    def how_it_ended(self) -> str:
-        """In words."""
-        code = self.process.returncode
-        if code is not None and code < 0:
-            named = {number.value: number.name for number in signal.Signals}
-            return f"was ended by {named.get(-code, f'signal {-code}')}"
-        return f"ended with exit code {code}"
-
-    def _ended(self) -> None:
-        if self.process.poll() is None:
-            return
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        self.channel.close()
-        self.last = self.board.activities()
-        self.gone.set()
-        self._on_end(self)
-        self.board.close()
-        self.counts.close()
-
-
-class _NeverStarted(ConfigError):
-    """A child ended, or said nothing, before it had started."""
-
-
-class _EngineDied(Exception):
-    """The process of an engine ended while it was asked for something."""
-
-    def __init__(self, child: Child) -> None:
-        super().__init__(child.name)
-        self.child = child
-
-
-class Restarts:
-    """When a child that ended is started again."""
-
-    def __init__(self) -> None:
-        self._ends: deque[float] = deque(maxlen=len(_BACK_OFF_S))
-
-    def pause_s(self) -> float:
-        """Seconds to wait now; counts this end."""
-        now = time.monotonic()
-        self._ends.append(now)
-        recent = sum(now - end < 60 for end in self._ends)
-        return _BACK_OFF_S[min(recent, len(_BACK_OFF_S)) - 1]
 
 
 class Deployed:
@@ -497,7 +360,7 @@ class Supervisor:
         return [engine]
 
     async def _load_in_engine(self, deployed: Deployed) -> None:
-        """Load it in its engine as it is now. Raises: BundleInvalid: it cannot be. _EngineDied."""
+        """Load it in its engine as it is now. Raises: BundleInvalid: it cannot be. EngineDied."""
         await self._wait_for(deployed.engine)
         child = deployed.engine.child
         assert child is not None, "waited for"
@@ -506,7 +369,7 @@ class Supervisor:
             deployed.loaded = deployed.engine.child is child  # else its next process loads it
         except ChannelClosed:
             await child.gone.wait()
-            raise _EngineDied(child) from None
+            raise EngineDied(child) from None
 
     async def _load_first(self, deployed: Deployed) -> None:
         """The same for a version that was never loaded. Raises: BundleInvalid: also when the engine died of it."""
@@ -514,7 +377,7 @@ class Supervisor:
             try:
                 await self._load_in_engine(deployed)
                 return
-            except _EngineDied as death:
+            except EngineDied as death:
                 # Where it was not the only thing going on, it may have been another's doing: it is tried once more.
                 doing = [(activity.number, activity.loads) for activity in death.child.last]
                 if doing == [(deployed.number, True)] or attempt == _CRASHES - 1:
@@ -614,7 +477,7 @@ class Supervisor:
             await child.gone.wait()
             if isinstance(error, ApplianceError):
                 raise
-            raise _NeverStarted(f"The {engine.name} did not start: its process {child.how_it_ended()}.") from error
+            raise NeverStarted(f"The {engine.name} did not start: its process {child.how_it_ended()}.") from error
         self._fold.attach(engine.name, child.counts)
         engine.child, engine.problem = child, None
         engine.canary_at = time.monotonic() + _CANARY_S
@@ -674,7 +537,7 @@ class Supervisor:
                 continue  # it was removed meanwhile
             try:
                 await self._load_in_engine(deployed)
-            except _EngineDied:
+            except EngineDied:
                 self._count_crash(deployed.number)
                 return  # as above
             except ApplianceError as error:
@@ -739,7 +602,7 @@ class Supervisor:
                 front.slab = None
             if isinstance(error, ApplianceError):
                 raise
-            raise _NeverStarted(f"The {front.name} did not start: its process {child.how_it_ended()}.") from error
+            raise NeverStarted(f"The {front.name} did not start: its process {child.how_it_ended()}.") from error
         front.problem = None
 
     def _front_config(self) -> Body:
@@ -871,7 +734,7 @@ async def _insisting(start: Callable[[_Member], Awaitable[None]], member: _Membe
     """Start a child for the first time; one that ends meanwhile, whoever ended it, is started once more."""
     try:
         await start(member)
-    except _NeverStarted as error:
+    except NeverStarted as error:
         _log.critical("%s It is started once more.", error)
         await start(member)
 
