@@ -1,9 +1,9 @@
 """Integration tests run over both wires, and once more with fronts and engines as processes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
-from support.appliance import mode
+from support.appliance import Appliance, mode
 
 
 @pytest.fixture(scope="session", params=["native", "grpcio", "processes"])
@@ -14,3 +14,12 @@ def transport(request: pytest.FixtureRequest) -> Iterator[str]:
             yield "native"
     else:
         yield request.param
+
+
+@pytest.fixture
+def appliance(make_appliance: Callable[..., Appliance]) -> Iterator[Appliance]:
+    """A running appliance with the digits bundle and a key."""
+    made = make_appliance("digits")
+    made.key = made.new_key()
+    with made:
+        yield made

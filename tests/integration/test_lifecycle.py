@@ -34,15 +34,6 @@ PREDICT = request_for("digits", [image_input(DIGIT)] * 3)
 Make = Callable[..., Appliance]
 
 
-@pytest.fixture
-def appliance(make_appliance: Make) -> Iterator[Appliance]:
-    """A running appliance with the digits bundle and a key."""
-    made = make_appliance("digits")
-    made.key = made.new_key()
-    with made:
-        yield made
-
-
 class TestSwap:
     def test_a_hot_swap_under_load_loses_nothing(self, appliance: Appliance, pki: Pki) -> None:
         """A new version, the same version with other content, a rollback and a removal, all while calls go on."""

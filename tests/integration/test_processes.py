@@ -43,15 +43,6 @@ def transport() -> Iterator[str]:
         yield "native"
 
 
-@pytest.fixture
-def appliance(make_appliance: Make) -> Iterator[Appliance]:
-    """Two fronts and an engine, with the digits bundle and a key."""
-    made = make_appliance("digits")
-    made.key = made.new_key()
-    with made:
-        yield made
-
-
 def processes(appliance: Appliance) -> dict[str, int]:
     """Name → process number of every child that is there."""
     return {row["name"]: row["pid"] for row in appliance.admin("/status")["processes"] if row["pid"]}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from support import graphs, pictures
 from support.api_world import PICTURE, QUICK, Client, World, soon
+from support.infer import infer_request
 
 from appliance.api import inference_pb2 as pb
 from appliance.api import oip, status
@@ -71,15 +72,6 @@ async def refused(client: Client, rpc: str, request: Any = None, **call: Any) ->
     with pytest.raises(RpcAbort) as caught:
         await ask(client, rpc, request, **call)
     return caught.value
-
-
-def infer_request(model: str, *tensors: tuple[str, str, list[int], bytes], **fields: Any) -> pb.ModelInferRequest:
-    """A request whose tensors are raw."""
-    request = pb.ModelInferRequest(model_name=model, **fields)
-    for name, datatype, shape, raw in tensors:
-        request.inputs.add(name=name, datatype=datatype, shape=shape)
-        request.raw_input_contents.append(raw)
-    return request
 
 
 def elements(*values: bytes) -> bytes:

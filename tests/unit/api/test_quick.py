@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support import graphs, pictures
 from support.api_world import IDS, PICTURE, V2, Client, World, predict_request, soon
+from support.infer import infer_request
 
 from appliance.api import inference_pb2 as pb
 from appliance.api import oip
@@ -48,15 +49,6 @@ class Door:
 def element(content: bytes) -> bytes:
     """A BYTES tensor of one element, in binary form."""
     return len(content).to_bytes(4, "little") + content
-
-
-def infer_request(model: str, *tensors: tuple[str, str, list[int], bytes], **fields: Any) -> pb.ModelInferRequest:
-    """A request whose tensors are raw."""
-    request = pb.ModelInferRequest(model_name=model, **fields)
-    for name, datatype, shape, raw in tensors:
-        request.inputs.add(name=name, datatype=datatype, shape=shape)
-        request.raw_input_contents.append(raw)
-    return request
 
 
 def picture_request(content: bytes, **fields: Any) -> pb.ModelInferRequest:

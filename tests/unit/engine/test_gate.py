@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,16 +41,18 @@ def test_any_number_of_runs_is_let_in_beside_each_other() -> None:
     assert not gate.shut
 
 
+def passing(gate: RunGate, order: list[str], name: str, alone: bool) -> None:
+    """Go through the gate, and say so."""
+    gate.enter(alone)
+    order.append(name)
+    gate.leave(alone)
+
+
 def test_a_run_that_is_to_be_alone_waits_for_those_in_progress_and_goes_before_later_ones(start: Start) -> None:
     """Whoever may not wait is turned away meanwhile."""
     gate = RunGate()
     order: list[str] = []
-
-    def enter(name: str, alone: bool) -> None:
-        gate.enter(alone)
-        order.append(name)
-        gate.leave(alone)
-
+    enter = partial(passing, gate, order)
     gate.enter()
     start(enter, "alone", True)
     eventually(lambda: gate.shut)
@@ -68,12 +71,7 @@ def test_however_many_runs_are_to_be_alone_others_wait_for_one_of_them(start: St
     """Rows of a crashed batch of 128 do not keep the other models out until the last of them is through."""
     gate = RunGate()
     order: list[str] = []
-
-    def enter(name: str, alone: bool) -> None:
-        gate.enter(alone)
-        order.append(name)
-        gate.leave(alone)
-
+    enter = partial(passing, gate, order)
     gate.enter(True)
     start(enter, "alone", True)
     start(enter, "alone", True)
