@@ -39,14 +39,19 @@ def measure(workload: Workload, cpus: tuple[int, ...], seconds: float) -> dict[s
         "batches": workload.batches,
         "seconds": seconds,
     }
+    return asked("bench.ort", job, cpus, _TIMEOUT_S)
+
+
+def asked(module: str, job: Mapping[str, Any], cpus: tuple[int, ...], timeout_s: float) -> dict[str, Any]:
+    """What a module of ours, run in a process pinned to `cpus`, makes of a job: JSON in, JSON out."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench.ort"],
+        [sys.executable, "-m", module],
         input=json.dumps(job),
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         preexec_fn=pin_to(*cpus),
-        timeout=_TIMEOUT_S,
+        timeout=timeout_s,
         check=True,
     )
     figures: dict[str, Any] = json.loads(done.stdout)

@@ -5,7 +5,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -14,9 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.cpu import pin_to
 from bench.gpu.subjects import Subject
-from bench.workload import ROOT
+from bench.ort import asked
 
 WAYS = {
     "numpy": "`session.run` on numpy arrays, onnxruntime's options as they come",
@@ -47,18 +45,7 @@ def measure(
         "batches": list(batches),
         "seconds": seconds,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.raw"],
-        input=json.dumps(job),
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        preexec_fn=pin_to(*cpus),
-        timeout=_TIMEOUT_S,
-        check=True,
-    )
-    figures: dict[str, Any] = json.loads(done.stdout)
-    return figures
+    return asked("bench.gpu.raw", job, cpus, _TIMEOUT_S)
 
 
 # ---- the process -----------------------------------------------------------------------------------------------------
