@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,9 +27,8 @@ from appliance.catalog.bundle import BundleConfig, OnnxSection, VersionFolder, c
 from appliance.catalog.graph import axes, every_body, every_node, graph_inputs, locations, parse_graph, read_file
 from appliance.catalog.sections import EmbeddingOutput, ImageInput
 from appliance.core.errors import BundleInvalid
-from appliance.engine import session
+from appliance.engine import half, session
 from appliance.engine.cache import FileCache
-from appliance.engine.half import halve
 from appliance.engine.session import TensorSpec
 
 TOP_LIMIT = 200
@@ -183,9 +183,16 @@ def _key(section: OnnxSection, concepts: int, name: str, content: bytes) -> str:
         hashlib.sha256(content).hexdigest(),
         session.version(),
         onnx.__version__,
-        *(hashlib.sha256(Path(code).read_bytes()).hexdigest() for code in (__file__, graphs.__file__)),
+        *_code(),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@cache
+def _code() -> tuple[str, ...]:
+    """SHA-256 of each source that a plan is made by; an upgrade that changes one makes every plan anew."""
+    sources = (__file__, graphs.__file__, half.__file__)
+    return tuple(hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in sources)
 
 
 def _stored(plan: Plan, outside: list[str]) -> bytes:
@@ -226,7 +233,7 @@ def _made(bundle: Path, file: Path, content: bytes, section: OnnxSection, concep
         _wrap_pooling(model, section, file)
     elif section.embedding:
         _check_embedding(model, section.embedding, file)
-    halved = halve(model) if section.precision == "fp16" else 0
+    halved = half.halve(model) if section.precision == "fp16" else 0
     if section.precision == "fp16":
         notes.append(f"precision fp16: {halved} operators compute in half precision")
     _prune(model)
