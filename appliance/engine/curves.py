@@ -38,8 +38,8 @@ DEFAULT_RUN_S = 0.05
 """Seconds of a run, as far as one can tell from one row, until there is a curve. Heavy models gain little from batches
 on a CPU (a ResNet-50 nothing, a small text encoder 1.6 times), and tiny ones gain most from their first fifty."""
 
-_GOOD_ENOUGH = 0.97
-"""Share of the best rate from which fewer rows, or fewer runs at a time, are taken."""
+_ROWS_ENOUGH, _RUNS_ENOUGH = 0.99, 0.97
+"""Shares of the best rate from which fewer rows, and fewer runs at a time, are taken."""
 
 _WINS = 1.1
 """How much better several runs at a time must be than one: each of them takes longer."""
@@ -104,11 +104,11 @@ def default_rows(row_seconds: float, most: int) -> int:
 
 
 def best_rows(curve: Sequence[Point], most_bytes: int) -> int:
-    """The least number of rows a run that comes within 3 % of the best rate, of those that take neither too long nor
+    """The least number of rows a run that comes within 1 % of the best rate, of those that take neither too long nor
     too much memory; one row may."""
     fair = [p for p in curve if p.rows == 1 or (p.seconds <= LONGEST_RUN_S and p.memory <= most_bytes)] or curve[:1]
     best = max(point.rows / point.seconds for point in fair)
-    return min(point.rows for point in fair if point.rows / point.seconds >= _GOOD_ENOUGH * best)
+    return min(point.rows for point in fair if point.rows / point.seconds >= _ROWS_ENOUGH * best)
 
 
 def best_runs(at_a_time: Sequence[tuple[int, float]]) -> int:
@@ -117,7 +117,7 @@ def best_runs(at_a_time: Sequence[tuple[int, float]]) -> int:
     best = max(rates.values(), default=0.0)
     if best <= _WINS * rates.get(1, best):
         return 1
-    return min(runs for runs, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
+    return min(runs for runs, rate in rates.items() if rate >= _RUNS_ENOUGH * best)
 
 
 # ---- keeping ---------------------------------------------------------------------------------------------------------

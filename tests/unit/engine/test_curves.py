@@ -35,7 +35,7 @@ def curve(seconds: Callable[[int], float], most: int = 128, memory: int = 0) -> 
         (lambda n: 0.001 * max(1, n / 16), 16),  # as long for 16 rows as for one, and then it grows
         (lambda n: 0.001 * n, 1),  # twice the rows, twice the time
         (lambda n: 0.001, 128),
-        (lambda n: 0.001 * n * (0.98 if n >= 8 else 1), 1),  # two percent are nobody's waiting worth
+        (lambda n: 0.001 * n * (0.992 if n >= 8 else 1), 1),  # less than a percent is nobody's waiting worth
         (lambda n: 0.001 * n * (0.9 if n >= 8 else 1), 8),
         (lambda n: 0.1 * n**0.5, 4),  # 16 would give most, but takes too long
         (lambda n: 3.0 * n**0.5, 1),  # one row may take as long as it takes
