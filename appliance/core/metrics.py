@@ -306,7 +306,7 @@ class Metrics:
         gauge.read = read
 
     def sample(self) -> None:
-        """Have all that is watched written down, for the supervisor to read; a child calls it once a second."""
+        """Have all that is watched written down, for the supervisor to read; a child calls it again and again."""
         for family in self.families.values():
             family.sample()
 

@@ -301,7 +301,7 @@ class Batcher:
         count = 1 if self._whole else len(next(iter(feeds.values())))
         assert count, "no rows, so nothing would ever end this submission"
         if self.death is not None:
-            raise InferenceFailed("The model's worker has died; the appliance must be restarted.", detail=self.death)
+            raise InferenceFailed("The model's worker has died.", detail=self.death)
         if self._closing:
             raise Draining
         size = 0

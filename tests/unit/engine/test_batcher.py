@@ -181,7 +181,7 @@ async def test_a_dead_worker_answers_everybody(model: FakeModel, make: Any, deat
         assert failure.value.detail == repr(death)
     assert batcher.death == repr(death)
     assert reasons == [repr(death)]
-    with pytest.raises(InferenceFailed, match="must be restarted"):
+    with pytest.raises(InferenceFailed, match="worker has died"):
         submit(4)
     await asyncio.wait_for(batcher.wait_idle(), 5)
 
