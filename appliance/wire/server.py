@@ -240,6 +240,9 @@ class _Connection(asyncio.Protocol):
             protocol.data_received(first)
 
     def _forget(self) -> None:
+        # Protocol and transport hold us: together we would keep TLS's buffers, a quarter of a MiB, until the garbage
+        # collector comes by.
+        self._transport = self._protocol = None
         gone, self._gone = self._gone, None
         if gone is not None:
             gone(self)
@@ -289,7 +292,7 @@ class _Connection(asyncio.Protocol):
         if isinstance(self._protocol, Http2):
             self._protocol.tick(now)
         elif self._protocol is None and now - self._made_at > self._context.settings.handshake_timeout_s:
-            self._transport.abort()
+            self.abort()
 
 
 def _certificates(tls: ssl.SSLObject) -> tuple[bytes | None, bytes]:

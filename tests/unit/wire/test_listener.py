@@ -20,6 +20,7 @@ from typing import Any, cast
 import pytest
 import uvloop
 from support.appliance import Pki
+from support.contexts import client_tls, server_tls
 from support.waiting import eventually_async
 
 from appliance.core.metrics import Metrics
@@ -166,24 +167,6 @@ async def hung_up(sock: socket.socket) -> None:
         while await asyncio.get_running_loop().sock_recv(sock, 65536):
             pass
     sock.close()
-
-
-def server_tls(pki: Pki, **changes: Any) -> ssl.SSLContext:
-    """What the appliance shows: its certificate, and optional client certificates."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pki.folder / "server.crt", pki.folder / "server.key")
-    context.load_verify_locations(pki.ca)
-    for name, value in changes.items():
-        setattr(context, name, value)
-    return context
-
-
-def client_tls(pki: Pki, name: str = "") -> ssl.SSLContext:
-    """A client that trusts the test's root."""
-    context = ssl.create_default_context(cafile=str(pki.ca))
-    if name:
-        context.load_cert_chain(pki.folder / "clients" / f"{name}.crt", pki.folder / "clients" / f"{name}.key")
-    return context
 
 
 def proxied(address: str = "192.0.2.7", port: int = 40000) -> bytes:
