@@ -228,7 +228,7 @@ def _span(times: Sequence[tuple[float, float]]) -> float:
 
 def ask(server: Server, request: Request, cpus: tuple[int, ...]) -> None:
     """One request, its answer looked at. Raises: RuntimeError: it is not right."""
-    outcome = generate(Job(server.target(), (str(request.file),), 1, 0.0, warm_up=0.001), cpus[:1])
+    outcome = generate(Job(server.target(), (str(request.file),), 1, 0.05, warm_up=0.0), cpus[:1])
     replies = outcome.replies.get(0, [])
     wrong = answers.problem(replies[0], request.expected) if replies else str(outcome.problems or "no reply")
     if wrong:
