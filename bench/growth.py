@@ -1,7 +1,7 @@
 """What more of everything costs: connections, idle and busy; models loaded; concepts; inputs of a request.
 
 Each figure is CPU microseconds of all the daemon's processes for a request, in a closed loop on 8 connections where
-nothing else is said, and the memory that it holds (PSS). Tiny models, so that what grows is the appliance's own.
+nothing else is said, and the memory that it holds. Tiny models, so that what grows is the appliance's own.
 """
 
 import shutil
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
         for part in run.options.parts:
             points += _MEASURES[part](run, Path(name))
             run.say(part)
-    lines = run.head("What more costs", "Tiny models; CPU of all the daemon's processes, memory as PSS.")
+    lines = run.head("What more costs", "Tiny models; CPU of all the daemon's processes; memory without program files.")
     drawn = {}
     titles = {
         "connections": "Connections, all busy",

@@ -1,9 +1,10 @@
 """Memory over a million mixed requests: does it grow after the warm-up.
 
 Kinds and sizes are mixed: pictures, tensors of many lengths, texts, requests of many inputs, and such as are refused.
-The memory is that of all the daemon's processes (PSS), read every few seconds, always under the same number of
-connections. The daemon is left alone first, for what it measures of its models while idle. The first tenth of the
-requests is the warm-up: the median over the fifth after it stands against that over the last fifth.
+The memory is what all the daemon's processes hold (anonymous and shared pages, each counted once; not those of program
+files, whose share hangs on what else runs), read every few seconds, always under the same number of connections. The
+daemon is left alone first, for what it measures of its models while idle. The first tenth of the requests is the
+warm-up: the median over the fifth after it stands against that over the last fifth.
 """
 
 import json
@@ -75,7 +76,7 @@ def main(arguments: list[str]) -> list[Bar]:
         idle = server.memory_mib()
         for pid in server.pids():
             line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            parts[f"{pid} {_last(line)}"] = [memory_bytes([pid]) / 2**20]
+            parts[f"{pid} {_last(line)}"] = [memory_bytes([pid], files=False) / 2**20]
     total = samples[-1][2]
 
     def between(low: float, high: float) -> float:
@@ -88,7 +89,7 @@ def main(arguments: list[str]) -> list[Bar]:
         for part in (0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0)
     ]
     lines = run.head("Memory over time", f"{total:,} requests in {samples[-1][0]:.0f} s, mixed kinds and sizes.")
-    lines += ["", table(["of the requests", "MiB (PSS, median)"], rows), ""]
+    lines += ["", table(["of the requests", "MiB (median)"], rows), ""]
     lines += [f"After the warm-up {first:.1f} MiB, at the end {last:.1f} MiB: {growth:+.2%}."]
     lines += [f"At rest, before the first request {settled:.1f} MiB, after the last {idle:.1f} MiB."]
     lines += [f"Calls: {json.dumps(ends)}. Refused ones are meant to be.", ""]
@@ -101,7 +102,7 @@ def main(arguments: list[str]) -> list[Bar]:
         )
     ]
     lines += ["", *(f"* process {name}: {values[0]:.1f} MiB" for name, values in parts.items())]
-    chart = charts.lines("Memory of the daemon", "requests", "MiB", {"PSS": [(n, mib) for _, mib, n in samples]})
+    chart = charts.lines("Memory of the daemon", "requests", "MiB", {"held": [(n, mib) for _, mib, n in samples]})
     content = {"samples": samples, "growth": growth, "ends": ends, "processes": parts}
     run.write("\n".join(lines), content, {"time": chart})
     return run.bars

@@ -85,8 +85,8 @@ class Server:
         return tree(self.pid)
 
     def memory_mib(self) -> float:
-        """Of all its processes, shared pages counted once (PSS)."""
-        return memory_bytes(self.pids()) / 2**20
+        """What all its processes hold, pages that they share counted once; without those of files."""
+        return memory_bytes(self.pids(), files=False) / 2**20
 
     def metrics(self) -> str:
         """Its page of metrics."""

@@ -43,12 +43,19 @@ def cpu_ns(pids: Sequence[int]) -> int:
     return total
 
 
-def memory_bytes(pids: Sequence[int]) -> int:
-    """Memory of these processes: PSS, shared pages counted in part. Source: proc(5), /proc/pid/smaps_rollup."""
+def memory_bytes(pids: Sequence[int], *, files: bool = True) -> int:
+    """Memory of these processes, each page that they share counted once between them.
+
+    Args:    files: with the pages of files, as programs and libraries are. Such pages are counted in part for whatever
+        else on the machine has the same files, and the kernel takes them back when nobody reads them: without them a
+        figure says what the processes themselves hold.
+    Source:  proc(5), /proc/pid/smaps_rollup.
+    """
+    counted = ("Pss:",) if files else ("Pss_Anon:", "Pss_Shmem:")
     total = 0
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
-            if line.startswith("Pss:"):
+            if line.startswith(counted):
                 total += int(line.split()[1]) * _KIB
     return total
 
