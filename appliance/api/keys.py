@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.core.errors import ConfigError
-from appliance.core.files import alone, write_atomically
+from appliance.core.files import SERVICE_GROUP, alone, file_error, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ def read_keys(path: Path) -> list[KeyEntry]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise ConfigError(f"The keys file {path} cannot be read: {error.strerror}.") from error
+        remedy = f"the service's group must be able to: chgrp {SERVICE_GROUP} {path} && chmod 0640 {path}"
+        raise file_error(error, f"The keys file {path} cannot be read: {error.strerror}; {remedy}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a keys file written by `appliance keys`; put a backup back.") from error
 
@@ -104,7 +105,7 @@ def _alone(path: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(alone(path.parent))
         except OSError as error:
-            raise ConfigError(f"The keys file {path} cannot be written: {error.strerror}.") from error
+            raise file_error(error, f"The keys file {path} cannot be written: {error.strerror}.") from error
         yield
 
 
@@ -113,7 +114,7 @@ def _write(path: Path, entries: list[KeyEntry]) -> None:
     try:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise ConfigError(f"The keys file {path} cannot be written: {error.strerror}.") from error
+        raise file_error(error, f"The keys file {path} cannot be written: {error.strerror}.") from error
 
 
 class KeyStore:

@@ -21,7 +21,7 @@ from appliance.catalog.graph import read_graph
 from appliance.catalog.state import read_held, write_held
 from appliance.core.config import Catalog
 from appliance.core.errors import BundleInvalid, ConfigError
-from appliance.core.files import alone, printable
+from appliance.core.files import alone, file_error, printable
 from appliance.core.types import NAME_PATTERN
 
 _STAGING = ".staging-"
@@ -285,4 +285,4 @@ def _os_errors(place: Path) -> Iterator[None]:
         raise
     except OSError as error:
         where = printable(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place
-        raise ConfigError(f"{where} cannot be written: {printable(error.strerror or error)}.") from error
+        raise file_error(error, f"{where} cannot be written: {printable(error.strerror or error)}.") from error

@@ -11,11 +11,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 import click
 
 from appliance import __version__
+from appliance.cli import exits
 from appliance.core.errors import ApplianceError
-
-EXIT_OPERATOR = 2
-"""Something that the operator must change: configuration, a file, an argument."""
-
 
 _COMMANDS = {
     "serve": "serve",
@@ -50,8 +47,14 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except ApplianceError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(EXIT_OPERATOR)
+            click.echo(exits.tell(error), err=True)
+            ctx.exit(exits.status_of(error))
+        except OSError as error:
+            found = exits.foreseen(error)
+            if found is None:
+                raise
+            click.echo(exits.tell(found), err=True)
+            ctx.exit(exits.status_of(found))
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -45,6 +45,9 @@
         WorkflowInvalid         a workflow's file cannot be served
       ConfigError             the operator: an exit code, never a reply
         CertificateError        a certificate, key or trust bundle is unusable
+        AddressError            a port or socket cannot be listened on
+        AccessRefused           a file or folder may not be read or written
+        DiskFull                there is no space for what must be written
         DeviceError             the device asked for cannot be used
 
 An error holds values and builds its sentence. `str(error)` is what the caller may read: it names the limit, key or
@@ -305,6 +308,18 @@ class ConfigError(ApplianceError):
 
 class CertificateError(ConfigError):
     """A certificate, key or trust bundle is unusable."""
+
+
+class AddressError(ConfigError):
+    """A port or a socket's path cannot be listened on: it is taken, or not ours to take."""
+
+
+class AccessRefused(ConfigError):
+    """A file or folder may not be read or written: its permissions, or a read-only file system."""
+
+
+class DiskFull(ConfigError):
+    """There is no space, or no quota, for what must be written."""
 
 
 class DeviceError(ConfigError):

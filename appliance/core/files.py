@@ -11,11 +11,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from appliance.core.errors import AccessRefused, ConfigError, DiskFull
+
 SERVICE_GROUP = "inference-appliance"
 """The group that the service runs in; what root writes for it is readable by that group."""
 
 _NO_LOCKS = frozenset({errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 """What flock(2) says of a folder where the file system has no locks for folders, NFS for one."""
+
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 # Control characters, line and paragraph separators, direction overrides, lone surrogates.
 _UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -30,6 +35,16 @@ def _escaped(found: re.Match[str]) -> str:
     number = ord(found[0])
     # A byte of a file name that is not UTF-8 reaches Python as a surrogate (PEP 383): show that byte.
     return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else found[0].encode("unicode_escape").decode()
+
+
+def file_error(error: OSError, sentence: str) -> ConfigError:
+    """The operator's error for a file that cannot be used, by who can mend it how.
+
+    Args: sentence: names the file and what to do.
+    """
+    if error.errno in _REFUSED:
+        return AccessRefused(sentence)
+    return DiskFull(sentence) if error.errno in _FULL else ConfigError(sentence)
 
 
 @contextlib.contextmanager

@@ -50,8 +50,17 @@ def set_level(level: str) -> None:
     logging.getLogger(ROOT).setLevel(level.upper())
 
 
+def stderr_is_journal() -> bool:
+    """Whether the journal reads our stderr. Source: systemd.exec(5), JOURNAL_STREAM: device and inode of the stream."""
+    try:
+        stat = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+
+
 def _journal_handler() -> logging.Handler | None:
-    if "JOURNAL_STREAM" not in os.environ:
+    if not stderr_is_journal():
         return None
     try:
         from systemd.journal import JournalHandler  # optional dependency: the `systemd` extra

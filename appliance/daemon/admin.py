@@ -5,6 +5,7 @@ What the `appliance` command asks for (/status, /reload, /look) is on the socket
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -22,7 +23,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from appliance.core.config import Admin, parse_address
-from appliance.core.errors import ApplianceError, ConfigError
+from appliance.core.errors import AddressError, ApplianceError, ConfigError
+from appliance.core.files import file_error
 
 
 class Operations(Protocol):
@@ -165,7 +167,9 @@ def _bind_tcp(address: str) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(where)
     except OSError as error:
-        raise ConfigError(f"admin.listen {address} cannot be bound: {error.strerror}.") from error
+        taken = error.errno == errno.EADDRINUSE
+        why = "the port is taken (`ss -ltnp` shows by whom)" if taken else error.strerror or str(error)
+        raise AddressError(f"admin.listen {address} cannot be bound: {why}; set admin.listen.") from error
     return bound
 
 
@@ -182,7 +186,7 @@ def bind_unix(path: Path, key: str = "admin.socket") -> socket.socket:
                 raise ConfigError(f"{key} {path} is a file that is not a socket; remove it, or name another.")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 if probe.connect_ex(str(path)) == 0:
-                    raise ConfigError(f"Another appliance answers on {key} {path}; stop it, or name another.")
+                    raise AddressError(f"Another appliance answers on {key} {path}; stop it, or name another.")
             path.unlink()
         before = os.umask(0o117)
         try:
@@ -194,5 +198,6 @@ def bind_unix(path: Path, key: str = "admin.socket") -> socket.socket:
         raise
     except OSError as error:
         bound.close()
-        raise ConfigError(f"{key} {path} cannot be bound: {error.strerror or error}.") from error
+        sentence = f"{key} {path} cannot be bound: {error.strerror or error}; mend its folder, or set {key}."
+        raise file_error(error, sentence) from error
     return bound

@@ -8,6 +8,7 @@ and engines of their own (`supervisor`).
 import asyncio
 import contextlib
 import enum
+import errno
 import fcntl
 import logging
 import os
@@ -25,6 +26,7 @@ from appliance.core import config as configuration
 from appliance.core import logs
 from appliance.core.config import Config, LoadedConfig
 from appliance.core.errors import ApplianceError, ConfigError, Draining
+from appliance.core.files import file_error
 from appliance.core.machine import usable_memory
 from appliance.core.metrics import Metrics
 from appliance.core.systemd import Notifier
@@ -357,9 +359,8 @@ def _lock(state_dir: Path) -> Iterator[None]:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     except OSError as error:
-        raise ConfigError(
-            f"catalog.state_dir {state_dir} cannot be used: {error.strerror}; make it, or mend its permissions."
-        ) from error
+        remedy = "free some space" if error.errno == errno.ENOSPC else "make it, or mend its permissions"
+        raise file_error(error, f"catalog.state_dir {state_dir} cannot be used: {error.strerror}; {remedy}.") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from appliance.core.config import parse_address
-from appliance.core.errors import ConfigError
+from appliance.core.errors import AddressError, ConfigError
 from appliance.core.systemd import Notifier
 from appliance.daemon.admin import bind_unix
 
@@ -106,7 +106,7 @@ def open_listening(
     Args:
         wanted: setting → "host:port" or "unix:/path", e.g. {"server.listen": "[::]:8443"}.
         environment: where LISTEN_FDS and its kin stand; they are taken out, so that no child believes them.
-    Raises: ConfigError: an address is taken or not ours, or what was passed is no listening socket.
+    Raises: AddressError: an address is taken or not ours. ConfigError: what was passed is no listening socket.
     """
     inherited = _inherited(environment)
     opened = ListeningSockets({name: [] for name in wanted})
@@ -246,7 +246,7 @@ def _add_the_rest(inherited: Sequence[_Inherited], opened: ListeningSockets) -> 
 
 
 def _places(name: str, address: str) -> list[_Place]:
-    """The addresses that a setting means. Raises: ConfigError: the name is unknown."""
+    """The addresses that a setting means. Raises: AddressError: the name is unknown."""
     if address.startswith("unix:"):
         return [_Place(socket.AF_UNIX, address.removeprefix("unix:"), 0)]
     host, port = parse_address(address)
@@ -255,7 +255,7 @@ def _places(name: str, address: str) -> list[_Place]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise ConfigError(f"{name} {address} cannot be bound: {error.strerror}.") from error
+        raise AddressError(f"{name} {address} cannot be bound: {error.strerror}.") from error
     return list(dict.fromkeys(_Place(family, str(where[0]), int(where[1])) for family, _, _, _, where in found))
 
 
@@ -270,7 +270,7 @@ def _has_ipv6() -> bool:
 def _bind(name: str, address: str, own: list[socket.socket], locks: list[socket.socket], fronts: int) -> None:
     """Bind what a setting lacks; `own` has what came from the store, and gets the rest.
 
-    Raises: ConfigError: the address is taken, or not this machine's.
+    Raises: AddressError: the address is taken, or not this machine's.
     """
     if address.startswith("unix:"):
         if not own:
@@ -291,7 +291,7 @@ def _bind(name: str, address: str, own: list[socket.socket], locks: list[socket.
                 break
     # "localhost" may mean ::1 on a machine without IPv6; one address is enough then.
     if missing is not None and (not own or missing.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
-        raise ConfigError(f"{name} {address} cannot be bound: {_why(missing, name)}") from missing
+        raise AddressError(f"{name} {address} cannot be bound: {_why(missing, name)}") from missing
 
 
 def _bind_place(name: str, place: _Place, own: list[socket.socket], locks: list[socket.socket], fronts: int) -> None:
@@ -333,7 +333,7 @@ def _lock(name: str, place: _Place) -> socket.socket:
 
     The lock is an abstract unix socket: known to one network namespace, like the port, and gone with the process.
 
-    Raises: ConfigError: another appliance has it.
+    Raises: AddressError: another appliance has it.
     """
     lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     path = f"\0inference-appliance {place}"
@@ -344,7 +344,7 @@ def _lock(name: str, place: _Place) -> socket.socket:
         lock.close()
         if error.errno != errno.EADDRINUSE:
             raise
-        raise ConfigError(
+        raise AddressError(
             f"{name} {place} cannot be bound: another appliance ({_holder(path)}) serves it; "
             f"stop that one, or set {name}."
         ) from error

@@ -294,7 +294,7 @@ class TestStart:
     def test_another_daemons_admin_socket_is_left_alone(self, appliance: Appliance, make_appliance: Make) -> None:
         socket_path = appliance.home / "admin.sock"
         refused = make_appliance("digits", admin={"socket": str(socket_path)}).command("serve", check=False)
-        assert refused.returncode == 2
+        assert refused.returncode == 4
         assert f"admin.socket {socket_path}" in refused.stderr
         assert appliance.admin("/readyz")["ready"] is True
 
@@ -312,21 +312,21 @@ class TestStart:
             taken.listen()
             address = f"127.0.0.1:{taken.getsockname()[1]}"
             refused = make_appliance("digits", server={"listen": address}).command("serve", check=False)
-        assert refused.returncode == 2
+        assert refused.returncode == 4
         assert f"server.listen {address} cannot be bound" in refused.stderr
 
     def test_missing_certificates_are_an_error_with_the_remedy(self, make_appliance: Make) -> None:
         appliance = make_appliance("digits")
         shutil.rmtree(appliance.tls)
         refused = appliance.command("serve", check=False)
-        assert refused.returncode == 2
+        assert refused.returncode == 3
         assert "appliance certs init" in refused.stderr
 
     def test_a_gpu_that_is_required_and_missing_is_an_error(self, make_appliance: Make) -> None:
         refused = make_appliance("digits", engine={"device": "gpu"}).command("serve", check=False)
         if refused.returncode == 0:
             pytest.skip("this machine has a GPU")
-        assert refused.returncode == 2
+        assert refused.returncode == 7
         assert 'engine.device is "gpu"' in refused.stderr
 
     def test_a_base_url_outside_the_certificate_is_a_warning(self, make_appliance: Make) -> None:
