@@ -18,7 +18,10 @@ def config() -> None:
 @click.pass_obj
 def show(config_file: Path | None, as_json: bool) -> None:
     """Print every effective value and where it came from; secrets are redacted."""
-    rows = list(configuration.load(config_file).rows())
+    loaded = configuration.load(config_file)
+    for warning in loaded.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    rows = list(loaded.rows())
     if as_json:
         click.echo(json.dumps({key: {"value": value, "from": origin} for key, value, origin in rows}, indent=1))
         return

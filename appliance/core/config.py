@@ -3,6 +3,7 @@
 Layers, later ones win: built-in defaults → vendor file → main file → `conf.d/*.toml` in name order → `APPLIANCE_*`
 environment (`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value is read as TOML, else as text).
 `[[principal]]` and `[[deployment]]` tables of all files are put one behind the other: a drop-in file can add one.
+Keys that an earlier version knew by another name are read for one version more (`migration`).
 """
 
 import difflib
@@ -31,11 +32,14 @@ from pydantic import (
     model_validator,
 )
 
+from appliance.core import migration
 from appliance.core.errors import ConfigError
 from appliance.core.types import NAME_PATTERN
 
 VENDOR_FILE = Path("/usr/lib/inference-appliance/appliance.toml")
 MAIN_FILE = Path("/etc/inference-appliance/appliance.toml")
+DROP_INS = "conf.d"
+"""The folder beside the main file whose files are read after it."""
 MAIN_FILE_VARIABLE = "APPLIANCE_CONFIG"
 ENVIRONMENT_PREFIX = "APPLIANCE_"
 BUILT_IN = "built-in default"
@@ -840,10 +844,11 @@ class ConfigInvalid(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """A valid configuration, and for each dotted key which layer it came from."""
+    """A valid configuration, for each dotted key which layer it came from, and which keys have another name now."""
 
     config: Config
     origins: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
 
     def rows(self) -> Iterator[tuple[str, object, str]]:
         """Every key with its effective value and origin; secrets are redacted."""
@@ -865,15 +870,16 @@ def load(main_file: Path | None = None, environ: Mapping[str, str] | None = None
     named = main_file or (Path(environ[MAIN_FILE_VARIABLE]) if MAIN_FILE_VARIABLE in environ else None)
     main = named or MAIN_FILE
     problems: list[Problem] = []
-    if named and not main.is_file():
+    if named and not os.path.lexists(main):
         problems.append(Problem(str(main), None, "there is no such file", "Name an existing configuration file."))
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    drop_ins = sorted((main.parent / "conf.d").glob("*.toml"))
-    for path in [VENDOR_FILE, main, *drop_ins]:
-        _merge(merged, origins, _read_file(path, problems), str(path))
-    for variable, table in _environment_tables(environ, problems):
-        _merge(merged, origins, table, variable)
+    warnings: list[str] = []
+    files = [VENDOR_FILE, main, *_drop_ins(main.parent / DROP_INS, problems)]
+    layers = [(str(path), _read_file(path, problems)) for path in files]
+    for origin, layer in [*layers, *_environment_tables(environ, problems)]:
+        warnings += migration.bring_up_to_date(layer, origin)
+        _merge(merged, origins, layer, origin)
     config = None
     try:
         config = Config.model_validate(merged)
@@ -886,7 +892,7 @@ def load(main_file: Path | None = None, environ: Mapping[str, str] | None = None
         ]
     if problems or config is None:
         raise ConfigInvalid(problems)
-    return LoadedConfig(config, origins)
+    return LoadedConfig(config, origins, tuple(warnings))
 
 
 def restart_needed(old: Config, new: Config) -> list[str]:
@@ -934,9 +940,11 @@ def of_data(data: Mapping[str, Any]) -> Config:
 def example() -> str:
     """The configuration file we ship: every key with its documentation and default, commented out."""
     lines = [
-        "# inference-appliance: configuration. Every key is shown with its default; remove the # to change it.",
-        "# Files in conf.d/ beside this one are read after it; APPLIANCE_SECTION__KEY variables after those.",
-        "# `appliance check` says what is wrong, `appliance config show` what is in force and where it came from.",
+        "# inference-appliance: configuration. Every key is shown with its default. What you change goes into",
+        "# /etc/inference-appliance/appliance.toml, or a file of yours in conf.d/ beside that one: this file, in",
+        "# /usr/lib/inference-appliance, is read before them and replaced by every upgrade. Variables of the",
+        "# environment, APPLIANCE_SECTION__KEY, are read last. `appliance check` says what is wrong, `appliance config",
+        "# show` what is in force and where it came from.",
     ]
     for name, info in Config.model_fields.items():
         section = _TABLES.get(name, info.annotation)
@@ -989,8 +997,25 @@ def _read_file(path: Path, problems: list[Problem]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         problems.append(Problem(str(path), None, f"is not TOML: {error}", "Mend that line."))
     except OSError as error:
-        problems.append(Problem(str(path), None, f"cannot be read: {error.strerror}", "Mend its permissions."))
+        problems.append(_unreadable(path, error))
     return {}
+
+
+def _drop_ins(folder: Path, problems: list[Problem]) -> list[Path]:
+    """The files of conf.d in the order of their names. A folder that may not be read is a problem, and not empty."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        problems.append(_unreadable(folder, error))
+        return []
+    return [folder / name for name in sorted(names) if name.endswith(".toml") and not name.startswith(".")]
+
+
+def _unreadable(path: Path, error: OSError) -> Problem:
+    remedy = "Run the command with sudo; the service reads it by its group, inference-appliance."
+    return Problem(str(path), None, f"cannot be read: {error.strerror}", remedy)
 
 
 def _environment_tables(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:

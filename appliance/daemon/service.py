@@ -54,6 +54,7 @@ class Daemon:
     def __init__(self, loaded: LoadedConfig, main_file: Path | None) -> None:
         """Args: main_file: where a reload reads the configuration again; None for the default place."""
         self._config = loaded.config
+        self._old_keys = loaded.warnings
         self._main_file = main_file
         self._phase = Phase.STARTING
         self._stop = asyncio.Event()
@@ -224,7 +225,8 @@ class Daemon:
 
     def _reloaded(self) -> tuple[Config, KeyStore, str]:
         """The part of a reload that reads files; of those, only certificates are taken over here."""
-        fresh = configuration.load(self._main_file).config
+        loaded = configuration.load(self._main_file)
+        fresh = loaded.config
         needs_restart = configuration.restart_needed(self._config, fresh)
         config = configuration.keeping(self._config, fresh, needs_restart)
         problems = configuration.cross_problems(config)
@@ -233,6 +235,7 @@ class Daemon:
         keys = KeyStore(config.auth.keys_file)
         check_urls(config)
         self._certificates.reload(config)
+        self._old_keys = loaded.warnings
         if needs_restart:
             return config, keys, f"configuration taken over, except what needs a restart: {', '.join(needs_restart)}"
         return config, keys, "configuration, certificates and keys taken over"
@@ -318,6 +321,7 @@ class Daemon:
     def _warn(self) -> None:
         """What the operator should know and need not change."""
         for warning in (
+            *self._old_keys,
             base_url_warning(self._config, self._certificates.tls().chain),
             pass_through_warning(self._config),
         ):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command import Command
+from support.command import Command, without_privileges
 
 from appliance.cli import exits
 from appliance.core.errors import (
@@ -84,6 +84,22 @@ def test_a_full_disk_ends_with_6(appliance: Command) -> None:
     done = mounted(appliance, "/filler 2>/dev/null", "cat /dev/zero >")
     assert (done.returncode, done.stdout) == (6, "")
     assert "keys.json cannot be written: No space left on device" in done.stderr
+
+
+def test_a_folder_that_may_not_be_written_ends_with_5(appliance: Command) -> None:
+    appliance.folder.chmod(0o500)
+    done = without_privileges("--config", appliance.file, "keys", "create")
+    appliance.folder.chmod(0o700)
+    assert done.returncode == 5
+    assert "keys.json cannot be written: Permission denied" in done.stderr
+
+
+def test_a_keys_file_that_may_not_be_read_ends_with_5_and_the_remedy(appliance: Command) -> None:
+    appliance.keys.write_text('{"keys": []}')
+    appliance.keys.chmod(0)
+    done = without_privileges("--config", appliance.file, "keys", "list")
+    assert done.returncode == 5
+    assert "chmod 0640" in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")

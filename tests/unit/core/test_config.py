@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command import without_privileges
 
 from appliance.core import config as configuration
 from appliance.core.config import Config, ConfigInvalid, LoadedConfig, is_loopback, load, parse_size
@@ -514,3 +515,18 @@ def test_two_keys_of_one_section_are_both_kept(write: Callable[..., Path]) -> No
     old = load(write(), {}).config
     new = load(write("[engine]\nthreads = 3\nqueue_rows = 5\n"), {}).config
     assert configuration.keeping(old, new, configuration.restart_needed(old, new)) == old
+
+
+def test_drop_ins_that_may_not_be_read_are_a_problem_and_not_passed_over(write: Callable[..., Path]) -> None:
+    main = write(a='[log]\nlevel = "error"\n')
+    (main.parent / "conf.d").chmod(0)
+    done = without_privileges("--config", main, "config", "show")
+    assert done.returncode == 2
+    assert f"{main.parent}/conf.d: cannot be read: Permission denied. Run the command with sudo" in done.stderr
+
+
+def test_what_editors_leave_in_the_folder_of_drop_ins_is_not_read(write: Callable[..., Path]) -> None:
+    main = write()
+    for name in (".#a.toml", "a.toml.dpkg-dist", "b.toml~", ".b.toml-x1"):
+        (main.parent / "conf.d" / name).write_text("not TOML")
+    assert load(main, {}).config == Config()
