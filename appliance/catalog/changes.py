@@ -64,6 +64,7 @@ def add(source: Path, settings: Catalog, *, name: str = "", replace: bool = Fals
     with _os_errors(settings.root), _staging(settings.root) as staged:
         folder = staged / name
         versions, config = _stage(source, folder, settings)
+        _hand_over(folder, settings.root)
         with alone(settings.root):
             _mend_bundle(settings.root / name)
             added = _publish(folder, settings.root / name, replace, settings)
@@ -172,6 +173,16 @@ def _stage(source: Path, folder: Path, settings: Catalog) -> tuple[list[VersionF
         read_graph(folder, bundles.check_inside(folder, version.model_file))
         bundles.write_checksums(version)
     return versions, config
+
+
+def _hand_over(folder: Path, root: Path) -> None:
+    """Give what root has staged to whoever owns the catalog, readable by its owner whatever root's umask is."""
+    if os.geteuid() != 0:
+        return
+    owner = root.stat()
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+        path.chmod(path.stat().st_mode | (0o500 if path.is_dir() else 0o400))
 
 
 def _publish(folder: Path, target: Path, replace: bool, settings: Catalog) -> list[str]:

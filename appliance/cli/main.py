@@ -16,6 +16,7 @@ from appliance.core.errors import ApplianceError
 
 _COMMANDS = {
     "serve": "serve",
+    "setup": "setup",
     "reload": "serve",
     "check": "check",
     "config": "config",

@@ -958,9 +958,9 @@ def example() -> str:
             default = None if field.is_required() else field.get_default(call_default_factory=True)
             if default is None and field.examples:
                 note = "" if field.is_required() else "  # unset by default"
-                lines.append(f"#{key} = {_toml(field.examples[0])}{note}")
+                lines.append(f"#{key} = {toml(field.examples[0])}{note}")
             else:
-                lines.append(f"#{key} = {_toml(default)}")
+                lines.append(f"#{key} = {toml(default)}")
     return "\n".join(lines) + "\n"
 
 
@@ -974,11 +974,12 @@ def _comment(text: str, width: int = 116) -> list[str]:
     return [*lines, line]
 
 
-def _toml(value: object) -> str:
+def toml(value: object) -> str:
+    """A value as TOML has it. Args: value: text, number, bool, path, or a tuple of such; None is the empty text."""
     if value is None:
         return '""'
     if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(toml(item) for item in value) + "]"
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
     return json.dumps(str(value), ensure_ascii=False)
