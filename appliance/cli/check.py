@@ -1,9 +1,7 @@
 """`appliance check`: everything that can be wrong, looked at without serving."""
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import click
 
@@ -11,8 +9,9 @@ from appliance.api.keys import KeyStore
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.repository import Repository
 from appliance.catalog.workflows import Workflows
+from appliance.cli.report import Report
 from appliance.core import config as configuration
-from appliance.core.config import Catalog, Config
+from appliance.core.config import Catalog, Config, LoadedConfig
 from appliance.core.errors import ApplianceError
 from appliance.core.metrics import Metrics
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
@@ -21,8 +20,6 @@ from appliance.engine.worker import LocalEngine
 from appliance.media import fetch
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
-
-T = TypeVar("T")
 
 
 @click.command()
@@ -33,64 +30,59 @@ def check(ctx: click.Context, skip_models: bool) -> None:
 
     Exits with 1 when something would keep the appliance or a model from serving.
     """
-    report = _Report()
-    config = configuration.load(ctx.obj).config  # all its problems are one error by themselves
+    report = Report()
+    loaded = configuration.load(ctx.obj)  # all its problems are one error by themselves
+    config = loaded.config
+    look_at_configuration(loaded, report)
+    look_at_certificates(config, report)
+    look_at_keys(config, report)
+    engine = look_at_device(config, report)
+    if engine is not None and not skip_models:
+        asyncio.run(_check_models(config, engine, report))
+    ctx.exit(1 if report.failed else 0)
+
+
+def look_at_configuration(loaded: LoadedConfig, report: Report) -> None:
+    """A configuration that could be read: valid, perhaps with keys that have another name now."""
+    for warning in loaded.warnings:
+        report.warn("configuration", warning)
     report.ok("configuration", "valid")
+
+
+def look_at_certificates(config: Config, report: Report) -> CertificateFiles | None:
+    """Certificates, trust, revocation lists, and authorities for URLs."""
     files = report.attempt("certificates", lambda: CertificateFiles(config))
     if files is not None:
         warning = base_url_warning(config, files.tls().chain)
         report.line("warn" if warning else "ok", "certificates", warning or str(config.tls.certificate))
         proxies = pass_through_warning(config)
         if proxies:
-            report.line("warn", "proxies", proxies)
+            report.warn("proxies", proxies)
         for sentence in files.stale_lists():
-            if config.tls.crl_policy == "strict":
-                report.fail("revocation", sentence)
-            else:
-                report.line("warn", "revocation", sentence)
+            report.line("fail" if config.tls.crl_policy == "strict" else "warn", "revocation", sentence)
     if config.urls.ca is not None and report.attempt("urls", lambda: fetch.trust(config.urls.ca)) is not None:
         report.ok("urls", str(config.urls.ca))
+    return files
+
+
+def look_at_keys(config: Config, report: Report) -> None:
+    """Keys, and whether there are some where they are needed."""
     keys = report.attempt("keys", lambda: KeyStore(config.auth.keys_file))
     if keys is not None:
         needed = config.auth.require in ("key", "either", "both") and not len(keys)
-        report.line("warn" if needed else "ok", "keys", f"{len(keys)} in {config.auth.keys_file}")
+        remedy = "; nobody can call without one: appliance keys create" if needed else ""
+        report.line("warn" if needed else "ok", "keys", f"{len(keys)} in {config.auth.keys_file}{remedy}")
+
+
+def look_at_device(config: Config, report: Report) -> LocalEngine | None:
+    """The device that models run on; None and a line when it cannot be used."""
     engine = report.attempt("device", lambda: LocalEngine(config.engine, Metrics()))
     if engine is not None:
         report.ok("device", f"{engine.device}: {engine.device.reason}")
-    if engine is not None and not skip_models:
-        asyncio.run(_check_models(config, engine, report))
-    ctx.exit(1 if report.failed else 0)
+    return engine
 
 
-class _Report:
-    """Lines of `ok | warn | fail`, and whether any failed."""
-
-    def __init__(self) -> None:
-        self.failed = False
-
-    def line(self, state: str, what: str, text: str) -> None:
-        """Print one line."""
-        click.echo(f"{state:<5} {what:<14} {text}")
-
-    def ok(self, what: str, text: str) -> None:
-        """Something is as it should be."""
-        self.line("ok", what, text)
-
-    def fail(self, what: str, text: str) -> None:
-        """Something keeps the appliance or a model from serving."""
-        self.failed = True
-        self.line("fail", what, text)
-
-    def attempt(self, what: str, make: Callable[[], T]) -> T | None:
-        """The result, or None and a line that says why not."""
-        try:
-            return make()
-        except ApplianceError as error:
-            self.fail(what, str(error))
-            return None
-
-
-async def _check_models(config: Config, engine: LocalEngine, report: _Report) -> None:
+async def _check_models(config: Config, engine: LocalEngine, report: Report) -> None:
     """Load every wanted version once, as the daemon would; nothing is written."""
     pool = DecodePool(config.engine.decode_threads)
     metrics = Metrics()
@@ -122,13 +114,13 @@ async def _check_models(config: Config, engine: LocalEngine, report: _Report) ->
             else:
                 report.ok("bundle", f"{name}: {version.state.value}")
     if not repository.bundles:
-        report.line("warn", "bundle", f"there is none in {config.catalog.root}")
+        report.warn("bundle", f"there is none in {config.catalog.root}; add one: appliance models add")
     await _check_workflows(settings, repository, report)
     await repository.close()
     pool.close()
 
 
-async def _check_workflows(settings: Catalog, repository: Repository[Servable], report: _Report) -> None:
+async def _check_workflows(settings: Catalog, repository: Repository[Servable], report: Report) -> None:
     """Read every workflow, and look whether there are such models."""
     workflows = Workflows(settings, repository)
     await workflows.look()

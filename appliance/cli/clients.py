@@ -4,6 +4,7 @@ The unit denies every address but this machine's own. A drop-in for both units n
 directions, so that what the service itself asks (a resolver, hosts of URL inputs) stands in it too.
 """
 
+import hashlib
 import ipaddress
 import os
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from appliance.core.errors import ConfigError
 from appliance.core.files import file_error
+from appliance.daemon.sockets import RULE_VARIABLE
 
 UNIT_FOLDER = Path("/etc/systemd/system")
 DROP_IN = "20-clients.conf"
@@ -63,7 +65,10 @@ def resolvers(file: Path = _RESOLVERS) -> tuple[str, ...]:
 
 
 def text(unit: str, allowed: Sequence[str], name_servers: Sequence[str]) -> str:
-    """The drop-in of one unit."""
+    """The drop-in of one unit.
+
+    The service is told which rule it is (daemon/sockets), so that a restart leaves sockets of another rule behind.
+    """
     lines = [
         "# Written by `appliance setup --clients`; run it again to change it. It counts in both directions.",
         f"[{_SECTIONS[unit]}]",
@@ -71,6 +76,10 @@ def text(unit: str, allowed: Sequence[str], name_servers: Sequence[str]) -> str:
     ]
     if name_servers and ANY not in allowed and unit.endswith(".service"):
         lines += ["# name servers of this machine", *(f"IPAddressAllow={address}" for address in name_servers)]
+    if unit.endswith(".service"):
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+        lines += ["# so that a restart gives up listening sockets that were opened under another rule"]
+        lines += [f"Environment={RULE_VARIABLE}={digest}"]
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,8 @@ What systemd passes (`LISTEN_FDS`, sd_listen_fds(3)) is used so:
 - named like a setting (`FileDescriptorName=server.listen` in a .socket unit): it is that setting's socket, whatever
   address the setting names;
 - bound to a setting's address: it is that setting's, under any name;
-- of our own earlier run (names that begin with `stored.`), and no setting has that address any more: closed for good;
+- of our own earlier run (names that begin with `stored.`), and no setting has that address any more, or systemd lets
+  in others than then (`ADDRESS_RULE`): closed for good;
 - anything else, e.g. port 443 of inference-appliance.socket: served beside `server.listen`, and like it.
 
 What we bind ourselves is put into systemd's store, so that a restart refuses nobody: clients wait in the queue.
@@ -33,7 +34,13 @@ _log = logging.getLogger(__name__)
 MAIN = "server.listen"
 """The setting whose port also gets the sockets that belong to no setting."""
 
+RULE_VARIABLE = "ADDRESS_RULE"
+"""Names the rule (IPAddressAllow=) that systemd starts us under; 20-clients.conf sets it. The kernel holds a listening
+socket to the rule of the control group that it was made in, which a restart leaves behind: a socket that was stored
+under another rule would go on letting in, or keeping out, whom that one did."""
+
 _STORED = "stored."
+_RULE = "@"
 _FIRST_DESCRIPTOR = 3
 _BACKLOG = 4096
 """Connections that may wait to be accepted; the system lowers it to net.core.somaxconn."""
@@ -105,12 +112,16 @@ def open_listening(
 
     Args:
         wanted: setting → "host:port" or "unix:/path", e.g. {"server.listen": "[::]:8443"}.
-        environment: where LISTEN_FDS and its kin stand; they are taken out, so that no child believes them.
+        environment: where LISTEN_FDS and its kin stand, which are taken out, so that no child believes them; and
+            ADDRESS_RULE.
     Raises: AddressError: an address is taken or not ours. ConfigError: what was passed is no listening socket.
     """
-    inherited = _inherited(environment)
+    inherited, rule = _inherited(environment), environment.get(RULE_VARIABLE, "")
     opened = ListeningSockets({name: [] for name in wanted})
     try:
+        outdated = [item for item in inherited if item.stored and item.name.partition(_RULE)[2] != rule]
+        _let_go(outdated, notifier, "the rule on who may connect is another one now")
+        inherited = [item for item in inherited if item not in outdated]
         _hand_out(wanted, inherited, opened)
         orphans = [item for item in inherited if item.stored and not _is_in(item.sock, opened)]
         _let_go(orphans, notifier, "no setting has that address any more")
@@ -125,7 +136,7 @@ def open_listening(
                 opened._paths.append(Path(address.removeprefix("unix:")))
             for sock in own:
                 if sock.family != socket.AF_UNIX:  # its path goes with /run/inference-appliance when we stop
-                    notifier.store(_STORED + name, sock)
+                    notifier.store(_STORED + name + (_RULE + rule if rule else ""), sock)
         _add_the_rest(inherited, opened)
     except BaseException:
         opened.close()
@@ -213,7 +224,9 @@ def _hand_out(wanted: Mapping[str, str], inherited: Sequence[_Inherited], opened
 def _at(item: _Inherited, places: Mapping[str, Sequence[_Place]]) -> str:
     """The setting with that socket's address, "" when there is none. Any port will do again where the system chose."""
     for name, wanted in places.items():
-        anywhere = [place.host for place in wanted if place.port == 0 and item.name == _STORED + name]
+        anywhere = [
+            place.host for place in wanted if place.port == 0 and item.name.partition(_RULE)[0] == _STORED + name
+        ]
         if item.place in wanted or (item.place.host in anywhere and item.place.family != socket.AF_UNIX):
             return name
     return ""

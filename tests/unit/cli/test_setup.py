@@ -215,6 +215,16 @@ def test_name_servers_elsewhere_are_let_in_for_the_service(tmp_path: Path) -> No
     assert clients.resolvers(tmp_path / "none") == ()
 
 
+def test_each_rule_has_a_name_that_the_service_is_told(tmp_path: Path) -> None:
+    def named(*allowed: str) -> str:
+        lines = clients.text("inference-appliance.service", allowed, ()).splitlines()
+        return next(line for line in lines if line.startswith("Environment="))
+
+    assert named("any") == named("any") != named("10.0.0.0/8")
+    assert named("any").startswith("Environment=ADDRESS_RULE=")
+    assert "Environment" not in clients.text("inference-appliance.socket", ("any",), ())
+
+
 def test_drop_ins_that_may_not_be_written_say_so(fresh: Command) -> None:
     result = fresh("setup", "--no-samples", "--clients", "any", "--unit-folder", "/proc/none")
     assert result.exit_code != 0

@@ -387,6 +387,25 @@ def test_stored_sockets_of_several_fronts_all_come_back(listening: Callable[...,
     assert passed_to({"server.listen": text(first)}, *passed, fronts=4)["places"]["server.listen"] == [port(first)] * 4
 
 
+@pytest.mark.parametrize(
+    ("stored", "now", "kept"),
+    [("", "", True), ("@ab12", "ab12", True), ("@ab12", "cd34", False), ("", "ab12", False), ("@ab12", "", False)],
+)
+def test_a_stored_socket_comes_back_only_under_the_rule_that_it_was_opened_under(
+    listening: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch, stored: str, now: str, kept: bool
+) -> None:
+    """systemd's rule on who may connect stays with a socket for ever: one of another rule is closed, and bound anew."""
+    given = listening()
+    address, number = text(given), port(given)
+    monkeypatch.setenv("ADDRESS_RULE", now)
+    passed = (f"stored.server.listen{stored}", given)
+    found = passed_to({"server.listen": address if kept else "127.0.0.1:0"}, passed)
+    (own,) = found["places"]["server.listen"]
+    assert (own == number) is kept
+    put = ["store", "stored.server.listen" + (f"@{now}" if now else ""), own]
+    assert found["said"] == ([put] if kept else [["forget", f"stored.server.listen{stored}"], ["wait"], put])
+
+
 def test_one_stored_socket_is_shared_by_all_fronts(listening: Callable[..., socket.socket]) -> None:
     given = listening()
     found = passed_to({"server.listen": text(given)}, ("stored.server.listen", given), fronts=4)
