@@ -22,6 +22,7 @@ _COMMANDS = {
     "config": "config",
     "connect": "connect",
     "certs": "certs",
+    "doctor": "doctor",
     "keys": "keys",
     "models": "models",
     "workflows": "workflows",

@@ -1,0 +1,66 @@
+"""What systemd says of our units."""
+
+import ipaddress
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+SERVICE = "inference-appliance.service"
+SOCKET = "inference-appliance.socket"
+
+_PROPERTIES = (
+    "LoadState",
+    "ActiveState",
+    "SubState",
+    "Result",
+    "ExecMainStatus",
+    "NRestarts",
+    "UnitFileState",
+    "ConditionResult",
+    "FragmentPath",
+    "DropInPaths",
+    "NeedDaemonReload",
+    "IPAddressAllow",
+    "IPAddressDeny",
+    "StatusText",
+    "Environment",
+)
+
+
+def systemd_runs() -> bool:
+    """Whether systemd is this machine's init. Source: sd_booted(3)."""
+    return Path("/run/systemd/system").is_dir() and shutil.which("systemctl") is not None
+
+
+def show(unit: str) -> dict[str, str]:
+    """A unit's properties by name; empty when systemd does not answer."""
+    command = ["systemctl", "show", unit, "--property=" + ",".join(_PROPERTIES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+def only_this_machine(properties: Mapping[str, str]) -> bool:
+    """Whether every other address is denied by IPAddressDeny= and IPAddressAllow= of a unit.
+
+    Args: properties: as `show` gives them: networks with spaces between them.
+    """
+    if not _networks(properties.get("IPAddressDeny", "")):
+        return False
+    return all(network.is_loopback for network in _networks(properties.get("IPAddressAllow", "")))
+
+
+def lets_all_in(properties: Mapping[str, str]) -> bool:
+    """Whether no address is denied."""
+    allowed = _networks(properties.get("IPAddressAllow", ""))
+    return not _networks(properties.get("IPAddressDeny", "")) or any(network.prefixlen == 0 for network in allowed)
+
+
+def _networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    found = []
+    for word in text.split():
+        try:
+            found.append(ipaddress.ip_network(word))
+        except ValueError:
+            continue  # a word of a later systemd
+    return found
