@@ -19,14 +19,26 @@ class NotRunning(ConfigError):
 
 def ask(socket: Path, page: str, *, post: bool = False) -> dict[str, Any]:
     """One page of the admin socket as JSON. Raises: NotRunning."""
+    reply = _reply(socket, page, post=post)
+    try:
+        content: dict[str, Any] = reply.json()
+    except ValueError as error:
+        raise NotRunning(socket, str(error)) from error
+    return content
+
+
+def text(socket: Path, page: str) -> str:
+    """One page of the admin socket as it is. Raises: NotRunning."""
+    return _reply(socket, page, post=False).text
+
+
+def _reply(socket: Path, page: str, *, post: bool) -> httpx.Response:
     transport = httpx.HTTPTransport(uds=str(socket))
     try:
         # httpx leaves its own socket open when nobody listens.
         with contextlib.closing(sockets.socket(sockets.AF_UNIX)) as knock:
             knock.connect(str(socket))
         with httpx.Client(transport=transport, base_url="http://appliance", timeout=120.0) as client:
-            reply = client.request("POST" if post else "GET", page)
-            content: dict[str, Any] = reply.json()
-    except (httpx.HTTPError, OSError, ValueError) as error:
+            return client.request("POST" if post else "GET", page)
+    except (httpx.HTTPError, OSError) as error:
         raise NotRunning(socket, str(error) or type(error).__name__) from error
-    return content

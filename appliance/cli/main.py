@@ -17,6 +17,7 @@ from appliance.core.errors import ApplianceError
 _COMMANDS = {
     "serve": "serve",
     "setup": "setup",
+    "support-bundle": "support",
     "reload": "serve",
     "check": "check",
     "config": "config",
@@ -42,7 +43,9 @@ class _Group(click.Group):
         """The verb's command."""
         if name not in _COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"appliance.cli.{_COMMANDS[name]}"), name)
+        command: click.Command = getattr(
+            importlib.import_module(f"appliance.cli.{_COMMANDS[name]}"), name.replace("-", "_")
+        )
         return command
 
     def invoke(self, ctx: click.Context) -> object:
