@@ -79,4 +79,4 @@ def cli(ctx: click.Context, config_file: Path | None) -> None:
 
 def main() -> None:
     """Entry point."""
-    sys.exit(cli())
+    sys.exit(cli(prog_name="appliance"))  # however it was started: completion goes by the name

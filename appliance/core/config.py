@@ -1,7 +1,8 @@
 """Configuration: frozen models of the sections, read from layers, every problem reported at once.
 
-Layers, later ones win: built-in defaults → vendor file → main file → `conf.d/*.toml` in name order → `APPLIANCE_*`
-environment (`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value is read as TOML, else as text).
+Layers, later ones win: built-in defaults → vendor file → main file → `conf.d/*.toml` in name order → systemd's
+credential `appliance.toml`, for secrets that shall not lie on the disk → `APPLIANCE_*` environment
+(`APPLIANCE_SERVER__BASE_URL=…` sets `server.base_url`; the value is read as TOML, else as text).
 `[[principal]]` and `[[deployment]]` tables of all files are put one behind the other: a drop-in file can add one.
 Keys that an earlier version knew by another name are read for one version more (`migration`).
 """
@@ -38,6 +39,10 @@ from appliance.core.types import NAME_PATTERN
 
 VENDOR_FILE = Path("/usr/lib/inference-appliance/appliance.toml")
 MAIN_FILE = Path("/etc/inference-appliance/appliance.toml")
+CREDENTIAL = "appliance.toml"
+"""Name of the credential (LoadCredentialEncrypted=) that is read as one more file. systemd reads it when it starts the
+service, so that what changes there needs a restart."""
+CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
 DROP_INS = "conf.d"
 """The folder beside the main file whose files are read after it."""
 MAIN_FILE_VARIABLE = "APPLIANCE_CONFIG"
@@ -725,7 +730,7 @@ class Config(Section):
     shutdown: Shutdown = Shutdown()
 
 
-_TABLES: Mapping[str, type[Section]] = {"principal": Principal, "deployment": Deployment}
+SEVERAL: Mapping[str, type[Section]] = {"principal": Principal, "deployment": Deployment}
 """Sections that there may be several of: arrays of tables."""
 
 
@@ -876,6 +881,8 @@ def load(main_file: Path | None = None, environ: Mapping[str, str] | None = None
     origins: dict[str, str] = {}
     warnings: list[str] = []
     files = [VENDOR_FILE, main, *_drop_ins(main.parent / DROP_INS, problems)]
+    if CREDENTIALS_VARIABLE in environ:
+        files.append(Path(environ[CREDENTIALS_VARIABLE]) / CREDENTIAL)
     layers = [(str(path), _read_file(path, problems)) for path in files]
     for origin, layer in [*layers, *_environment_tables(environ, problems)]:
         warnings += migration.bring_up_to_date(layer, origin)
@@ -937,6 +944,15 @@ def of_data(data: Mapping[str, Any]) -> Config:
     return Config.model_validate(data)
 
 
+def sections() -> Iterator[tuple[str, type[Section]]]:
+    """Every section with its model, in the order of the file."""
+    for name, info in Config.model_fields.items():
+        section = SEVERAL.get(name, info.annotation)
+        assert isinstance(section, type)
+        assert issubclass(section, Section)
+        yield name, section
+
+
 def example() -> str:
     """The configuration file we ship: every key with its documentation and default, commented out."""
     lines = [
@@ -946,11 +962,8 @@ def example() -> str:
         "# environment, APPLIANCE_SECTION__KEY, are read last. `appliance check` says what is wrong, `appliance config",
         "# show` what is in force and where it came from.",
     ]
-    for name, info in Config.model_fields.items():
-        section = _TABLES.get(name, info.annotation)
-        assert isinstance(section, type)
-        assert issubclass(section, Section)
-        header = f"#[[{name}]]" if name in _TABLES else f"[{name}]"
+    for name, section in sections():
+        header = f"#[[{name}]]" if name in SEVERAL else f"[{name}]"
         lines += ["", *_comment(section.__doc__ or ""), header]
         for key, field in section.model_fields.items():
             restart = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("restart")
@@ -1049,7 +1062,7 @@ def _environment_value(text: str) -> object:
 
 def _merge(into: dict[str, Any], origins: dict[str, str], layer: dict[str, Any], origin: str) -> None:
     for section, content in layer.items():
-        if section in _TABLES and isinstance(content, list):
+        if section in SEVERAL and isinstance(content, list):
             into[section] = [*into.get(section, []), *content]
             origins[section] = origin
         elif isinstance(content, dict) and isinstance(into.get(section, {}), dict):
@@ -1083,8 +1096,8 @@ def _problem(entry: Any, merged: dict[str, Any], origins: Mapping[str, str]) -> 
 def _section_type(location: list[str]) -> type[Section] | None:
     if not location:
         return Config
-    if location[0] in _TABLES:
-        return _TABLES[location[0]]
+    if location[0] in SEVERAL:
+        return SEVERAL[location[0]]
     info = Config.model_fields.get(location[0])
     annotation = info.annotation if info else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
@@ -1104,14 +1117,14 @@ def _field(location: list[str]) -> Any:
 def _unindexed(key: str) -> str:
     """Origins are kept by section and key: `principal.0.name` came from where `principal` came from."""
     parts = key.split(".")
-    return parts[0] if parts[0] in _TABLES else ".".join(parts[:2])
+    return parts[0] if parts[0] in SEVERAL else ".".join(parts[:2])
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif key in _TABLES and isinstance(value, list):
+        elif key in SEVERAL and isinstance(value, list):
             for index, table in enumerate(value):
                 yield from _flatten(table, f"{key}.{index}.")
         else:

@@ -525,6 +525,19 @@ def test_drop_ins_that_may_not_be_read_are_a_problem_and_not_passed_over(write: 
     assert f"{main.parent}/conf.d: cannot be read: Permission denied. Run the command with sudo" in done.stderr
 
 
+def test_a_credential_of_systemd_is_one_more_file_behind_the_others(write: Callable[..., Path], tmp_path: Path) -> None:
+    main = write(a='[log]\nlevel = "error"\n')
+    (tmp_path / "credentials").mkdir()
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials"), "APPLIANCE_LOG__SAMPLE": "0.5"}
+    assert load(main, environ).config.tls.key_passphrase is None
+    (tmp_path / "credentials" / "appliance.toml").write_text('[tls]\nkey_passphrase = "x7"\n[log]\nsample = 1\n')
+    loaded = load(main, environ)
+    assert loaded.config.tls.key_passphrase is not None
+    assert loaded.config.tls.key_passphrase.get_secret_value() == "x7"
+    assert loaded.config.log.sample == 0.5
+    assert origin(loaded, "tls.key_passphrase") == str(tmp_path / "credentials" / "appliance.toml")
+
+
 def test_what_editors_leave_in_the_folder_of_drop_ins_is_not_read(write: Callable[..., Path]) -> None:
     main = write()
     for name in (".#a.toml", "a.toml.dpkg-dist", "b.toml~", ".b.toml-x1"):
