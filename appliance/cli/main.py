@@ -67,7 +67,7 @@ class _Group(click.Group):
 @click.option(
     "--config",
     "config_file",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),  # who may not read it is told how to mend that
     envvar="APPLIANCE_CONFIG",
     help="Configuration file; default: /etc/inference-appliance/appliance.toml.",
 )

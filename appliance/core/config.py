@@ -34,7 +34,8 @@ from pydantic import (
 )
 
 from appliance.core import migration
-from appliance.core.errors import ConfigError
+from appliance.core.errors import AccessRefused, ConfigError
+from appliance.core.files import SERVICE_GROUP
 from appliance.core.types import NAME_PATTERN
 
 VENDOR_FILE = Path("/usr/lib/inference-appliance/appliance.toml")
@@ -847,6 +848,10 @@ class ConfigInvalid(ConfigError):
         self.problems = problems
 
 
+class ConfigUnreadable(ConfigInvalid, AccessRefused):
+    """A file of the configuration may not be read; what else is wrong may come of that."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
     """A valid configuration, for each dotted key which layer it came from, and which keys have another name now."""
@@ -897,6 +902,8 @@ def load(main_file: Path | None = None, environ: Mapping[str, str] | None = None
             Problem(p.key, p.value, p.reason, p.remedy, origins.get(_unindexed(p.key), BUILT_IN))
             for p in cross_problems(config)
         ]
+    if any(problem.reason.startswith(_UNREADABLE) for problem in problems):
+        raise ConfigUnreadable(problems)
     if problems or config is None:
         raise ConfigInvalid(problems)
     return LoadedConfig(config, origins, tuple(warnings))
@@ -1027,9 +1034,13 @@ def _drop_ins(folder: Path, problems: list[Problem]) -> list[Path]:
     return [folder / name for name in sorted(names) if name.endswith(".toml") and not name.startswith(".")]
 
 
+_UNREADABLE = "cannot be read: "
+
+
 def _unreadable(path: Path, error: OSError) -> Problem:
-    remedy = "Run the command with sudo; the service reads it by its group, inference-appliance."
-    return Problem(str(path), None, f"cannot be read: {error.strerror}", remedy)
+    mode = "0750" if path.is_dir() else "0640"
+    remedy = f"Run the command with sudo; for the service: chgrp {SERVICE_GROUP} {path} && chmod {mode} {path}."
+    return Problem(str(path), None, f"{_UNREADABLE}{error.strerror}", remedy)
 
 
 def _environment_tables(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import serialization
 
 from appliance.core.config import Config
 from appliance.core.errors import CertificateError
-from appliance.core.files import in_memory
+from appliance.core.files import SERVICE_GROUP, in_memory
 from appliance.pki import inspect
 from appliance.pki.files import MAX_FILE_BYTES
 from appliance.pki.revocation import MAX_LIST_BYTES, RevocationList, read_lists
@@ -449,7 +449,8 @@ def _read_pem(path: Path, limit: int = MAX_FILE_BYTES, remedy: str = _MAKE) -> b
     except FileNotFoundError:
         raise CertificateError(f"There is no file {path}; {remedy}.") from None
     except OSError as error:
-        raise CertificateError(f"{path} cannot be read: {error.strerror}.") from error
+        mend = f"the service must be able to: chgrp {SERVICE_GROUP} {path} && chmod 0640 {path}"
+        raise CertificateError(f"{path} cannot be read: {error.strerror}; {mend}.") from error
     if len(content) > limit:
         raise CertificateError(f"{path} has more than {limit} bytes; it is not what belongs there.")
     return content

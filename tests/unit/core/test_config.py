@@ -521,8 +521,17 @@ def test_drop_ins_that_may_not_be_read_are_a_problem_and_not_passed_over(write: 
     main = write(a='[log]\nlevel = "error"\n')
     (main.parent / "conf.d").chmod(0)
     done = without_privileges("--config", main, "config", "show")
-    assert done.returncode == 2
+    assert done.returncode == 5
     assert f"{main.parent}/conf.d: cannot be read: Permission denied. Run the command with sudo" in done.stderr
+    assert f"chmod 0750 {main.parent}/conf.d" in done.stderr
+
+
+def test_a_main_file_that_may_not_be_read_is_a_matter_of_rights(write: Callable[..., Path]) -> None:
+    main = write('[log]\nlevel = "error"\n')
+    main.chmod(0)
+    done = without_privileges("--config", main, "serve")
+    assert done.returncode == 5
+    assert f"chgrp inference-appliance {main} && chmod 0640 {main}" in done.stderr
 
 
 def test_a_credential_of_systemd_is_one_more_file_behind_the_others(write: Callable[..., Path], tmp_path: Path) -> None:
