@@ -26,6 +26,7 @@ _COMMANDS = {
     "doctor": "doctor",
     "keys": "keys",
     "models": "models",
+    "predict": "predict",
     "workflows": "workflows",
 }
 """Verb → module of this folder. Each is imported when it is wanted: `connect` runs on clients' hosts, where there is no

@@ -1,11 +1,12 @@
 """What an operator asks of a running appliance: doctor and support bundle see it as clients do."""
 
 import json
+import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
-from support.appliance import Appliance, Pki, run
+from support.appliance import MODELS, Appliance, Pki, run
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +41,51 @@ def test_a_certificate_that_clients_would_refuse_is_told(shared: Appliance, pki:
         ca.write_bytes(good)
     assert found["handshake"][0] == "warn"
     assert "a client refuses it" in found["handshake"][1]
+
+
+PICTURE = MODELS / "digits" / "samples" / "held-out-000-label-2.png"
+
+
+def predict(appliance: Appliance, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    url = f"https://localhost:{appliance.port()}"
+    return run("predict", *arguments, "--base-url", url, config=appliance.file, check=False)
+
+
+def test_a_prediction_is_asked_for_as_a_client_asks(shared: Appliance, tmp_path: Path) -> None:
+    key = tmp_path / "pat"
+    key.write_text(shared.key + "\n")
+    done = predict(shared, "digits", PICTURE, "--key-file", key)
+    assert done.stdout.splitlines()[0].split()[0] == "two", done.stderr
+    text = tmp_path / "post.txt"
+    text.write_text("The shuttle was launched into its orbit this morning.")
+    done = predict(shared, "appliance/main/ml-topics", text, "--key-file", key, "--json")
+    reply = json.loads(done.stdout)
+    assert reply["outputs"][0]["data"]["concepts"][0]["value"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("digits", PICTURE), "11102"),
+        (("digits", "none.png"), "none.png cannot be read"),
+        (("none", PICTURE), "Model does not exist"),
+        (("a/b", PICTURE), "neither MODEL nor USER/APP/MODEL"),
+        (("digits", PICTURE, "--ca", "/none"), "--ca"),
+        (("digits", PICTURE, "--as", "text"), "text"),
+    ],
+)
+def test_what_keeps_it_from_an_answer_is_said(
+    shared: Appliance, tmp_path: Path, arguments: tuple[str | Path, ...], said: str
+) -> None:
+    key = tmp_path / "pat"
+    key.write_text(shared.key)
+    flags = () if said == "11102" else ("--key-file", key)
+    done = predict(shared, *arguments, *flags)
+    assert done.returncode == 2
+    if said != "11102":
+        assert said in done.stderr
+    else:
+        assert "key" in done.stderr.lower()
 
 
 def test_the_bundle_of_a_running_appliance_has_status_and_metrics(shared: Appliance, tmp_path: Path) -> None:
