@@ -64,7 +64,7 @@ def examine(config_file: Path | None, report: Report) -> None:
     try:
         loaded = configuration.load(config_file)
     except ConfigError as error:
-        report.fail("configuration", str(error))
+        report.fail("configuration", exits.one_line(error))
         if standard:
             _unit(None, None, report)
         return

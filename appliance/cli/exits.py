@@ -51,7 +51,10 @@ def tell(error: ApplianceError) -> str:
 
     Source: sd-daemon(3): "<3>" in front of a line that the journal reads is its priority.
     """
-    if not logs.stderr_is_journal():
-        return f"error: {error}"
+    return f"<3>{one_line(error)}" if logs.stderr_is_journal() else f"error: {error}"
+
+
+def one_line(error: ApplianceError) -> str:
+    """What an error says, on one line: a list of problems has one each."""
     parts = [part.strip() for part in str(error).splitlines()]
-    return "<3>" + printable("; ".join(filter(None, parts)).replace(":; ", ": "))
+    return printable("; ".join(filter(None, parts)).replace(":; ", ": "))

@@ -6,6 +6,7 @@ from typing import Literal, TypeVar
 
 import click
 
+from appliance.cli import exits
 from appliance.core.errors import ApplianceError
 from appliance.core.files import printable
 
@@ -58,5 +59,5 @@ class Report:
         try:
             return make()
         except ApplianceError as error:
-            self.fail(what, str(error))
+            self.fail(what, exits.one_line(error))
             return None

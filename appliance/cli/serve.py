@@ -1,6 +1,7 @@
 """`appliance serve` and `appliance reload`."""
 
 import asyncio
+import faulthandler
 import logging
 import resource
 import signal
@@ -12,6 +13,7 @@ import uvloop
 from appliance.cli import admin
 from appliance.core import config as configuration
 from appliance.core import logs
+from appliance.core.config import Admin, ConfigInvalid
 from appliance.core.errors import ConfigError
 from appliance.daemon.child import leave, return_large_blocks, spare_the_collector
 from appliance.daemon.service import Daemon
@@ -29,6 +31,7 @@ def serve(config_file: Path | None) -> None:
     """Run the daemon in the foreground (systemd starts it this way)."""
     # A reload asked for before there is anything to reload must not be the default, death.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    faulthandler.enable()  # systemd's watchdog aborts a supervisor that hangs: where it hung is worth knowing
     loaded = configuration.load(config_file)
     logs.set_up(loaded.config.log.level)
     ignore_warnings()
@@ -63,8 +66,19 @@ def reload(config_file: Path | None) -> None:
 
     Exits non-zero, with the reason, when the daemon kept its last good state.
     """
-    settings = configuration.load(config_file).config.admin
-    answer = admin.ask(settings.socket, "/reload", post=True)
+    answer = admin.ask(_socket(config_file), "/reload", post=True)
     if not answer.get("ok"):
         raise ConfigError(f"The daemon kept its last good state: {answer.get('message')}")
-    click.echo(answer["message"])
+    if not logs.stderr_is_journal():  # there the daemon has said so itself
+        click.echo(answer["message"])
+
+
+def _socket(config_file: Path | None) -> Path:
+    """Where the daemon is asked. What is wrong with the configuration is the daemon's to say, and to count."""
+    try:
+        return configuration.load(config_file).config.admin.socket
+    except ConfigInvalid:
+        usual = Admin().socket
+        if config_file in (None, configuration.MAIN_FILE) and usual.exists():
+            return usual
+        raise

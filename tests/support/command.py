@@ -46,9 +46,9 @@ class Command:
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    def bad(self, *arguments: str | Path) -> str:
+    def bad(self, *arguments: str | Path, status: int = 2) -> str:
         result = self(*arguments)
-        assert result.exit_code == 2, result.output
+        assert result.exit_code == status, result.output
         assert result.stderr.startswith("error: ")
         return result.stderr
 

@@ -431,7 +431,7 @@ def test_a_replacement_that_fails_at_any_rename_leaves_all_as_it_was(
         rename(old, new)
 
     monkeypatch.setattr(os, "rename", flaky)
-    assert "No space left on device" in appliance.bad("models", "add", source, "--replace")
+    assert "No space left on device" in appliance.bad("models", "add", source, "--replace", status=6)
     assert tree(appliance.root) == before
     assert os.listdir(appliance.root) == ["cats"]
 
@@ -556,6 +556,6 @@ def test_compiling_without_a_gpu_says_what_is_missing(appliance: Command, source
     with appliance.file.open("a") as file:
         file.write('[engine]\ndevice = "cpu"\n')
     assert "TensorRT needs a GPU, and the device is the CPU: as configured." in appliance.bad(
-        "models", "compile", "cats"
+        "models", "compile", "cats", status=7
     )
     assert not (appliance.folder / "state" / "cache").exists()
