@@ -1,5 +1,8 @@
 """What a configuration means for this machine, found out before anything of it is taken over."""
 
+import os
+from pathlib import Path
+
 from appliance.core.config import Config
 from appliance.core.machine import usable_memory
 from appliance.media import fetch
@@ -14,3 +17,21 @@ def check_urls(config: Config) -> None:
     """Raises: CertificateError: the authorities of hosts that inputs are fetched from cannot be read."""
     if config.urls.ca is not None:
         fetch.trust(config.urls.ca)
+
+
+FULL_BYTES = 1 << 20
+"""Free bytes below which a file system is as good as full: a catalog's state has a few kB, a curve some more."""
+
+
+def space_warning(folder: Path) -> str:
+    """A sentence when nothing more can be written where the state is kept, else "". That stops no answers."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return ""
+    if found.f_bavail * found.f_frsize >= FULL_BYTES and (not found.f_files or found.f_favail):
+        return ""
+    return (
+        f"There is no space left at {folder} (catalog.state_dir): models are served, and what is measured or held back "
+        "is not kept over a restart; free some space."
+    )

@@ -32,7 +32,7 @@ from appliance.core.metrics import Metrics
 from appliance.core.systemd import Notifier
 from appliance.daemon.admin import AdminServer
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
-from appliance.daemon.checks import check_urls, memory_for_requests
+from appliance.daemon.checks import check_urls, memory_for_requests, space_warning
 from appliance.daemon.front import open_sockets, pass_through_warning
 from appliance.daemon.staff import Loaded, Staff, choose
 
@@ -324,6 +324,7 @@ class Daemon:
             *self._old_keys,
             base_url_warning(self._config, self._certificates.tls().chain),
             pass_through_warning(self._config),
+            space_warning(self._config.catalog.state_dir),
         ):
             if warning:
                 _log.warning("%s", warning)
