@@ -22,6 +22,9 @@ _NAMED = re.compile(
 )
 """`key_passphrase = "…"`, `CLARIFAI_PAT=…`, `authorization: …`: all behind the sign, to the quote or the end."""
 
+_USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)[^/@\s\"']+@", re.IGNORECASE)
+"""A proxy's user and password in its URL."""
+
 _FILES = ("pat_file", "token_file", "passphrase_file", "secret_file", "password_file")
 """Endings of settings that name a file with a secret in it."""
 
@@ -45,6 +48,7 @@ class Redactor:
         text = _PRIVATE_KEY.sub(f"[private key {GONE[1:]}", text)
         text = _HEX.sub(self._hex, text)
         text = _CREDENTIALS.sub(rf"\1\2{GONE}", text)
+        text = _USERINFO.sub(rf"\1{GONE}@", text)
         return _NAMED.sub(rf"\g<name>\g<between>{GONE}", text)
 
     def _hex(self, match: re.Match[str]) -> str:

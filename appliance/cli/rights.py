@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance.core.config import DROP_INS, Config
+from appliance.core.config import DROP_INS, Config, Section
 from appliance.core.files import SERVICE_GROUP
 from appliance.pki.files import Access, too_open
 
@@ -57,14 +57,10 @@ def problems(config: Config, main: Path, who: Who) -> list[str]:
 
 def _needed(config: Config, main: Path) -> Iterator[tuple[Path, int]]:
     """What must be reached, as far as it is there, and how."""
-    tls = config.tls
     yield main, _READ
     yield main.parent / DROP_INS, _READ | _SEARCH
     yield from ((path, _READ) for path in sorted((main.parent / DROP_INS).glob("*.toml")))
-    files = (tls.certificate, tls.key, tls.client_ca, tls.crl, config.urls.ca, config.auth.keys_file)
-    for path in (*files, *tls.sni_certificates, *(cert.with_suffix(".key") for cert in tls.sni_certificates)):
-        if path is not None:
-            yield path, _READ
+    yield from ((path, _READ) for _, path in _files(config))
     yield config.catalog.state_dir, _READ | _WRITE | _SEARCH
     yield config.catalog.root, _READ | _SEARCH
     for index, path in enumerate(config.catalog.root.rglob("*")):
@@ -72,6 +68,15 @@ def _needed(config: Config, main: Path) -> Iterator[tuple[Path, int]]:
             break
         if not any(part.startswith(".") for part in path.relative_to(config.catalog.root).parts):
             yield path, _READ | _SEARCH if path.is_dir() else _READ
+
+
+def _files(config: Config) -> Iterator[tuple[str, Path]]:
+    """Every file that a setting names, by the setting's name; folders and sockets are none."""
+    for name, section in config:
+        if isinstance(section, Section) and name not in ("catalog", "admin"):
+            yield from ((key, value) for key, value in section if isinstance(value, Path))
+    for certificate in config.tls.sni_certificates:
+        yield from (("certificate", certificate), ("key", certificate.with_suffix(".key")))
 
 
 def _obstacle(path: Path, want: int, who: Who) -> str | None:
@@ -109,15 +114,15 @@ def _mend(path: Path, want: int, who: Who) -> str:
 
 
 def _too_open(config: Config, main: Path) -> Iterator[str]:
-    keys = [config.tls.key, *(cert.with_suffix(".key") for cert in config.tls.sni_certificates)]
-    secrets: list[tuple[Path, Access]] = [(key, "service") for key in keys]
+    secrets: list[tuple[Path, Access]] = [
+        (path, "service") for key, path in _files(config) if key in ("key", "pat_file", "keys_file")
+    ]
     secrets += [(config.tls.certificate.with_name("server.key.pending"), "service")]
     secrets += [(config.tls.certificate.with_name("ca.key"), "owner")]
     for path, access in secrets:
         if path.exists() and (sentence := too_open(path, access)):
             yield sentence
     forbidden = 0o006 if config.tls.key_passphrase else 0o002
-    files = [(path, forbidden) for path in (main, *(main.parent / DROP_INS).glob("*.toml"))]
-    for path, bits in (*files, (config.auth.keys_file, 0o006)):
-        if path.is_file() and (mode := stat.S_IMODE(path.stat().st_mode)) & bits:
+    for path in (main, *(main.parent / DROP_INS).glob("*.toml")):
+        if path.is_file() and (mode := stat.S_IMODE(path.stat().st_mode)) & forbidden:
             yield f"{path} has mode {mode:04o}, which lets in others than it should; run: chmod 0640 {path}"
