@@ -28,6 +28,7 @@ from appliance.cli.report import Report
 from appliance.core import config as configuration
 from appliance.core.config import MAIN_FILE, Config, is_loopback, parse_address
 from appliance.core.errors import ApplianceError, CertificateError, ConfigError
+from appliance.core.files import one_line
 from appliance.core.systemd import Notifier
 from appliance.daemon.sockets import open_listening
 from appliance.engine import libraries
@@ -64,7 +65,7 @@ def examine(config_file: Path | None, report: Report) -> None:
     try:
         loaded = configuration.load(config_file)
     except ConfigError as error:
-        report.fail("configuration", exits.one_line(error))
+        report.fail("configuration", one_line(error))
         if standard:
             _unit(None, None, report)
         return

@@ -10,7 +10,7 @@ from appliance.core.errors import (
     DeviceError,
     DiskFull,
 )
-from appliance.core.files import file_error, printable
+from appliance.core.files import file_error, one_line, printable
 
 OK = 0
 FOUND = 1
@@ -52,9 +52,3 @@ def tell(error: ApplianceError) -> str:
     Source: sd-daemon(3): "<3>" in front of a line that the journal reads is its priority.
     """
     return f"<3>{one_line(error)}" if logs.stderr_is_journal() else f"error: {error}"
-
-
-def one_line(error: ApplianceError) -> str:
-    """What an error says, on one line: a list of problems has one each."""
-    parts = [part.strip() for part in str(error).splitlines()]
-    return printable("; ".join(filter(None, parts)).replace(":; ", ": "))

@@ -6,9 +6,8 @@ from typing import Literal, TypeVar
 
 import click
 
-from appliance.cli import exits
 from appliance.core.errors import ApplianceError
-from appliance.core.files import printable
+from appliance.core.files import one_line, printable
 
 T = TypeVar("T")
 
@@ -59,5 +58,5 @@ class Report:
         try:
             return make()
         except ApplianceError as error:
-            self.fail(what, exits.one_line(error))
+            self.fail(what, one_line(error))
             return None

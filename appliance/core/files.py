@@ -31,6 +31,12 @@ def printable(text: object) -> str:
     return _UNSHOWABLE.sub(_escaped, str(text))
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, on one line: a list of problems has one each."""
+    parts = [part.strip() for part in str(error).splitlines()]
+    return printable("; ".join(filter(None, parts)).replace(":; ", ": "))
+
+
 def _escaped(found: re.Match[str]) -> str:
     number = ord(found[0])
     # A byte of a file name that is not UTF-8 reaches Python as a surrogate (PEP 383): show that byte.

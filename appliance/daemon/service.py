@@ -26,7 +26,7 @@ from appliance.core import config as configuration
 from appliance.core import logs
 from appliance.core.config import Config, LoadedConfig
 from appliance.core.errors import ApplianceError, ConfigError, Draining
-from appliance.core.files import file_error
+from appliance.core.files import file_error, one_line
 from appliance.core.machine import usable_memory
 from appliance.core.metrics import Metrics
 from appliance.core.systemd import Notifier
@@ -199,7 +199,7 @@ class Daemon:
                 await self._staff.configure(config, keys)
             except ApplianceError as error:
                 self._metrics.reloads.labels("failed").inc()
-                _log.error("reload failed, the old state goes on: %s", error)
+                _log.error("reload failed, the old state goes on: %s", one_line(error))
                 self._say_reloaded(f"reload failed: {str(error).splitlines()[0]}")
                 raise
             except Exception as error:
