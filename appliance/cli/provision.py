@@ -242,10 +242,10 @@ def own_certificates(layout: Layout, names: Sequence[str], organisation: str | N
         missing = _missing_names(certificate, names[:1])
         if not missing:
             return [f"kept {certificate}"]
-        if not has_root:
+        if not has_root or not _is_ours(certificate, load_root(layout, now)):
             raise CertificateError(
-                f"{certificate} is not for {missing[0]}, and {layout.ca_key}, which could issue another one, is not "
-                "here. Have it issued anew: --certificates csr; or replace it with a root of your own: --force."
+                f"{certificate} is not for {missing[0]}, and was not issued by a root of your own that is here. Have it "
+                "issued anew by its CA: --certificates csr; or replace it with one of your own root: --force."
             )
     if not has_root and exists(layout.ca_certificate) and not force:
         raise CertificateError(
@@ -268,6 +268,10 @@ def _root_files(layout: Layout, root: Issued, replace: bool) -> list[NewFile]:
         NewFile(layout.ca_key, key_pem(root.key), "owner", replace),
         NewFile(layout.ca_certificate, certificate_pem(root.certificate), "public", replace),
     ]
+
+
+def _is_ours(certificate: Path, root: Issued) -> bool:
+    return inspect.signed_by(read_certificates(certificate)[0], root.certificate)
 
 
 def _missing_names(certificate: Path, names: Sequence[str]) -> list[str]:

@@ -135,6 +135,22 @@ def test_what_cannot_be_imported_is_told_and_nothing_installed(fresh: Command, t
     assert not (fresh.folder / "tls" / "server.crt").exists()
 
 
+def test_a_certificate_of_another_ca_is_not_replaced_by_one_of_our_root(fresh: Command, tmp_path: Path) -> None:
+    """Even where there is a root of our own, for clients' certificates."""
+    setup(fresh)
+    other = tmp_path / "other"
+    fresh.good("certs", "init", "--dir", other)
+    fresh.good("certs", "issue", "server", "--san", "edge.example.com", "--dir", other)
+    tls = fresh.folder / "tls"
+    for name in ("server.crt", "server.key"):
+        (tls / name).write_bytes((other / name).read_bytes())
+    before = tree(tls)
+    result = fresh("setup", "--base-url", "https://new.example.com:8443", "--no-samples")
+    assert result.exit_code == 3
+    assert "was not issued by a root of your own" in result.stderr
+    assert tree(tls) == before
+
+
 # ---- answers that are wrong ------------------------------------------------------------------------------------------
 
 
