@@ -244,7 +244,7 @@ def own_certificates(layout: Layout, names: Sequence[str], organisation: str | N
             return [f"kept {certificate}"]
         if not has_root or not _is_ours(certificate, load_root(layout, now)):
             raise CertificateError(
-                f"{certificate} is not for {missing[0]}, and was not issued by a root of your own that is here. Have it "
+                f"{certificate} is not for {missing[0]}, and was not issued by a root of your own here. Have it "
                 "issued anew by its CA: --certificates csr; or replace it with one of your own root: --force."
             )
     if not has_root and exists(layout.ca_certificate) and not force:
