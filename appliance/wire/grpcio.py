@@ -14,7 +14,7 @@ import grpc
 from grpc import aio
 
 from appliance.core.config import parse_address
-from appliance.core.errors import ConfigError
+from appliance.core.errors import AddressError
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 from appliance.wire import sentences
 from appliance.wire.grpc import NO_MESSAGE, unforeseen
@@ -64,7 +64,7 @@ class GrpcioServer:
     def listen(self, name: str, address: str, read: Callable[[], Credentials]) -> None:
         """Bind a port; `read` gives its credentials, now and again for later handshakes.
 
-        Raises: ConfigError: the port cannot be bound.
+        Raises: AddressError: the port cannot be bound.
         """
         first = read()
         credentials = grpc.dynamic_ssl_server_credentials(
@@ -77,8 +77,9 @@ class GrpcioServer:
         try:
             self.ports[name] = self._server.add_secure_port(f"{literal}:{port}", credentials)
         except RuntimeError as error:
-            raise ConfigError(
-                f"{name} {address} cannot be bound: the port is taken, or the address is not this machine's."
+            raise AddressError(
+                f"{name} {address} cannot be bound: the port is taken (`ss -ltnp` shows by whom), or the address is "
+                "not this machine's."
             ) from error
 
     async def start(self) -> None:
