@@ -54,7 +54,8 @@ def connect(ctx: click.Context, /, file: Path | None, check: bool, example: bool
     TLS connection to --upstream, with --certificate. The key's passphrase comes from a file or the environment, never
     from a flag.
 
-    --check exits with 1 when clients would not get through; a configuration that cannot be used exits with 2.
+    --check exits with 1 when clients would not get through; a configuration that cannot be used exits with 2, a
+    certificate or key with 3, a port that is taken with 4.
     """
     if example:
         click.echo(settings.example(), nl=False)

@@ -19,7 +19,7 @@ from appliance.connect.trouble import Trouble
 from appliance.connect.tunnel import Tunnel
 from appliance.connect.upstream import Upstream
 from appliance.core.config import parse_address
-from appliance.core.errors import ConfigError
+from appliance.core.errors import AddressError, ConfigError
 from appliance.core.logs import RateLimitedLog
 from appliance.core.systemd import Notifier
 
@@ -278,11 +278,11 @@ def _answers(path: Path) -> bool:
     return True
 
 
-def _cannot_listen(address: str, error: OSError) -> ConfigError:
+def _cannot_listen(address: str, error: OSError) -> AddressError:
     remedy = "Set listen to another one"
     if error.errno == errno.EADDRINUSE:
         remedy += "; perhaps appliance connect runs already"
-    return ConfigError(f"listen = {address!r} cannot be listened on: {error.strerror}. {remedy}.")
+    return AddressError(f"listen = {address!r} cannot be listened on: {error.strerror}. {remedy}.")
 
 
 def _as_url(sock: socket.socket) -> str:

@@ -607,7 +607,7 @@ class TestCommand:
         forwarder.key.unlink()
         forwarder.write()
         done = run("connect", "--config", forwarder.file, check=False)
-        assert done.returncode == 2
+        assert done.returncode == 3
         assert f"{forwarder.key} (key) does not exist" in done.stderr
 
     def test_systemd_hears_how_it_goes(self, both: Appliance, make_forwarder: MakeForwarder, tmp_path: Path) -> None:
@@ -639,7 +639,7 @@ class TestCommand:
             forwarder = make_forwarder(both.port(), listen=f"localhost:{taken.getsockname()[1]}")
             forwarder.write()
             done = run("connect", "--config", forwarder.file, check=False)
-        assert done.returncode == 2
+        assert done.returncode == 4
         assert "cannot be listened on: Address already in use" in done.stderr
         forwarder.start()  # it is free now
 
