@@ -219,7 +219,7 @@ class Connection:
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
             return 0
         except OSError as error:
-            self._lost(f"connection lost: {type(error).__name__}")
+            self._lost(f"connection lost: {type(error).__name__}: {error}")
             return 0
 
     @property
@@ -246,7 +246,7 @@ class Connection:
         except (BlockingIOError, ssl.SSLWantReadError):
             return
         except OSError as error:
-            self._lost(f"connection lost: {type(error).__name__}")
+            self._lost(f"connection lost: {type(error).__name__}: {error}")
             return
         if not data:
             self._lost("connection closed by the server")
