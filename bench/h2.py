@@ -120,6 +120,7 @@ class Connection:
         self._known: dict[bytes, dict[str, str]] = {}
         self._block: tuple[int, int, bytes] | None = None
         self._goaway = False
+        self._offered = 0
         self.socket = self._connect(target)
         self._send(
             PREFACE
@@ -215,12 +216,15 @@ class Connection:
     def _take(self, data: bytes) -> int:
         """How many bytes the socket took."""
         try:
-            return self.socket.send(data)
+            sent = self.socket.send(data)
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            self._offered = len(data)
             return 0
         except OSError as error:
             self._lost(f"connection lost: {type(error).__name__}: {error}")
             return 0
+        self._offered = 0
+        return sent
 
     @property
     def wants_to_write(self) -> bool:
@@ -230,7 +234,8 @@ class Connection:
     def write(self) -> None:
         """The socket takes more."""
         while self._out and self.open:
-            sent = self._take(bytes(self._out[:_READ]))
+            # TLS has encrypted some of what it could not send yet: it must be offered as much again.
+            sent = self._take(bytes(self._out[: max(_READ, self._offered)]))
             if not sent:
                 return
             del self._out[:sent]
