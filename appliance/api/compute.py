@@ -148,6 +148,10 @@ class Compute:
 
     # ---- messages ----
 
+    def here(self) -> resources_pb2.Nodepool:
+        """This appliance as a nodepool, in its cluster, as of now."""
+        return self._nodepool(self._places())
+
     def _cluster(self, places: Places) -> resources_pb2.ComputeCluster:
         return resources_pb2.ComputeCluster(
             id=places.compute_cluster_id,
@@ -256,7 +260,7 @@ class Compute:
             modified_at=messages.timestamp(version.loaded_at or version.first_seen),
             worker=resources_pb2.Worker(model=messages.model_brief(version)),
             nodepool=self._nodepool(places),
-            compute_info=_compute_info(version),
+            compute_info=compute_info(version),
             num_replicas=1,
             min_replicas=1,
             runner_metrics=resources_pb2.RunnerMetrics(pods_total=1, pods_running=1),
@@ -321,7 +325,7 @@ def _written(name: str) -> str:
     return "-".join(name.split())
 
 
-def _compute_info(version: Version[Servable]) -> resources_pb2.ComputeInfo:
+def compute_info(version: Version[Servable]) -> resources_pb2.ComputeInfo:
     """What a runner takes: what its bundle says, else the machine; and the GPU that it really is on."""
     info = resources_pb2.ComputeInfo()
     info.CopyFrom(messages.version_full(version).inference_compute_info)

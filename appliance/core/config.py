@@ -123,6 +123,19 @@ def check_local(value: str, why: str) -> str:
     return value
 
 
+def _origin(value: str, scheme: str, port: int) -> str:
+    """Scheme, host and port, the usual port written out. Raises ValueError: it is more, or less."""
+    parts = urlsplit(value)
+    try:
+        number = parts.port or port
+    except ValueError:
+        raise ValueError("has a port that is not a number between 0 and 65535") from None
+    if parts.scheme != scheme or not parts.hostname or parts.username or parts.path or parts.query or parts.fragment:
+        raise ValueError(f'must be "{scheme}://host" or "{scheme}://host:port", with nothing behind it')
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{scheme}://{host}:{number}"
+
+
 def _address(value: str) -> str:
     parse_address(value)
     return value
@@ -452,6 +465,83 @@ class Deployment(Section):
     )
 
 
+class Orchestrator(Section):
+    """The central orchestrator that this appliance is enrolled with; written by `appliance orchestrator enroll`."""
+
+    api_base: str | None = Field(
+        None,
+        examples=["https://api.example.com"],
+        description='The central API: "https://host" or "https://host:port". Unset: this appliance stands alone.',
+        json_schema_extra={"restart": True},
+    )
+    user_id: Name | None = Field(
+        None,
+        examples=["acme"],
+        description="The user there who owns what is registered: cluster, nodepool, app, models, deployments.",
+        json_schema_extra={"restart": True},
+    )
+    app_id: Name | None = Field(
+        None,
+        examples=["plant"],
+        description="The app there that all models are registered in; unset: each in one called like its app here.",
+        json_schema_extra={"restart": True},
+    )
+    site: str = Field(
+        "",
+        max_length=128,
+        examples=["Berlin, hall 3"],
+        description="Where this machine stands, as the orchestrator shows it.",
+        json_schema_extra={"restart": True},
+    )
+    pat_file: FilePath = Field(
+        Path("/etc/inference-appliance/orchestrator.pat"),
+        description="File with the user's personal access token (PAT), and nothing else.",
+        json_schema_extra={"restart": True},
+    )
+    root_ca: FilePath | None = Field(
+        None,
+        examples=["/etc/inference-appliance/tls/orchestrator-ca.crt"],
+        description="PEM file: the authorities of a private orchestrator's certificate. Unset: the public ones.",
+        json_schema_extra={"restart": True},
+    )
+    proxy: str | None = Field(
+        None,
+        examples=["http://proxy.example.com:3128"],
+        description='HTTP proxy (CONNECT) on the way there, "http://host:port". Unset: none.',
+        json_schema_extra={"restart": True},
+    )
+    certificate: FilePath | None = Field(
+        None,
+        examples=["/etc/inference-appliance/tls/orchestrator.crt"],
+        description="PEM file: the certificate that we show to a private orchestrator, with its chain. Unset: none.",
+        json_schema_extra={"restart": True},
+    )
+    key: FilePath | None = Field(
+        None,
+        examples=["/etc/inference-appliance/tls/orchestrator.key"],
+        description="PEM file: its private key.",
+        json_schema_extra={"restart": True},
+    )
+
+    @field_validator("api_base")
+    @classmethod
+    def _check_api_base(cls, value: str | None) -> str | None:
+        return value if value is None else _origin(value, "https", 443)
+
+    @field_validator("proxy")
+    @classmethod
+    def _check_proxy(cls, value: str | None) -> str | None:
+        return value if value is None else _origin(value, "http", 80)
+
+    @model_validator(mode="after")
+    def _check_complete(self) -> Self:
+        if self.api_base and not self.user_id:
+            raise ValueError("api_base is set and user_id is not; `appliance orchestrator enroll` writes both")
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together: set both, or none")
+        return self
+
+
 class Processes(Section):
     """Which processes do the work."""
 
@@ -721,6 +811,7 @@ class Config(Section):
     catalog: Catalog = Catalog()
     placement: Placement = Placement()
     deployment: tuple[Deployment, ...] = ()
+    orchestrator: Orchestrator = Orchestrator()
     processes: Processes = Processes()
     engine: Engine = Engine()
     limits: Limits = Limits()

@@ -423,6 +423,28 @@ def test_the_example_uncommented_is_the_defaults() -> None:
     assert configuration.Deployment.model_validate(deployment).model == "digits"
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "reason"),
+    [
+        ('api_base = "https://api.example.com"', "orchestrator", "user_id is not"),
+        ('api_base = "http://api.example.com"\nuser_id = "a"', "orchestrator.api_base", "https://host"),
+        ('api_base = "https://api.example.com/v2"\nuser_id = "a"', "orchestrator.api_base", "nothing behind it"),
+        ('proxy = "https://proxy:3128"', "orchestrator.proxy", "http://host"),
+        ('certificate = "/a.crt"', "orchestrator", "go together"),
+    ],
+)
+def test_the_orchestrator_is_named_completely(write: Callable[..., Path], text: str, key: str, reason: str) -> None:
+    assert reason in str(problems_of(write(f"[orchestrator]\n{text}\n"))[key])
+
+
+def test_the_orchestrators_usual_port_is_written_out(write: Callable[..., Path]) -> None:
+    main = write(
+        '[orchestrator]\napi_base = "https://api.example.com"\nuser_id = "acme"\nproxy = "http://[fd00::1]:3128"'
+    )
+    settings = load(main, {}).config.orchestrator
+    assert (settings.api_base, settings.proxy) == ("https://api.example.com:443", "http://[fd00::1]:3128")
+
+
 def test_the_shipped_example_file_is_the_one_that_the_command_prints() -> None:
     shipped = Path(__file__).parents[3] / "packaging" / "appliance.toml"
     assert shipped.read_text(encoding="utf-8") == configuration.example()
