@@ -26,6 +26,7 @@ _COMMANDS = {
     "doctor": "doctor",
     "keys": "keys",
     "models": "models",
+    "orchestrator": "orchestrator",
     "predict": "predict",
     "workflows": "workflows",
 }

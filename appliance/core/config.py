@@ -472,55 +472,46 @@ class Orchestrator(Section):
         None,
         examples=["https://api.example.com"],
         description='The central API: "https://host" or "https://host:port". Unset: this appliance stands alone.',
-        json_schema_extra={"restart": True},
     )
     user_id: Name | None = Field(
         None,
         examples=["acme"],
         description="The user there who owns what is registered: cluster, nodepool, app, models, deployments.",
-        json_schema_extra={"restart": True},
     )
     app_id: Name | None = Field(
         None,
         examples=["plant"],
         description="The app there that all models are registered in; unset: each in one called like its app here.",
-        json_schema_extra={"restart": True},
     )
     site: str = Field(
         "",
         max_length=128,
         examples=["Berlin, hall 3"],
         description="Where this machine stands, as the orchestrator shows it.",
-        json_schema_extra={"restart": True},
     )
     pat_file: FilePath = Field(
         Path("/etc/inference-appliance/orchestrator.pat"),
         description="File with the user's personal access token (PAT), and nothing else.",
-        json_schema_extra={"restart": True},
     )
     root_ca: FilePath | None = Field(
         None,
         examples=["/etc/inference-appliance/tls/orchestrator-ca.crt"],
         description="PEM file: the authorities of a private orchestrator's certificate. Unset: the public ones.",
-        json_schema_extra={"restart": True},
     )
     proxy: str | None = Field(
         None,
         examples=["http://proxy.example.com:3128"],
         description='HTTP proxy (CONNECT) on the way there, "http://host:port". Unset: none.',
-        json_schema_extra={"restart": True},
     )
     certificate: FilePath | None = Field(
         None,
         examples=["/etc/inference-appliance/tls/orchestrator.crt"],
         description="PEM file: the certificate that we show to a private orchestrator, with its chain. Unset: none.",
-        json_schema_extra={"restart": True},
     )
     key: FilePath | None = Field(
         None,
         examples=["/etc/inference-appliance/tls/orchestrator.key"],
         description="PEM file: its private key.",
-        json_schema_extra={"restart": True},
     )
 
     @field_validator("api_base")

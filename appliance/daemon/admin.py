@@ -1,6 +1,7 @@
 """For operators: /livez, /readyz and /metrics on a loopback port; the same and more on a unix socket.
 
-What the `appliance` command asks for (/status, /reload, /look) is on the socket only, whose file mode says who may.
+What the `appliance` command asks for (/status, /registration, /reload, /look) is on the socket only, whose file mode
+says who may.
 """
 
 import asyncio
@@ -38,6 +39,9 @@ class Operations(Protocol):
 
     async def reload(self) -> str:
         """Take over configuration, certificates, keys and bundles. Raises: ApplianceError: the old ones stay."""
+
+    async def registration(self) -> dict[str, object]:
+        """What the orchestrator shall know of us, as plain data. Raises: ApplianceError: it cannot be told now."""
 
     async def look(self) -> None:
         """Look at the catalog's root now."""
@@ -88,9 +92,16 @@ def private_app(operations: Operations, registry: CollectorRegistry) -> Starlett
             await operations.look()
         return _Json(operations.describe())
 
+    async def registration(request: Request) -> Response:
+        try:
+            return _Json({"ok": True, "desired": await operations.registration()})
+        except ApplianceError as error:
+            return _Json({"ok": False, "message": str(error)}, status_code=409)
+
     app = public_app(operations, registry)
     app.router.routes += [
         Route("/status", status),
+        Route("/registration", registration),
         Route("/reload", reload, methods=["POST"]),
         Route("/look", look, methods=["POST"]),
     ]

@@ -28,6 +28,7 @@ from appliance.engine.remote import EngineLink, RemoteModel
 from appliance.engine.session import Device
 from appliance.engine.slab import FrontSlab
 from appliance.engine.transport import Batching, LoadRequest
+from appliance.orchestrator.desired import as_data, desired
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
 
@@ -48,6 +49,7 @@ class FrontProcess:
                 "drop": self._drop,
                 "listen": self._listen,
                 "configure": self._configure,
+                "registration": self._registration,
                 "drain": self._drain,
             },
             {
@@ -193,6 +195,10 @@ class FrontProcess:
             sockets.setdefault(name, []).append(socket.socket(fileno=descriptor))
         await self._serving.listen(sockets)
         return {"ports": dict(self._serving.ports), "transport": self._serving.transport}
+
+    async def _registration(self, body: Body, descriptors: list[int]) -> Body:
+        """What the orchestrator shall know of us. Raises: ConfigError: we are enrolled nowhere."""
+        return as_data(desired(self._config, self._catalog))
 
     async def _configure(self, body: Body, descriptors: list[int]) -> None:
         """Take over a configuration. Raises: ApplianceError: nothing of it was taken over."""

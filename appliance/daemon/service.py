@@ -262,6 +262,10 @@ class Daemon:
             "workflows": self._workflows.describe(),
         }
 
+    async def registration(self) -> dict[str, object]:
+        """What the orchestrator shall know of us. Raises: ApplianceError."""
+        return await self._staff.registration()
+
     async def look(self) -> None:
         """Look at the catalog's root and the workflows now."""
         await self._workflows.look()

@@ -11,6 +11,7 @@ from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.view import View
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
+from appliance.core.errors import NotReady
 from appliance.core.metrics import Metrics
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.serving import Serving
@@ -19,6 +20,7 @@ from appliance.daemon.staff import Readiness
 from appliance.engine import plan as plans
 from appliance.engine import session
 from appliance.engine.worker import LocalEngine
+from appliance.orchestrator.desired import as_data, desired
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
 
@@ -100,6 +102,12 @@ class Single:
             "device_reason": self._engine.device.reason,
             "onnxruntime": session.version(),
         }
+
+    async def registration(self) -> dict[str, object]:
+        """See `Staff.registration`."""
+        if self._serving is None:
+            raise NotReady("The appliance is still starting; try again.")
+        return as_data(desired(self._config, self._catalog))
 
     async def drain(self, now: asyncio.Event) -> None:
         """See `Staff.drain`."""

@@ -74,6 +74,12 @@ class Staff(Protocol):
     def describe(self) -> dict[str, object]:
         """Transport, device and processes, as plain data."""
 
+    async def registration(self) -> dict[str, object]:
+        """What the orchestrator shall know of us (`orchestrator.desired`), as plain data.
+
+        Raises: ConfigError: we are enrolled nowhere. NotReady: nobody who knows the models is there yet.
+        """
+
     async def drain(self, now: asyncio.Event) -> None:
         """Stop serving without losing a call; until `now` is set, when nothing is waited for any more."""
 

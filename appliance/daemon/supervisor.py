@@ -24,7 +24,7 @@ from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
 from appliance.core.channel import Body, ChannelClosed, pair
 from appliance.core.config import Config
-from appliance.core.errors import ApplianceError, BundleInvalid, ConfigError, DeviceError, Draining
+from appliance.core.errors import ApplianceError, BundleInvalid, ConfigError, DeviceError, Draining, NotReady
 from appliance.core.fold import Fold
 from appliance.core.machine import accelerators, usable_cpus, usable_memory
 from appliance.core.metrics import Metrics
@@ -256,6 +256,14 @@ class Supervisor:
                 for member in self._members()
             ],
         }
+
+    async def registration(self) -> dict[str, object]:
+        """See `Staff.registration`: fronts know what may be called on a model."""
+        for front in self._fronts:
+            if front.child is not None and front.listens:
+                with contextlib.suppress(ChannelClosed):  # the next one knows it as well
+                    return await front.child.channel.call("registration")
+        raise NotReady("No front is at work; try again.")
 
     async def drain(self, now: asyncio.Event) -> None:
         """See `Staff.drain`: every front does it for itself; engines work, and are replaced, until the last is done."""

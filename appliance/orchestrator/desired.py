@@ -8,7 +8,7 @@ that have the same version share it, and its runner: they are replicas of one ru
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ from appliance.tasks.servable import Servable
 
 DIGEST = "appliance_digest"
 """The field of a version's metadata that tells what it is."""
+
+LOCAL_VERSION = "appliance_model_version"
+"""The field that tells its id here."""
 
 _EMPTY_WORKFLOW = resources_pb2.Workflow(id="Empty", app_id="main", user_id="clarifai")
 """What the stock runner gives a new app as its default workflow (PROTOCOL 5.1)."""
@@ -69,6 +72,9 @@ class Desired:
         cluster: without its key, which is the PAT.
         status, status_description: for PostNodepoolStatus.
         left_out: models that are not registered, and why.
+        pending: (app, model, local version) of what is in the catalog and does not answer now: it is not registered,
+            and what is registered of it stays.
+        complete: whether the whole catalog is known; else what seems to be gone may only not have been read yet.
     """
 
     cluster: resources_pb2.ComputeCluster
@@ -78,6 +84,8 @@ class Desired:
     status: int
     status_description: str
     left_out: Mapping[str, str] = field(default_factory=dict)
+    pending: frozenset[tuple[str, str, str]] = frozenset()
+    complete: bool = True
 
     @property
     def user_id(self) -> str:
@@ -108,7 +116,18 @@ def desired(config: Config, view: View[Servable]) -> Desired:
         status=here.status,
         status_description=here.status_description,
         left_out=left_out,
+        pending=frozenset(_pending(config, view)),
+        complete=view.complete and all(bundle.key is not None for bundle in view.bundles),
     )
+
+
+def _pending(config: Config, view: View[Servable]) -> Iterator[tuple[str, str, str]]:
+    for bundle in view.bundles:
+        if bundle.key is not None:
+            there = (config.orchestrator.app_id or bundle.key.app_id, bundle.key.model_id)
+            if bundle.settling and not bundle.versions:
+                yield (*there, "")
+            yield from ((*there, version.id) for version in view.offered(bundle) if not version.ready)
 
 
 def _nodepool(config: Config, here: resources_pb2.Nodepool) -> resources_pb2.Nodepool:
@@ -186,7 +205,7 @@ def _version(config: Config, version: Version[Servable], model: resources_pb2.Mo
     if servable.concepts:
         message.output_info.output_config.max_concepts = config.limits.concepts_default
     digest = _digest(message, version)
-    message.metadata.update({DIGEST: digest, "appliance_model_version": version.id})
+    message.metadata.update({DIGEST: digest, LOCAL_VERSION: version.id})
     runner = resources_pb2.Runner(
         description=f"inference-appliance: {model.id} version {version.id}",
         worker=_worker(model),
@@ -249,6 +268,8 @@ def as_data(wanted: Desired) -> dict[str, Any]:
         "status": wanted.status,
         "status_description": wanted.status_description,
         "left_out": dict(wanted.left_out),
+        "pending": sorted(wanted.pending),
+        "complete": wanted.complete,
     }
 
 
@@ -279,6 +300,8 @@ def of_data(data: Mapping[str, Any]) -> Desired:
         status=data["status"],
         status_description=data["status_description"],
         left_out=data["left_out"],
+        pending=frozenset((app, model, version) for app, model, version in data["pending"]),
+        complete=data["complete"],
     )
 
 

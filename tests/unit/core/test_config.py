@@ -507,6 +507,13 @@ TAKEN_OVER_LIVE = {
     "urls.connections_per_principal": "Downloads.configure",
     "cache.size": "PredictCache.configure",
     "cache.ttl_s": "PredictCache.configure",
+    **dict.fromkeys(
+        (
+            f"orchestrator.{key}"
+            for key in (["api_base", "user_id", "app_id", "site", "pat_file", "root_ca", "proxy", "certificate", "key"])
+        ),
+        "read for every plan and sync",
+    ),
     "log.level": "logs.set_level",
     "log.sample": "read for every request",
     "shutdown.lame_duck_s": "read when draining",

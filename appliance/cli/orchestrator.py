@@ -1,0 +1,227 @@
+"""`appliance orchestrator enroll | status | plan | sync | leave`; exit code 0, or 2 with a sentence of what to do."""
+
+import asyncio
+import getpass
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import ValidationError
+
+from appliance.cli import admin
+from appliance.core import config as configuration
+from appliance.core.config import MAIN_FILE, Config, Orchestrator
+from appliance.core.errors import ConfigError
+from appliance.core.files import printable, write_atomically
+from appliance.orchestrator.central import Central, CentralError, check_pat, read_pat
+from appliance.orchestrator.created import Created
+from appliance.orchestrator.desired import Desired, of_data
+from appliance.orchestrator.reconcile import Registered, Step, reconcile
+from appliance.orchestrator.reconcile import leave as leave_all
+
+DROP_IN = "orchestrator.toml"
+"""What `enroll` writes into conf.d."""
+
+
+@click.group()
+def orchestrator() -> None:
+    """Enrol with a central orchestrator, and keep what it knows of this appliance right."""
+
+
+@orchestrator.command()
+@click.option("--api-base", required=True, help='The central API: "https://host[:port]".')
+@click.option("--user-id", required=True, help="The user there who shall own what is registered.")
+@click.option("--pat-file", type=click.Path(path_type=Path), help="Read the PAT from this file; else from stdin.")
+@click.option("--root-ca", type=click.Path(path_type=Path), help="PEM file of a private orchestrator's authorities.")
+@click.option("--proxy", help='HTTP proxy on the way there: "http://host:port".')
+@click.option("--certificate", type=click.Path(path_type=Path), help="PEM file: the certificate to show there.")
+@click.option("--key", type=click.Path(path_type=Path), help="PEM file: its private key.")
+@click.option("--app-id", help="The app there for all models; else each has one called like its app here.")
+@click.option("--site", help="Where this machine stands, as the orchestrator shows it.")
+@click.pass_obj
+def enroll(config_file: Path | None, /, pat_file: Path | None, **given: Any) -> None:
+    """Check the PAT with the orchestrator, and write it and the [orchestrator] section.
+
+    The PAT comes from a file or from stdin, never from the command line, where others could read it. Nothing is
+    registered yet: `plan` shows what would be, `sync` does it.
+    """
+    before = configuration.load(config_file).config.orchestrator
+    said = {
+        name: value.absolute() if isinstance(value, Path) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    settings = _settings({**before.model_dump(include={"pat_file"}), **said})
+    pat = read_pat(pat_file) if pat_file else check_pat(_stdin(), "stdin")
+    owner = asyncio.run(_whose(settings, pat))
+    if owner != settings.user_id:
+        raise ConfigError(
+            f"That PAT acts for the user {owner!r}, and --user-id is {settings.user_id!r}: name that user, or take a "
+            "PAT of the other one."
+        )
+    folder = (config_file or MAIN_FILE).parent / "conf.d"
+    lines = [f"{name} = {json.dumps(str(value))}\n" for name, value in said.items()]
+    section = "".join(["# Written by `appliance orchestrator enroll`.\n[orchestrator]\n", *lines])
+    try:
+        settings.pat_file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        write_atomically(settings.pat_file, f"{pat}\n")
+        write_atomically(folder / DROP_IN, section)
+    except OSError as error:
+        file = error.filename or folder
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); run this as root.") from error
+    click.echo(f"enrolled with {settings.api_base} as {owner}; wrote {folder / DROP_IN} and {settings.pat_file}")
+    click.echo("Next: `appliance reload`, then `appliance orchestrator plan` and `sync`.", err=True)
+
+
+@orchestrator.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def status(config_file: Path | None, as_json: bool) -> None:
+    """Whether this appliance is enrolled, the orchestrator answers, and what it knows is right."""
+    config = configuration.load(config_file).config
+    settings = config.orchestrator
+    if settings.api_base is None:
+        click.echo(json.dumps({"enrolled": False}) if as_json else "not enrolled")
+        return
+    created = Created(config.catalog.state_dir, settings.api_base, str(settings.user_id))
+    shown: dict[str, object] = {"enrolled": True, "api_base": settings.api_base, "user_id": settings.user_id}
+    try:
+        wanted, found = _reconciled(config, created, dry=True)
+        shown |= {
+            "answers": True,
+            "compute_cluster": wanted.cluster.id,
+            "nodepool": wanted.nodepool.id,
+            "models": [f"{model.message.app_id}/{model.message.id}" for model in wanted.models],
+            "left_out": dict(wanted.left_out),
+            "differences": len(found.steps),
+        }
+    except CentralError as error:
+        shown |= {"answers": False, "problem": str(error)}
+    if as_json:
+        click.echo(json.dumps(shown, indent=1))
+        return
+    for name, value in shown.items():
+        click.echo(f"{name:<16} {printable(_readable(value))}")
+
+
+@orchestrator.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def plan(config_file: Path | None, as_json: bool) -> None:
+    """Show what `sync` would create, change and delete; change nothing."""
+    config = _enrolled(config_file)
+    wanted, found = _reconciled(config, _created(config), dry=True)
+    _show(wanted, found, as_json, "nothing differs")
+
+
+@orchestrator.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def sync(config_file: Path | None, as_json: bool) -> None:
+    """Create, change and delete at the orchestrator until it knows what is here. A second time does nothing."""
+    config = _enrolled(config_file)
+    wanted, found = _reconciled(config, _created(config), dry=False)
+    _show(wanted, found, as_json, "nothing differed")
+
+
+@orchestrator.command()
+@click.pass_obj
+def leave(config_file: Path | None) -> None:
+    """Delete at the orchestrator what this appliance created there, nothing else, and forget the PAT."""
+    config = _enrolled(config_file)
+    settings, created = config.orchestrator, _created(config)
+
+    async def work() -> list[Step]:
+        async with Central(settings, read_pat(settings.pat_file)) as central:
+            return await leave_all(central, created, str(settings.user_id))
+
+    for step in asyncio.run(work()):
+        click.echo(str(step))
+    drop_in = (config_file or MAIN_FILE).parent / "conf.d" / DROP_IN
+    for file in (settings.pat_file, drop_in):
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be deleted ({error.strerror}); delete it, as root.") from error
+    click.echo(f"left {settings.api_base}; deleted {settings.pat_file} and {drop_in}")
+    click.echo("Next: `appliance reload`.", err=True)
+
+
+# ---- what the verbs share --------------------------------------------------------------------------------------------
+
+
+def _settings(given: dict[str, Any]) -> Orchestrator:
+    """The section of these values. Raises: ConfigError: one of them cannot be."""
+    try:
+        return Orchestrator.model_validate(given)
+    except ValidationError as error:
+        lines = []
+        for entry in error.errors():
+            option = "".join(f"--{part}: " for part in entry["loc"]).replace("_", "-")
+            lines.append(option + entry["msg"].removeprefix("Value error, "))
+        raise ConfigError("; ".join(lines)) from error
+
+
+def _stdin() -> str:
+    """What is on stdin, without its line end; asked for without an echo where that is a terminal."""
+    return getpass.getpass("PAT: ") if sys.stdin.isatty() else sys.stdin.read(4096).strip()
+
+
+async def _whose(settings: Orchestrator, pat: str) -> str:
+    async with Central(settings, pat) as central:
+        return await central.whose()
+
+
+def _enrolled(config_file: Path | None) -> Config:
+    config = configuration.load(config_file).config
+    if config.orchestrator.api_base is None:
+        raise ConfigError("This appliance is enrolled nowhere; run `appliance orchestrator enroll`.")
+    return config
+
+
+def _created(config: Config) -> Created:
+    settings = config.orchestrator
+    return Created(config.catalog.state_dir, str(settings.api_base), str(settings.user_id))
+
+
+def _reconciled(config: Config, created: Created, *, dry: bool) -> tuple[Desired, Registered]:
+    """What the running daemon wants to be there, and what differs, or differed. Raises: ConfigError."""
+    answer = admin.ask(config.admin.socket, "/registration")
+    if not answer.get("ok"):
+        raise ConfigError(f"{answer.get('message')} (If you enrolled just now: `appliance reload`.)")
+    wanted = of_data(answer["desired"])
+    settings = config.orchestrator
+
+    async def work() -> Registered:
+        async with Central(settings, read_pat(settings.pat_file)) as central:
+            return await reconcile(central, wanted, created, dry=dry)
+
+    return wanted, asyncio.run(work())
+
+
+def _show(wanted: Desired, found: Registered, as_json: bool, nothing: str) -> None:
+    if as_json:
+        steps = [{"verb": step.verb, "kind": step.kind, "id": step.id, "why": step.why} for step in found.steps]
+        click.echo(json.dumps({"steps": steps, "left_out": dict(wanted.left_out), "kept": found.kept}, indent=1))
+        return
+    for step in found.steps:
+        click.echo(printable(step))
+    if not found.steps:
+        click.echo(nothing)
+    for model, why in wanted.left_out.items():
+        click.echo(printable(f"not registered: {model} ({why})"), err=True)
+    for line in found.kept:
+        click.echo(printable(f"still in use, kept: {line}"), err=True)
+
+
+def _readable(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} ({why})" for name, why in value.items()) or "none"
+    return str(value)

@@ -1,0 +1,195 @@
+"""Asking the central orchestrator: its RPCs by name over one TLS channel, with the PAT, deadlines and retries.
+
+The PAT is read from its file, sent as metadata, and shown nowhere: not in a log, not in a sentence.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from clarifai_grpc.grpc.api import resources_pb2, service_pb2
+from clarifai_grpc.grpc.api.status import status_code_pb2
+from google.protobuf import message_factory
+
+from appliance import __version__
+from appliance.core.config import Orchestrator
+from appliance.core.errors import ConfigError
+from appliance.core.files import printable
+
+_SERVICE = service_pb2.DESCRIPTOR.services_by_name["V2"]
+
+CALL_S = 30.0
+"""How long one attempt of a unary call may take."""
+
+_ATTEMPTS = 5
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0
+
+_TRY_AGAIN = frozenset(
+    {
+        status_code_pb2.CONN_THROTTLED,
+        status_code_pb2.CONN_EXCEED_HOURLY_LIMIT,
+        status_code_pb2.TRY_AGAIN,
+    }
+)
+"""Codes in a reply's status after which the same call may succeed (PROTOCOL 1.5)."""
+
+_REPEATABLE = ("PostNodepoolStatus", "PostComputePlaneMetrics")
+"""Posts that create nothing."""
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", 2**30),
+    ("grpc.max_send_message_length", 2**30),
+    ("grpc.keepalive_time_ms", 45_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+_PER_PAGE = 100
+
+
+class CentralError(ConfigError):
+    """The orchestrator cannot be reached, or does not do what it is asked.
+
+    Attributes:
+        code: of the reply's status; 0 where there was no reply.
+    """
+
+    def __init__(self, sentence: str, code: int = 0) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+def read_pat(path: Path) -> str:
+    """The PAT of a file that holds nothing else. Raises: ConfigError: it cannot be read, or holds something else."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The PAT cannot be read from {path} ({getattr(error, 'strerror', None) or 'it is no text'}); "
+            "`appliance orchestrator enroll` writes it, orchestrator.pat_file names it."
+        ) from error
+    return check_pat(text, str(path))
+
+
+def check_pat(text: str, where: str) -> str:
+    """The text, which is a PAT's. Raises: ConfigError: it cannot be one."""
+    if not text or len(text) > 512 or not text.isascii() or any(c.isspace() or not c.isprintable() for c in text):
+        raise ConfigError(f"{where} must hold one PAT and nothing else: one line of ASCII without spaces.")
+    return text
+
+
+class Central:
+    """A channel to the orchestrator. Used from one event loop."""
+
+    def __init__(self, settings: Orchestrator, pat: str) -> None:
+        """Args: settings: with an api_base. Raises: ConfigError: a file that they name cannot be read."""
+        assert settings.api_base is not None, "it is enrolled"
+        self.base = settings.api_base
+        self.pat = pat
+        credentials = grpc.ssl_channel_credentials(
+            _content(settings.root_ca, "orchestrator.root_ca"),
+            _content(settings.key, "orchestrator.key"),
+            _content(settings.certificate, "orchestrator.certificate"),
+        )
+        options: list[tuple[str, Any]] = [*_OPTIONS]
+        # What the environment says about proxies is for other programs: the configuration alone decides.
+        options += [("grpc.http_proxy", settings.proxy)] if settings.proxy else [("grpc.enable_http_proxy", 0)]
+        self._channel = grpc.aio.secure_channel(self.base.removeprefix("https://"), credentials, options=options)
+        self._metadata = (
+            ("authorization", f"Key {pat}"),
+            ("x-clarifai-request-id-prefix", f"inference-appliance-{__version__}"),
+        )
+        self._calls: dict[str, Callable[..., Any]] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def call(self, rpc: str, **fields: Any) -> Any:
+        """The reply to a unary RPC, which is a success.
+
+        A post is not sent again after UNAVAILABLE: it may have been done. Who gets first and posts then finds out.
+
+        Raises: CentralError: it is none, or there is none after some attempts.
+        """
+        attempts = _ATTEMPTS if rpc in _REPEATABLE or not rpc.startswith("Post") else 1
+        request = message_factory.GetMessageClass(_SERVICE.methods_by_name[rpc].input_type)(**fields)
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                reply = await self._callable(rpc)(request, metadata=self._metadata, timeout=CALL_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt >= attempts:
+                    raise CentralError(_unreachable(self.base, rpc, error)) from None
+            else:
+                if reply.status.code == status_code_pb2.SUCCESS:
+                    return reply
+                if reply.status.code not in _TRY_AGAIN or attempt == _ATTEMPTS:
+                    raise CentralError(_refused(self.base, rpc, reply.status, self.pat), reply.status.code)
+            # Full jitter: see "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+            await asyncio.sleep(random.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (attempt - 1))))  # noqa: S311
+        raise AssertionError("the last attempt returns or raises")
+
+    async def find(self, rpc: str, missing: int, **fields: Any) -> Any | None:
+        """The reply to a Get; None when there is no such thing. Raises: CentralError."""
+        try:
+            return await self.call(rpc, **fields)
+        except CentralError as error:
+            if error.code == missing:
+                return None
+            raise
+
+    async def pages(self, rpc: str, field: str, **fields: Any) -> AsyncIterator[Any]:
+        """What a List finds, over all pages. Raises: CentralError."""
+        page = 1
+        while True:
+            reply = await self.call(rpc, page=page, per_page=_PER_PAGE, **fields)
+            found = getattr(reply, field)
+            for message in found:
+                yield message
+            if len(found) < _PER_PAGE:
+                return
+            page += 1
+
+    async def whose(self) -> str:
+        """The id of the user that the PAT acts for. Raises: CentralError."""
+        me = resources_pb2.UserAppIDSet(user_id="me")
+        return str((await self.call("GetUser", user_app_id=me)).user.id)
+
+    def _callable(self, rpc: str) -> Callable[..., Any]:
+        # Not V2Stub: it works only once a stock channel was made in this process (PROTOCOL 1.3).
+        if rpc not in self._calls:
+            reply = message_factory.GetMessageClass(_SERVICE.methods_by_name[rpc].output_type)
+            self._calls[rpc] = self._channel.unary_unary(
+                f"/{_SERVICE.full_name}/{rpc}",
+                request_serializer=lambda message: message.SerializeToString(),
+                response_deserializer=reply.FromString,
+            )
+        return self._calls[rpc]
+
+
+def _content(path: Path | None, key: str) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key} {path} cannot be read ({error.strerror}).") from error
+
+
+def _unreachable(base: str, rpc: str, error: grpc.aio.AioRpcError) -> str:
+    return (
+        f"{base} does not answer {rpc}: {error.code().name}, {printable(error.details() or '')[:300]}. "
+        "Check orchestrator.api_base, root_ca and proxy, and that the port is open from here."
+    )
+
+
+def _refused(base: str, rpc: str, status: Any, pat: str) -> str:
+    name = status_code_pb2.StatusCode.Name(status.code) if status.code in status_code_pb2.StatusCode.values() else "?"
+    said = printable(": ".join(part for part in (status.description, status.details) if part))[:500]
+    return f"{base} refuses {rpc}: {name} ({status.code}): {said.replace(pat, '********')}"
