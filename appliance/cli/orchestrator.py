@@ -4,6 +4,7 @@ import asyncio
 import getpass
 import json
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from appliance.core.files import printable, write_atomically
 from appliance.orchestrator.central import Central, CentralError, check_pat, read_pat
 from appliance.orchestrator.created import Created
 from appliance.orchestrator.desired import Desired, of_data
-from appliance.orchestrator.reconcile import Registered, Step, reconcile
+from appliance.orchestrator.reconcile import Registered, reconcile
 from appliance.orchestrator.reconcile import leave as leave_all
 
 DROP_IN = "orchestrator.toml"
@@ -31,8 +32,8 @@ def orchestrator() -> None:
 
 
 @orchestrator.command()
-@click.option("--api-base", required=True, help='The central API: "https://host[:port]".')
-@click.option("--user-id", required=True, help="The user there who shall own what is registered.")
+@click.option("--api-base", help='The central API: "https://host[:port]".')
+@click.option("--user-id", help="The user there who shall own what is registered.")
 @click.option("--pat-file", type=click.Path(path_type=Path), help="Read the PAT from this file; else from stdin.")
 @click.option("--root-ca", type=click.Path(path_type=Path), help="PEM file of a private orchestrator's authorities.")
 @click.option("--proxy", help='HTTP proxy on the way there: "http://host:port".')
@@ -44,8 +45,9 @@ def orchestrator() -> None:
 def enroll(config_file: Path | None, /, pat_file: Path | None, **given: Any) -> None:
     """Check the PAT with the orchestrator, and write it and the [orchestrator] section.
 
-    The PAT comes from a file or from stdin, never from the command line, where others could read it. Nothing is
-    registered yet: `plan` shows what would be, `sync` does it.
+    The PAT comes from a file or from stdin, never from the command line, where others could read it. What is not given
+    stays as it is configured, so that a new PAT needs no options. Nothing is registered yet: `plan` shows what would
+    be, `sync` does it.
     """
     before = configuration.load(config_file).config.orchestrator
     said = {
@@ -53,7 +55,9 @@ def enroll(config_file: Path | None, /, pat_file: Path | None, **given: Any) -> 
         for name, value in given.items()
         if value is not None
     }
-    settings = _settings({**before.model_dump(include={"pat_file"}), **said})
+    settings = _settings({**before.model_dump(), **said})
+    if settings.api_base is None:
+        raise ConfigError("Name the central API and the user there: --api-base and --user-id.")
     pat = read_pat(pat_file) if pat_file else check_pat(_stdin(), "stdin")
     owner = asyncio.run(_whose(settings, pat))
     if owner != settings.user_id:
@@ -62,7 +66,8 @@ def enroll(config_file: Path | None, /, pat_file: Path | None, **given: Any) -> 
             "PAT of the other one."
         )
     folder = (config_file or MAIN_FILE).parent / "conf.d"
-    lines = [f"{name} = {json.dumps(str(value))}\n" for name, value in said.items()]
+    kept = {**_dropped_in(folder / DROP_IN), **said}
+    lines = [f"{name} = {json.dumps(str(value))}\n" for name, value in kept.items()]
     section = "".join(["# Written by `appliance orchestrator enroll`.\n[orchestrator]\n", *lines])
     try:
         settings.pat_file.parent.mkdir(parents=True, exist_ok=True)
@@ -134,12 +139,15 @@ def leave(config_file: Path | None) -> None:
     config = _enrolled(config_file)
     settings, created = config.orchestrator, _created(config)
 
-    async def work() -> list[Step]:
+    async def work() -> Registered:
         async with Central(settings, read_pat(settings.pat_file)) as central:
             return await leave_all(central, created, str(settings.user_id))
 
-    for step in asyncio.run(work()):
-        click.echo(str(step))
+    found = asyncio.run(work())
+    for step in found.steps:
+        click.echo(printable(step))
+    for line in found.kept:
+        click.echo(printable(f"still in use, kept: {line}"), err=True)
     drop_in = (config_file or MAIN_FILE).parent / "conf.d" / DROP_IN
     for file in (settings.pat_file, drop_in):
         try:
@@ -163,6 +171,15 @@ def _settings(given: dict[str, Any]) -> Orchestrator:
             option = "".join(f"--{part}: " for part in entry["loc"]).replace("_", "-")
             lines.append(option + entry["msg"].removeprefix("Value error, "))
         raise ConfigError("; ".join(lines)) from error
+
+
+def _dropped_in(file: Path) -> dict[str, Any]:
+    """What `enroll` wrote before; it has been read as configuration, so it is good."""
+    try:
+        section: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8")).get("orchestrator", {})
+    except FileNotFoundError:
+        return {}
+    return section
 
 
 def _stdin() -> str:
@@ -194,6 +211,8 @@ def _reconciled(config: Config, created: Created, *, dry: bool) -> tuple[Desired
         raise ConfigError(f"{answer.get('message')} (If you enrolled just now: `appliance reload`.)")
     wanted = of_data(answer["desired"])
     settings = config.orchestrator
+    if wanted.user_id != settings.user_id:
+        raise ConfigError("The daemon runs with another [orchestrator] section than the one here: `appliance reload`.")
 
     async def work() -> Registered:
         async with Central(settings, read_pat(settings.pat_file)) as central:

@@ -10,7 +10,7 @@ from google.protobuf.struct_pb2 import Struct
 from appliance.core.errors import ConfigError
 from appliance.core.files import write_atomically
 
-ORDER = ("deployment", "runner", "model_version", "model", "app", "nodepool", "compute_cluster")
+ORDER = ("place", "deployment", "runner", "model_version", "model", "app", "nodepool", "compute_cluster")
 """Kinds in the order in which they can be deleted: nothing goes while something stands on it."""
 
 
@@ -23,8 +23,8 @@ class Created:
     """The file `orchestrator.json` of the state folder: kind → paths, a path being ids from the outermost in.
 
     An app or a cluster is [id], a nodepool [cluster, id], a model [app, id], a version [app, model, local id, id], a
-    runner [cluster, nodepool, app, model, local version, id], a deployment [app, model, id]. Each user of each base URL
-    has its own.
+    runner [cluster, nodepool, app, model, local version, id], a deployment [cluster, nodepool, app, model, id]; so is a
+    place, that of our nodepool in a deployment of somebody else's. Each user of each base URL has its own.
 
     Attributes:
         creator: what we call ourselves in the metadata of what has no id of ours; the same as long as this machine and

@@ -181,7 +181,7 @@ def _models(
         models.append(
             WantedModel(
                 message=model,
-                versions=tuple(_version(config, version, model) for version in ready),
+                versions=tuple(_version(version, model) for version in ready),
                 deployment=_deployment(chosen.id, model, here),
                 pinned=next((v.id for v in ready if v.id == chosen.ids.version_id), ready[0].id),
             )
@@ -189,7 +189,7 @@ def _models(
     return models, left_out
 
 
-def _version(config: Config, version: Version[Servable], model: resources_pb2.Model) -> WantedVersion:
+def _version(version: Version[Servable], model: resources_pb2.Model) -> WantedVersion:
     full = messages.version_full(version)
     message = resources_pb2.ModelVersion(
         description=full.description,
@@ -202,8 +202,6 @@ def _version(config: Config, version: Version[Servable], model: resources_pb2.Mo
     for concept in messages.concept_messages(servable):
         concept.user_id, concept.app_id = model.user_id, model.app_id
         message.output_info.data.concepts.append(concept)
-    if servable.concepts:
-        message.output_info.output_config.max_concepts = config.limits.concepts_default
     digest = _digest(message, version)
     message.metadata.update({DIGEST: digest, LOCAL_VERSION: version.id})
     runner = resources_pb2.Runner(

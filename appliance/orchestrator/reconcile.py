@@ -5,7 +5,7 @@ the same walk without a change.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clarifai_grpc.grpc.api import resources_pb2
@@ -60,26 +60,24 @@ async def reconcile(central: Central, wanted: Desired, created: Created, *, dry:
     return walk.done
 
 
-async def leave(central: Central, created: Created, user_id: str) -> list[Step]:
+async def leave(central: Central, created: Created, user_id: str) -> Registered:
     """Delete what we created, and nothing else; what somebody deleted meanwhile counts as deleted.
 
-    What others use by now stays (their runners in our nodepool, say), and is told as an error at the end.
+    What others use by now stays (a model that another appliance serves).
 
-    Raises: CentralError: something could not be deleted; everything else was.
+    Raises: CentralError: something could not be deleted; what was before it is, and is not tried again.
     """
-    steps, failed = [], []
+    done = Registered()
     for kind in ORDER:
         for path in reversed(created.paths(kind)):
             try:
-                await _delete(central, kind, path, user_id)
+                done.steps.append(await _delete(central, kind, path, user_id))
             except CentralError as error:
-                failed.append(f"{kind.replace('_', ' ')} {path[-1]}: {error}")
-                continue
+                if error.code not in _IN_USE:
+                    raise
+                done.kept.append(f"{_shown(kind)} {path[-1]}: {error}")
             created.remove(kind, *path)
-            steps.append(Step("delete", _shown(kind), path[-1]))
-    if failed:
-        raise CentralError("Not everything could be deleted:\n" + "\n".join(f"  {line}" for line in failed))
-    return steps
+    return done
 
 
 class _Walk:
@@ -272,7 +270,8 @@ class _Walk:
         reply = await self._central.find("GetDeployment", codes.DEPLOYMENT_DOES_NOT_EXIST, **asked)
         if reply is None:
             if self._step("create", "deployment", deployment.id):
-                path = ("deployment", wanted.message.app_id, wanted.message.id, deployment.id)
+                path = ("deployment", *self._at.values(), wanted.message.app_id, wanted.message.id, deployment.id)
+                deployment.metadata[CREATOR] = self._created.creator
                 await self._create("PostDeployments", path, user_app_id=self._user, deployments=[deployment])
             return
         there = reply.deployment
@@ -293,6 +292,9 @@ class _Walk:
             why.append(f"nodepool {place.id}")
         if why and self._step("change", "deployment", deployment.id, ", ".join(why)):
             # "overwrite" is the only action that it takes, `desired_worker` the only writable worker (PROTOCOL 5.1).
+            if changes.nodepools:
+                app_model = (wanted.message.app_id, wanted.message.id)
+                self._created.add("place", *self._at.values(), *app_model, deployment.id)
             patched = {"user_app_id": self._user, "deployments": [changes], "action": "overwrite"}
             await self._central.call("PatchDeployments", **patched)
 
@@ -306,9 +308,10 @@ class _Walk:
         runners = set(self.done.runners.values())
         models = {(model.message.app_id, model.message.id) for model in self._wanted.models}
         waiting = {(app, model) for app, model, _ in self._wanted.pending}
-        for app, model, id in self._created.paths("deployment"):
-            if id not in deployments and (app, model) not in waiting:
-                await self._drop("deployment", app, model, id)
+        for kind in ("place", "deployment"):
+            for *at, app, model, id in self._created.paths(kind):
+                if id not in deployments and (app, model) not in waiting:
+                    await self._drop(kind, *at, app, model, id)
         for *at, app, model, local, id in self._created.paths("runner"):
             if id not in runners and (app, model, local) not in self._wanted.pending:
                 await self._drop("runner", *at, app, model, local, id)
@@ -320,16 +323,17 @@ class _Walk:
                 await self._drop("model", app, model)
 
     async def _drop(self, kind: str, *path: str) -> None:
-        if not self._step("delete", _shown(kind), path[-1], "no longer served here"):
+        if self._dry:
+            self._step("delete", _shown(kind), path[-1], _GONE_HERE)
             return
         try:
-            await _delete(self._central, kind, path, self._wanted.user_id)
+            step = await _delete(self._central, kind, path, self._wanted.user_id)
         except CentralError as error:
             if error.code not in _IN_USE:
                 raise
-            self.done.steps.pop()
             self.done.kept.append(f"{_shown(kind)} {path[-1]}: {error}")
         else:
+            self.done.steps.append(replace(step, why=step.why or _GONE_HERE))
             self._created.remove(kind, *path)
 
 
@@ -340,17 +344,18 @@ def _among(wanted: Iterable[Any], there: Iterable[Any]) -> bool:
 
 
 def _shown(kind: str) -> str:
-    return "version" if kind == "model_version" else kind.replace("_", " ")
+    names = {"model_version": "version", "place": "deployment"}
+    return names.get(kind, kind.replace("_", " "))
 
 
-async def _delete(central: Central, kind: str, path: tuple[str, ...], user_id: str) -> None:
-    """Delete one thing, or find that it is gone. Raises: CentralError."""
+async def _delete(central: Central, kind: str, path: tuple[str, ...], user_id: str) -> Step:
+    """Delete one thing, or find that it is gone. Returns what was done. Raises: CentralError."""
     user = resources_pb2.UserAppIDSet(user_id=user_id)
     ids = [path[-1]]
     try:
         match kind:
-            case "deployment":
-                await central.call("DeleteDeployments", user_app_id=user, ids=ids)
+            case "deployment" | "place":
+                return await _leave_deployment(central, kind, path, user)
             case "runner":
                 at = {"compute_cluster_id": path[0], "nodepool_id": path[1]}
                 await central.call("DeleteRunners", user_app_id=user, ids=ids, **at)
@@ -372,9 +377,37 @@ async def _delete(central: Central, kind: str, path: tuple[str, ...], user_id: s
     except CentralError as error:
         if error.code not in _GONE:
             raise
+    return Step("delete", _shown(kind), path[-1])
 
 
-_IN_USE = frozenset({codes.DEPLOYMENT_INVALID_REQUEST, codes.RUNNER_INVALID_REQUEST, codes.MODEL_INVALID_REQUEST})
+async def _leave_deployment(
+    central: Central, kind: str, path: tuple[str, ...], user: resources_pb2.UserAppIDSet
+) -> Step:
+    """Take our nodepool out of a deployment; delete it when an appliance made it and no other nodepool is left."""
+    cluster, nodepool, *_, id = path
+    there = (await central.call("GetDeployment", user_app_id=user, deployment_id=id)).deployment
+    others = [place for place in there.nodepools if (place.compute_cluster.id, place.id) != (cluster, nodepool)]
+    if others:
+        changes = resources_pb2.Deployment(id=id, nodepools=others)
+        await central.call("PatchDeployments", user_app_id=user, deployments=[changes], action="overwrite")
+        return Step("change", "deployment", id, f"without nodepool {nodepool}")
+    if kind == "deployment" or CREATOR in there.metadata.fields:
+        await central.call("DeleteDeployments", user_app_id=user, ids=[id])
+    return Step("delete", "deployment", id)
+
+
+_GONE_HERE = "no longer served here"
+
+_IN_USE = frozenset(
+    {
+        codes.DEPLOYMENT_INVALID_REQUEST,
+        codes.RUNNER_INVALID_REQUEST,
+        codes.MODEL_INVALID_REQUEST,
+        codes.NODEPOOL_INVALID_REQUEST,
+        codes.COMPUTE_CLUSTER_INVALID_REQUEST,
+        codes.CONN_INVALID_REQUEST,
+    }
+)
 """What a delete is answered with where something of somebody else's stands on it."""
 
 _GONE = frozenset(

@@ -8,20 +8,17 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from orchestrator.running import RunningCentre
 from orchestrator.stock_runner import ENVIRONMENT, MODEL_URL, PAT, STOCK, StockRunner, environment
-from orchestrator.transcript import transcript
+from orchestrator.transcript import compare, transcript
 from support.appliance import PATIENCE_S, Client
 from support.stock import executable
 from support.waiting import eventually
 
 pytestmark = pytest.mark.clients
-
-DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture
@@ -29,17 +26,6 @@ def runner(centre: RunningCentre, tmp_path: Path) -> Iterator[StockRunner]:
     """A stock runner that is registered and waits for items."""
     with StockRunner(centre, tmp_path / "runner") as made:
         yield made.ready()
-
-
-def compare(name: str, found: list[dict[str, Any]]) -> None:
-    """Hold a transcript against the committed one; where it differs it is written anew, to be read and committed."""
-    file = DATA / name
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    before = file.read_text(encoding="utf-8") if file.exists() else ""
-    if text != before:
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    assert found == (json.loads(before) if before else []), f"{file.name} was written anew: read it and commit it"
 
 
 def request(method: str, text: str) -> service_pb2.PostModelOutputsRequest:

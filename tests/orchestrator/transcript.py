@@ -5,13 +5,28 @@ Ids that are made anew each time, times and the machine's CPUs become placeholde
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from orchestrator.centre.recorder import Event
 
+DATA = Path(__file__).parent / "data"
+
 _ID = re.compile(r"\b[0-9a-f]{32}\b")
 _TIME = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z$")
+_OF_THE_MACHINE = ("cpu_limit", "cpu_memory", "architecture", "appliance_version")
 _METADATA = ("authorization", "x-clarifai-request-id-prefix", "x-request-id")
+
+
+def compare(name: str, found: list[dict[str, Any]]) -> None:
+    """Hold a transcript against the committed one; where it differs it is written anew, to be read and committed."""
+    file = DATA / name
+    text = json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    if text != before:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    assert found == (json.loads(before) if before else []), f"{file.name} was written anew: read it and commit it"
 
 
 def transcript(events: list[Event]) -> list[dict[str, Any]]:
@@ -42,7 +57,7 @@ class _Names:
 
     def applied(self, calls: list[dict[str, Any]]) -> Any:
         """The calls with names for ids."""
-        text = json.dumps(calls)
+        text = json.dumps(calls, sort_keys=True)  # maps have no order of their own
         return json.loads(_ID.sub(self._name, text))
 
     def _name(self, match: "re.Match[str]") -> str:
@@ -61,8 +76,8 @@ def _plain(value: Any) -> Any:
 
 
 def _named(name: str, value: Any) -> Any:
-    if name == "cpu_limit":
-        return "<cpus>"
+    if name in _OF_THE_MACHINE:
+        return f"<{name}>"
     if name == "x-request-id":
         return value.removesuffix("-p")  # one of a few streams has it; what it means is not known
     if name == "x-clarifai-request-id-prefix":
