@@ -1,4 +1,4 @@
-"""`appliance orchestrator enroll | status | plan | sync | leave`; exit code 0, or 2 with a sentence of what to do."""
+"""`appliance orchestrator enroll | status | plan | sync | leave`; exit statuses are those of `exits`."""
 
 import asyncio
 import getpass
@@ -15,7 +15,7 @@ from appliance.cli import admin
 from appliance.core import config as configuration
 from appliance.core.config import MAIN_FILE, Config, Orchestrator
 from appliance.core.errors import ConfigError
-from appliance.core.files import printable, write_atomically
+from appliance.core.files import file_error, printable, write_atomically
 from appliance.orchestrator.central import Central, CentralError, check_pat, read_pat
 from appliance.orchestrator.created import Created
 from appliance.orchestrator.desired import Desired, of_data
@@ -76,7 +76,7 @@ def enroll(config_file: Path | None, /, pat_file: Path | None, **given: Any) -> 
         write_atomically(folder / DROP_IN, section)
     except OSError as error:
         file = error.filename or folder
-        raise ConfigError(f"{file} cannot be written ({error.strerror}); run this as root.") from error
+        raise file_error(error, f"{file} cannot be written ({error.strerror}); run this as root.") from error
     click.echo(f"enrolled with {settings.api_base} as {owner}; wrote {folder / DROP_IN} and {settings.pat_file}")
     click.echo("Next: `appliance reload`, then `appliance orchestrator plan` and `sync`.", err=True)
 
@@ -153,7 +153,7 @@ def leave(config_file: Path | None) -> None:
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
-            raise ConfigError(f"{file} cannot be deleted ({error.strerror}); delete it, as root.") from error
+            raise file_error(error, f"{file} cannot be deleted ({error.strerror}); delete it, as root.") from error
     click.echo(f"left {settings.api_base}; deleted {settings.pat_file} and {drop_in}")
     click.echo("Next: `appliance reload`.", err=True)
 

@@ -18,7 +18,7 @@ from google.protobuf import message_factory
 from appliance import __version__
 from appliance.core.config import Orchestrator
 from appliance.core.errors import ConfigError
-from appliance.core.files import printable
+from appliance.core.files import file_error, printable
 
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["V2"]
 
@@ -65,11 +65,14 @@ def read_pat(path: Path) -> str:
     """The PAT of a file that holds nothing else. Raises: ConfigError: it cannot be read, or holds something else."""
     try:
         text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"The PAT cannot be read from {path} ({getattr(error, 'strerror', None) or 'it is no text'}); "
-            "`appliance orchestrator enroll` writes it, orchestrator.pat_file names it."
+    except OSError as error:
+        raise file_error(
+            error,
+            f"The PAT cannot be read from {path} ({error.strerror}); `appliance orchestrator enroll` writes it, "
+            "orchestrator.pat_file names it.",
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} must hold one PAT and nothing else: it is no text.") from error
     return check_pat(text, str(path))
 
 
@@ -179,7 +182,7 @@ def _content(path: Path | None, key: str) -> bytes | None:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{key} {path} cannot be read ({error.strerror}).") from error
+        raise file_error(error, f"{key} {path} cannot be read ({error.strerror}).") from error
 
 
 def _unreachable(base: str, rpc: str, error: grpc.aio.AioRpcError) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from google.protobuf.struct_pb2 import Struct
 
 from appliance.core.errors import ConfigError
-from appliance.core.files import write_atomically
+from appliance.core.files import file_error, write_atomically
 
 ORDER = ("place", "deployment", "runner", "model_version", "model", "app", "nodepool", "compute_cluster")
 """Kinds in the order in which they can be deleted: nothing goes while something stands on it."""
@@ -44,9 +44,11 @@ class Created:
             }
         except FileNotFoundError:
             self._all = {}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except OSError as error:
+            raise file_error(error, f"{self._path} cannot be read ({error.strerror}).") from error
+        except (ValueError, AttributeError, TypeError) as error:
             raise ConfigError(
-                f"{self._path} cannot be read ({error}); mend its permissions, or move it away."
+                f"{self._path} is not a file of ours ({error}); move it away. `leave` will not know what was created."
             ) from error
 
     def is_mine(self, metadata: Struct) -> bool:
@@ -75,8 +77,8 @@ class Created:
         try:
             write_atomically(self._path, json.dumps(self._all, indent=1) + "\n")
         except OSError as error:
-            raise ConfigError(
-                f"{self._path} cannot be written ({error.strerror}); who runs this must be able to write there."
+            raise file_error(
+                error, f"{self._path} cannot be written ({error.strerror}); who runs this must be able to write there."
             ) from error
 
 

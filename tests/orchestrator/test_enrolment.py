@@ -219,7 +219,7 @@ def test_enrolment_that_cannot_be_says_why_and_writes_nothing(
     appliance.write_config(orchestrator={"pat_file": appliance.home / "orchestrator.pat"})
     where = ["--api-base", centre.base_url, "--user-id", USER, "--root-ca", str(centre.pki.ca)]
     done = orchestrator(appliance, "enroll", *where, *arguments, pat=pat)
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert sentence in done.stderr
     assert not pat or pat not in done.stderr + done.stdout
     assert not (appliance.home / "conf.d").exists()
