@@ -27,6 +27,7 @@ from appliance.api.catalogue import RPCS, Catalogue
 from appliance.api.compute import Compute
 from appliance.api.context import Context
 from appliance.api.health import Health
+from appliance.api.keys import DEFAULT_PRINCIPAL
 from appliance.api.kserve import Kserve, kserve_endpoints
 from appliance.api.parsing import parsed
 from appliance.api.predict import Predictions
@@ -41,7 +42,7 @@ from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, Overloaded
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget, Reservation
-from appliance.core.metrics import Metrics
+from appliance.core.metrics import OTHER, Metrics
 from appliance.core.types import Call, Done, Endpoint, QuickHandler, RpcAbort, RpcStatus
 from appliance.engine.batcher import Outcome
 from appliance.tasks.servable import Servable
@@ -129,6 +130,9 @@ class Api:
         self._refused_at = 0.0
         self._ended = False  # running calls are cut short
         self.configure(config)
+        for reason in status.REASONS:  # an alert on growth needs to see it at nought before
+            metrics.rejected.labels(reason)
+        self._principals = counted_principals(config)  # needs a restart, so that one name keeps its series
         metrics.in_flight.set(0)  # set with every call, not watched: after a front's death it is what was lost
         metrics.watch(metrics.memory_in_flight, lambda: budget.used)
         metrics.watch(metrics.memory_limit, lambda: budget.limit)
@@ -255,8 +259,9 @@ class Api:
                 grant = self._authenticator.grant(call)
                 call.memory = self._budget.expect(size, grant.name)
             except (AccessError, Overloaded) as error:
-                reply = self._refuse(rpc, call, _request_id(call), error, None, b"")
-                self._record(rpc, None, reply.code, 0.0)
+                req_id = _request_id(call)
+                reply = self._refuse(rpc, call, req_id, error, None, b"")
+                self._record(rpc, None, reply.code, 0.0, req_id)
                 return reply.body
             return None
 
@@ -337,7 +342,9 @@ class Api:
             with grant.admitted(), call.memory or self._budget.hold(0) as memory:
                 memory.grow(max(0, len(body) - memory.count))
                 context = Context(grant.name, self._deadline(call, begun), memory, call, grant, req_id)
-                for reply in await self._handle(rpc, handler, context, body):
+                replies = await self._handle(rpc, handler, context, body)
+                self._encoded(context, time.monotonic())
+                for reply in replies:
                     code = reply.code
                     yield reply.body
         except RpcAbort:
@@ -347,9 +354,10 @@ class Api:
             code = reply.code
             yield reply.body
         finally:
-            seconds = time.monotonic() - begun
-            self._metrics.request_seconds.labels(rpc.name).observe(seconds)
-        self._record(rpc, context, code, seconds)
+            now = time.monotonic()
+            model = context.model if context else _NO_MODEL
+            self._metrics.request_seconds.labels(*model, rpc.name).observe_for(now - begun, now, req_id)
+        self._record(rpc, context, code, now - begun, req_id)
 
     async def _handle(self, rpc: _Form, handler: Handler, context: Context, body: bytes) -> list[Reply]:
         seconds = context.deadline - time.monotonic()
@@ -410,21 +418,42 @@ class Api:
 
     def _ended_in(self, rpc: _Form, error: Exception, req_id: str, context: Context | None) -> status.Refusal:
         """The status that ends a call; counted."""
-        model = context.model if context else ("", "")
-        self._metrics.requests.labels(*model, rpc.name, status.row_of(error).code).inc()
+        self._count(rpc, context, status.row_of(error).code, req_id)
         return status.Refusal(error, req_id)
 
-    def _record(self, rpc: _Form, context: Context | None, code: int, seconds: float) -> None:
+    def _count(self, rpc: _Form, context: Context | None, code: int, req_id: str) -> None:
+        """Count a call that has ended; of those that failed, the last one's id is shown with the number."""
+        model = context.model if context else _NO_MODEL
+        counted = self._metrics.requests.labels(*model, rpc.name, code)
+        if code == status.SUCCESS.code:
+            counted.inc()
+        else:
+            counted.inc_for(req_id)
+        if self._principals and context is not None:
+            name = self._principals.get(context.grant.meters[0].principal.name, OTHER)
+            self._metrics.principal_requests.labels(name, code).inc()
+            if context.inputs:
+                self._metrics.principal_inputs.labels(name).inc(sum(context.inputs.values()))
+
+    def _encoded(self, context: Context, now: float) -> None:
+        """The reply is made: count what that took, if a model had a part in it."""
+        if context.computed_at:
+            self._metrics.encode_seconds.labels(*context.model).observe(now - context.computed_at)
+
+    def _record(self, rpc: _Form, context: Context | None, code: int, seconds: float, req_id: str) -> None:
         """Count and log a call that has a reply."""
-        model = context.model if context else ("", "")
-        self._metrics.requests.labels(*model, rpc.name, code).inc()
+        self._count(rpc, context, code, req_id)
         if context is None:
             return
+        model = context.model
         failed = {}
         for input_code, count in context.inputs.items():
             self._metrics.inputs.labels(*model, input_code).inc(count)
             if input_code != status.SUCCESS.code:
                 failed[input_code] = count
+                reason = status.INPUT_REASONS.get(input_code)
+                if reason is not None:
+                    self._metrics.rejected.labels(reason).inc(count)
         logged = code == status.SUCCESS.code and random.random() < self._config.log.sample  # noqa: S311  # not a secret
         if not failed and not logged:
             return
@@ -502,6 +531,7 @@ class Api:
             if not isinstance(outcome, Outcome):
                 raise outcome
             reply = begun.reply(outcome)
+            self._encoded(context, time.monotonic())
         except Exception as error:
             try:
                 reply = self._error_reply(rpc, context.call, context.req_id, error, context, b"")
@@ -511,9 +541,10 @@ class Api:
             begun.let_go()
             context.grant.leave()
             context.memory.release()
-            seconds = time.monotonic() - quick.started
-            self._metrics.request_seconds.labels(rpc.name).observe(seconds)
-        self._record(rpc, context, reply.code, seconds)
+            now = time.monotonic()
+            seconds = now - quick.started
+            self._metrics.request_seconds.labels(*context.model, rpc.name).observe_for(seconds, now, context.req_id)
+        self._record(rpc, context, reply.code, seconds, context.req_id)
         return reply.body
 
 
@@ -563,6 +594,15 @@ class _QuickCall:
     def add_done_callback(self, callback: Callable[[object], object], /) -> None:
         """Have `callback` called at the end; there is one at most."""
         self._then = callback
+
+
+_NO_MODEL = ("", "")
+
+
+def counted_principals(config: Config) -> dict[str, str]:
+    """The principals that have counts of their own, by name; empty when none have."""
+    names = dict.fromkeys([*(principal.name for principal in config.principal), DEFAULT_PRINCIPAL])
+    return {name: name for name in list(names)[: config.metrics.principals]}
 
 
 def _serialised(response: Message | Reply) -> Reply:

@@ -83,11 +83,11 @@ TABLE: dict[type[ApplianceError], Row] = {
     errors.PlacementUnknown: Row(Code.DEPLOYMENT_DOES_NOT_EXIST, "Deployment does not exist", 404),
     errors.PlacementMismatch: Row(Code.DEPLOYMENT_INVALID_ARGUMENT, "Invalid deployment argument", 400),
     errors.DeploymentDisabled: Row(Code.DEPLOYMENT_DISABLED, "Deployment is disabled", 409),
-    errors.InvalidInput: Row(Code.INPUT_INVALID_ARGUMENT, "Invalid input", 400),
-    errors.UnsupportedFormat: Row(Code.INPUT_UNSUPPORTED_FORMAT, "Input format not supported", 400),
-    errors.InputTooLarge: Row(Code.INPUT_OVER_LIMIT, "Input is too large", 413),
-    errors.UrlRefused: Row(Code.INPUT_INVALID_URL, "Invalid input URL", 400),
-    errors.DownloadFailed: Row(Code.INPUT_DOWNLOAD_FAILED, "Input download failed", 400),
+    errors.InvalidInput: Row(Code.INPUT_INVALID_ARGUMENT, "Invalid input", 400, reason="decode"),
+    errors.UnsupportedFormat: Row(Code.INPUT_UNSUPPORTED_FORMAT, "Input format not supported", 400, reason="decode"),
+    errors.InputTooLarge: Row(Code.INPUT_OVER_LIMIT, "Input is too large", 413, reason="too_large"),
+    errors.UrlRefused: Row(Code.INPUT_INVALID_URL, "Invalid input URL", 400, reason="ssrf"),
+    errors.DownloadFailed: Row(Code.INPUT_DOWNLOAD_FAILED, "Input download failed", 400, reason="download"),
     errors.NodeMismatch: Row(Code.WORKFLOW_NO_MATCHING_INPUT, "No matching input for the workflow's node", 400),
     errors.NodeNotRun: Row(Code.WORKFLOW_INTERNAL_FAILURE, "A node before it failed", 424),
     errors.CredentialsMissing: Row(Code.CONN_INVALID_REQUEST, "Credentials missing", 401, reason="auth"),
@@ -106,6 +106,14 @@ TABLE: dict[type[ApplianceError], Row] = {
     errors.InferenceFailed: Row(Code.MODEL_PREDICTION_FAILED, "Model prediction failed", 500),
     errors.WorkflowInvalid: Row(Code.WORKFLOW_INVALID_GRAPH, "Invalid workflow", 500),
 }
+
+REASONS = tuple(dict.fromkeys(row.reason for row in TABLE.values() if row.reason))
+"""All labels of `rejected_total`; those of the wire are among them."""
+
+INPUT_REASONS: dict[int, str] = {
+    int(row.code): row.reason for kind, row in TABLE.items() if issubclass(kind, errors.InputError) and row.reason
+}
+"""Code of an input that was refused by itself → label of `rejected_total`."""
 
 SUCCESS = Row(Code.SUCCESS, "Ok", 200)
 MIXED = Row(Code.MIXED_STATUS, "Mixed Success", 207)

@@ -51,12 +51,14 @@ class Repository(View[S]):
         load: Load[S],
         changed: Callable[[], None] = lambda: None,
         swapped: Callable[[str], None] = lambda model: None,
+        ended: Callable[[str, str, str], None] = lambda model, version, result: None,
         remember: bool = True,
     ) -> None:
         """Read what was remembered.
 
         Args:    load: makes a servable of a version. changed: called after every change of what is ready.
                  swapped: called with the model id when one servable replaced another.
+                 ended: called with model id, version and "ok" or "failed" at the end of every load.
                  remember: whether to write down what is seen; not when somebody only looks.
         Raises:  ConfigError: the root or the state is unusable.
         """
@@ -70,6 +72,7 @@ class Repository(View[S]):
 
         self._changed = tell
         self._swapped = swapped
+        self._ended = ended
         self._remember = remember
         self._loads = asyncio.Semaphore(1)
         self._drains: set[asyncio.Task[None]] = set()
@@ -284,6 +287,7 @@ class Repository(View[S]):
                 version.running.free.set()
                 version.state, version.problem = State.READY, ""
                 version.checksums = checksums
+                self._ended(version.config.key.model_id, version.id, "ok")
                 version.loaded_at, version.load_seconds = time.time(), time.monotonic() - begun
                 self._memory.remember(bundle.name, version.id, checksums)
                 _log.info("ready after %.2f s", version.load_seconds, extra=fields)
@@ -310,6 +314,7 @@ class Repository(View[S]):
             ends.close()
 
     def _failed(self, version: Version[S], problem: str, fields: Mapping[str, str]) -> None:
+        self._ended(version.config.key.model_id, version.id, "failed")
         version.problem = problem
         version.state = State.READY if version.running else State.FAILED
         kept = "; the version loaded before goes on" if version.running else ""

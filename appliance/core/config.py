@@ -780,6 +780,27 @@ class Log(Section):
     )
 
 
+class Metrics(Section):
+    """What is counted for Prometheus, and how many series that may be."""
+
+    series: int = Field(
+        2000,
+        ge=100,
+        le=100_000,
+        description="Series that one metric may have in one process, a histogram's buckets taken together. Every "
+        'version that was ever served has some, until a restart; beyond the number, more are counted as "other".',
+        json_schema_extra={"restart": True},
+    )
+    principals: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="How many principals have counts of their own: the first [[principal]]s of the configuration; all "
+        'others are counted together as "other". 0: nothing is counted by principal.',
+        json_schema_extra={"restart": True},
+    )
+
+
 class Shutdown(Section):
     """How the appliance stops."""
 
@@ -810,6 +831,7 @@ class Config(Section):
     cache: Cache = Cache()
     admin: Admin = Admin()
     log: Log = Log()
+    metrics: Metrics = Metrics()
     shutdown: Shutdown = Shutdown()
 
 

@@ -56,7 +56,7 @@ class Fold(Collector):
         """A gauge without labels, summed over the children that live."""
         with self._lock:
             series = (counted for child in self._children.values() for counted in child.counted())
-            return sum(values[0] for (family, _), (_, values) in series if family == name)
+            return sum(values[0] for (family, _), (_, values, _) in series if family == name)
 
     def describe(self) -> Iterable[Metric]:
         """All names, for the registry."""
@@ -81,7 +81,7 @@ class Fold(Collector):
         gauges = {}
         for series, counted in child.counted():
             if self._own.families[series[0]].kind == GAUGE:
-                gauges[series] = counted[1][0]
+                gauges[series] = counted.cells[0]
             else:
                 self._left[series] = _added(self._left.get(series), counted)
         child.close()
@@ -109,7 +109,7 @@ class _Child:
                 known[:] = now
             else:
                 continue
-            yield (entry.family, entry.labels), (entry.created, known)
+            yield (entry.family, entry.labels), Counted(entry.created, known, self._reader.notes(entry))
 
     def close(self) -> None:
         """Let its memory go."""
@@ -117,16 +117,22 @@ class _Child:
 
     def _fits(self, entry: Entry) -> bool:
         family = self._families.get(entry.family)
-        return family is not None and (family.kind, len(family.label_names), family.width) == (
+        return family is not None and (family.kind, len(family.label_names), family.width, family.note_count) == (
             entry.kind,
             len(entry.labels),
             entry.count,
+            entry.notes,
         )
 
 
 def _added(one: Counted | None, other: Counted, *, largest: bool = False) -> Counted:
-    """Both together, in a list of its own."""
+    """Both together, in a list of its own; of two notes the later one."""
     if one is None:
-        return other[0], list(other[1])
+        return Counted(other.created, list(other.cells), other.notes)
     add = max if largest else operator.add
-    return min(one[0], other[0]), [add(a, b) for a, b in zip(one[1], other[1], strict=True)]
+    notes = dict(one.notes)
+    for cell, note in other.notes.items():
+        if cell not in notes or notes[cell].at < note.at:
+            notes[cell] = note
+    cells = [add(a, b) for a, b in zip(one.cells, other.cells, strict=True)]
+    return Counted(min(one.created, other.created), cells, notes)

@@ -2,24 +2,29 @@
 
 Whoever counts writes, and never waits; whoever reads needs no help of it, also after it is gone. A segment holds, in
 bytes: 0 to 7 where the directory ends (int64, written last); from 64 on the directory, a line for each series: its
-CRC-32, a blank, and JSON; from the end of the segment downwards the cells. Numbers are in the machine's own order, and
-8 bytes that are aligned are read and written as a whole.
+CRC-32, a blank, and JSON; from the end of the segment downwards the cells, each series' notes behind them. Numbers are
+in the machine's own order, and 8 bytes that are aligned are read and written as a whole.
+
+A note says of one cell whose number was the last in it: value, Unix time, and the request's id. It is written in one
+piece of 128 bytes, which is no lock: a reader that meets the writer finds two readings that differ, and leaves it out.
 
 What is read is not believed: a model with a memory fault may have written anywhere in its process.
 """
 
 import json
 import logging
+import re
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias, Union
+from typing import NamedTuple, TypeAlias, Union
 
 from appliance.core.shared import Segment
 
-SIZE = 4 * 2**20
-"""Bytes of a segment with room for more than ten thousand series; only what is used costs memory."""
+SIZE = 32 * 2**20
+"""Bytes of a segment with room for some ten thousand series; only what is used costs memory."""
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +33,36 @@ _CELL = 8
 
 Cells: TypeAlias = Union[list[float], "memoryview[float]"]
 """Numbers of one series, in this process alone or for all to see."""
+
+NOTE = struct.Struct("dd112s")
+"""A note: value, Unix time, id; all zero where there is none."""
+
+_ID = re.compile(rb"[!#-\[\]-~]+")
+"""What an id may be made of: printable ASCII without blanks, quotes and backslashes."""
+
+
+class Note(NamedTuple):
+    """Whose number was the last in a cell."""
+
+    value: float
+    at: float
+    """Unix time."""
+    id: str
+
+
+def write_note(notes: "bytearray | memoryview[int]", cell: int, value: float, request: str) -> None:
+    """Note whose number went into a cell. Args: notes: of all cells. request: its id, 112 characters at most."""
+    place = cell * NOTE.size
+    notes[place : place + NOTE.size] = NOTE.pack(value, time.time(), request.encode("ascii", "replace"))
+
+
+def read_note(data: bytes) -> Note | None:
+    """What is noted there, if it can be so."""
+    value, at, text = NOTE.unpack(data)
+    name = text.rstrip(b"\0")
+    if not (0 < at < float("inf") and 0 <= value < float("inf") and _ID.fullmatch(name)):
+        return None
+    return Note(value, at, name.decode("ascii"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +76,13 @@ class Entry:
     """Unix time."""
     offset: int
     count: int
+    notes: int
+    """How many of the first cells have notes."""
+
+    @property
+    def size(self) -> int:
+        """Bytes from `offset` on."""
+        return self.count * _CELL + self.notes * NOTE.size
 
 
 class Ledger:
@@ -53,10 +95,15 @@ class Ledger:
         self._cells = segment.size
         self._full = False
 
-    def add(self, family: str, kind: str, labels: tuple[str, ...], created: float, count: int) -> Cells | None:
-        """Cells for one more series, all zero; None when the segment is full, which the log says once."""
-        end, offset = self._end[0], self._cells - count * _CELL
-        text = json.dumps([family, kind, labels, created, offset, count], separators=(",", ":")).encode()
+    def add(
+        self, family: str, kind: str, labels: tuple[str, ...], created: float, count: int, notes: int = 0
+    ) -> "tuple[Cells, memoryview[int]] | None":
+        """Cells for one more series and notes for the first of them, all zero.
+
+        Returns: None when the segment is full, which the log says once.
+        """
+        end, offset = self._end[0], self._cells - count * _CELL - notes * NOTE.size
+        text = json.dumps([family, kind, labels, created, offset, count, notes], separators=(",", ":")).encode()
         line = b"%08x %b\n" % (zlib.crc32(text), text)
         if end + len(line) > offset:
             if not self._full:
@@ -66,7 +113,8 @@ class Ledger:
         self._view[end : end + len(line)] = line
         self._cells = offset
         self._end[0] = end + len(line)
-        return self._view[offset : offset + count * _CELL].cast("d")
+        behind = offset + count * _CELL
+        return self._view[offset:behind].cast("d"), self._view[behind : behind + notes * NOTE.size]
 
 
 class LedgerReader:
@@ -90,19 +138,34 @@ class LedgerReader:
                 return
             self._read += len(line)
             entry = _entry(text)
-            if entry is not None and _START <= entry.offset <= self.segment.size - entry.count * _CELL:
+            if entry is not None and _START <= entry.offset <= self.segment.size - entry.size:
                 yield entry
 
     def values(self, entry: Entry) -> list[float]:
         """What its cells hold now: any numbers, infinite ones and NaN among them."""
         return list(struct.unpack_from(f"{entry.count}d", self.segment.view, entry.offset))
 
+    def notes(self, entry: Entry) -> dict[int, Note]:
+        """What is noted of its cells now, by cell."""
+        start = entry.offset + entry.count * _CELL
+        one, two = (bytes(self.segment.view[start : start + entry.notes * NOTE.size]) for _ in range(2))
+        found = {}
+        for cell in range(entry.notes):
+            place = slice(cell * NOTE.size, (cell + 1) * NOTE.size)
+            note = read_note(one[place]) if one[place] == two[place] else None
+            if note is not None:
+                found[cell] = note
+        return found
+
 
 def _entry(text: bytes) -> Entry | None:
     try:
-        family, kind, labels, created, offset, count = json.loads(text)
-        entry = Entry(str(family), str(kind), tuple(map(str, labels)), float(created), int(offset), int(count))
+        family, kind, labels, created, offset, count, notes = json.loads(text)
+        entry = Entry(
+            str(family), str(kind), tuple(map(str, labels)), float(created), int(offset), int(count), int(notes)
+        )
         "".join(entry.labels).encode()  # what is not UTF-8 would fail the whole exposition
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
-    return entry if entry.count > 0 and entry.offset % _CELL == 0 and 0 <= entry.created < float("inf") else None
+    sound = 0 <= entry.notes <= entry.count > 0 and entry.offset % _CELL == 0 and 0 <= entry.created < float("inf")
+    return entry if sound else None

@@ -1,7 +1,8 @@
 """What is counted. One set a process; names, labels and units are fixed here and nowhere else.
 
 Labels come only from configuration and fixed tables (model, version, method, code, reason): a caller cannot make new
-series by inventing names.
+series by inventing names, and `[metrics] series` bounds what a catalog that changes all the time can make. What is here
+is an interface (`VERSION`): docs/metrics.md is made of it (`appliance metrics`), and a test holds the two together.
 
 All of it is kept in plain numbers, and made into prometheus-client's samples when it is scraped: its own objects take a
 lock and several calls for each number, which is a tenth of a small model's call. What is written comes out as from its
@@ -9,23 +10,37 @@ own objects; a test compares the two. A child process counts in a segment (`ledg
 (`fold`).
 """
 
+import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from prometheus_client import CollectorRegistry, Info, ProcessCollector
 from prometheus_client import metrics as client
-from prometheus_client.core import Metric
+from prometheus_client.core import Exemplar, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from appliance.core.ledger import Cells, Ledger
+from appliance.core.config import Metrics as Settings
+from appliance.core.ledger import NOTE, Cells, Ledger, Note, read_note, write_note
 from appliance.core.shared import Segment
 
+_log = logging.getLogger(__name__)
+
+VERSION = "1.0"
+"""Of the interface: the first number grows when something that was there changes its name, type, labels or meaning, or
+goes; the second when something is added."""
+
 PREFIX = "inference_appliance"
+BUILD_TEXT = "Version of the appliance, of onnxruntime, and of these metrics as an interface."
+OTHER = "other"
+"""Label of what has no series of its own."""
+
 _SECONDS = (
+    0.00001,
+    0.000025,
     0.00005,
     0.0001,
     0.00025,
@@ -46,51 +61,73 @@ _SECONDS = (
     30,
     60,
 )
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""From a part of a model's run of 50 µs to one of a minute."""
+
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 COUNTER, HISTOGRAM, GAUGE = "counter", "histogram", "gauge"
 
 _GONE = float("nan")
 """What the cell of a gauge holds that has no sample."""
 
-Counted: TypeAlias = tuple[float, list[float]]
-"""One series: when it was made, in Unix time, and its cells."""
+_NOTE_S = 0.1
+"""Seconds in which one request at most is noted for a bucket: a note costs more than all the rest of an observation."""
 
-_Sample: TypeAlias = tuple[str, dict[str, str], float]
-"""Suffix of the name, labels beside the series' own, value."""
+Notes: TypeAlias = "bytearray | memoryview[int]"
+
+
+class Counted(NamedTuple):
+    """One series: when it was made, in Unix time, its cells, and what is noted of them."""
+
+    created: float
+    cells: list[float]
+    notes: Mapping[int, Note]
+
+
+_Sample: TypeAlias = tuple[str, dict[str, str], float, int | None]
+"""Suffix of the name, labels beside the series' own, value, and the cell whose note goes with it."""
 
 
 class Series(Protocol):
     """`Tally`, `Spread` or `Level`."""
 
     cells: Cells
+    notes: Notes
     created: float
 
 
 class Tally:
     """One series of a counter. One cell: the count. Written by the event loop's thread only."""
 
-    __slots__ = ("cells", "created")
+    __slots__ = ("cells", "created", "notes")
 
-    def __init__(self, cells: Cells, created: float) -> None:
+    def __init__(self, cells: Cells, notes: Notes, created: float) -> None:
         self.cells = cells
+        self.notes = notes
         self.created = created
 
     def inc(self, amount: float = 1.0) -> None:
         """So many more."""
         self.cells[0] += amount
 
+    def inc_for(self, request: str) -> None:
+        """One more, and whose it is. Args: request: its id."""
+        self.cells[0] += 1.0
+        write_note(self.notes, 0, 1.0, request)
+
 
 class Spread:
     """One series of a histogram. Cells: each bucket's count, and the sum. Written by the event loop's thread only."""
 
-    __slots__ = ("_bounds", "_last", "cells", "created")
+    __slots__ = ("_bounds", "_due", "_last", "cells", "created", "notes")
 
-    def __init__(self, cells: Cells, created: float, bounds: tuple[float, ...]) -> None:
+    def __init__(self, cells: Cells, notes: Notes, created: float, bounds: tuple[float, ...]) -> None:
         """Args: bounds: the upper ones of the buckets, included, ascending; one more bucket takes what is above."""
         self._bounds = bounds
         self._last = len(cells) - 1
+        self._due = [0.0] * (len(notes) // NOTE.size)
         self.cells = cells
+        self.notes = notes
         self.created = created
 
     def observe(self, value: float) -> None:
@@ -100,14 +137,25 @@ class Spread:
         cells[bisect_left(self._bounds, value)] += 1.0
         cells[self._last] += value
 
+    def observe_for(self, value: float, now: float, request: str) -> None:
+        """One more value, and whose it is. Args: now: `time.monotonic()` seconds. request: its id."""
+        cells = self.cells
+        bucket = bisect_left(self._bounds, value)
+        cells[bucket] += 1.0
+        cells[self._last] += value
+        if now >= self._due[bucket]:
+            self._due[bucket] = now + _NOTE_S
+            write_note(self.notes, bucket, value, request)
+
 
 class Level:
     """One series of a gauge. One cell: the value; one that is no number has no sample. Written by one thread only."""
 
-    __slots__ = ("cells", "created", "read")
+    __slots__ = ("cells", "created", "notes", "read")
 
-    def __init__(self, cells: Cells, created: float) -> None:
+    def __init__(self, cells: Cells, notes: Notes, created: float) -> None:
         self.cells = cells
+        self.notes = notes
         self.created = created
         self.read: Callable[[], float] | None = None
         """Where the value comes from, if it is watched."""
@@ -134,11 +182,13 @@ class Family(Collector, Generic[S]):
         name: str,
         text: str,
         labels: tuple[str, ...],
-        make: Callable[[Cells, float], S],
+        make: Callable[[Cells, Notes, float], S],
         ledger: Ledger | None,
         *,
+        limit: int,
         bounds: tuple[float, ...] = (),
         shared: bool = False,
+        noted: bool = False,
     ) -> None:
         """Make it.
 
@@ -146,22 +196,28 @@ class Family(Collector, Generic[S]):
             kind: COUNTER, HISTOGRAM or GAUGE.
             name: without the prefix; a counter's without "_total".
             ledger: where its numbers are; None: in this process alone.
+            limit: series it may have; what is counted for more is counted as OTHER, and gauges have no more samples.
             bounds: of a histogram's buckets.
             shared: every process that sets it means the same thing: the largest counts, not the sum.
+            noted: the last requests that it counted are shown with it, as exemplars.
         """
         self.kind, self.name, self.label_names, self.shared = kind, name, labels, shared
-        self._full, self._text = f"{PREFIX}_{name}", text
-        self._make, self._ledger, self._bounds = make, ledger, bounds
+        self.text, self.bounds, self.noted = text, bounds, noted
+        self._full = f"{PREFIX}_{name}"
+        self._make, self._ledger, self._limit = make, ledger, limit
         self.width = len(bounds) + 2 if kind == HISTOGRAM else 1
         """Cells of one series."""
+        self.note_count = self.width - (kind == HISTOGRAM) if noted else 0
+        """Cells of one series that have notes: all but a histogram's sum."""
         self._series: dict[tuple[str, ...], S] = {}
         self._cleared: dict[tuple[str, ...], S] = {}
-        self.labels = lru_cache(maxsize=None)(self._find)
-        """One series by its labels' values; no more of them are kept than there are series."""
+        self._said_full = False
+        self.labels = lru_cache(maxsize=2 * limit)(self._find)
+        """One series by its labels' values."""
 
     def describe(self) -> Iterable[Metric]:
         """The name, for the registry."""
-        return [Metric(self._full, self._text, self.kind)]
+        return [Metric(self._full, self.text, self.kind)]
 
     def collect(self) -> Iterable[Metric]:
         """What is scraped; on any thread."""
@@ -176,16 +232,21 @@ class Family(Collector, Generic[S]):
     def counted(self) -> dict[tuple[str, ...], Counted]:
         """A copy of all numbers, by the labels' values; what is watched is read."""
         self.sample()
-        return {key: (series.created, list(series.cells)) for key, series in tuple(self._series.items())}
+        return {
+            key: Counted(series.created, list(series.cells), _read_notes(series.notes))
+            for key, series in tuple(self._series.items())
+        }
 
     def exposed(self, counted: dict[tuple[str, ...], Counted]) -> Metric:
         """Those numbers as they are scraped."""
-        metric = Metric(self._full, self._text, self.kind)
+        metric = Metric(self._full, self.text, self.kind)
         samples = {COUNTER: _counter, HISTOGRAM: self._histogram, GAUGE: _gauge}[self.kind]
-        for values, (created, cells) in counted.items():
+        for values, (created, cells, notes) in counted.items():
             own = dict(zip(self.label_names, values, strict=True))
-            for suffix, more, value in samples(cells):
-                metric.add_sample(self._full + suffix, own | more, value)
+            for suffix, more, value, cell in samples(cells):
+                note = notes.get(cell) if cell is not None else None
+                exemplar = Exemplar({"req_id": note.id}, note.value, round(note.at, 3)) if note is not None else None
+                metric.add_sample(self._full + suffix, own | more, value, exemplar=exemplar)
             if client._use_created and self.kind != GAUGE:  # an environment variable of prometheus-client's decides
                 metric.add_sample(f"{self._full}_created", own, created)
         return metric
@@ -202,17 +263,19 @@ class Family(Collector, Generic[S]):
     def _histogram(self, cells: list[float]) -> Iterator[_Sample]:
         """A bucket counts what the ones before it do, too."""
         total = 0.0
-        for bound, count in zip((*self._bounds, float("inf")), cells, strict=False):
-            total += count
-            yield "_bucket", {"le": floatToGoString(bound)}, total  # type: ignore[no-untyped-call]
-        yield "_count", {}, total
-        yield "_sum", {}, cells[-1]
+        for cell, bound in enumerate((*self.bounds, float("inf"))):
+            total += cells[cell]
+            yield "_bucket", {"le": floatToGoString(bound)}, total, cell  # type: ignore[no-untyped-call]
+        yield "_count", {}, total, None
+        yield "_sum", {}, cells[-1], None
 
     def _find(self, *values: object) -> S:
         key = tuple(map(str, values))
         if len(key) != len(self.label_names):
             raise ValueError(f"{self._full} has the labels {self.label_names}, not {key}")
         if key not in self._series:
+            if len(self._series) >= self._limit:
+                return self._one_too_many()
             self._series[key] = self._new(key)
         return self._series[key]
 
@@ -221,45 +284,108 @@ class Family(Collector, Generic[S]):
             series = self._cleared.pop(key)
             series.cells[0] = 0.0
             return series
-        created, cells = time.time(), None
+        created, room = time.time(), None
         if self._ledger is not None:
-            cells = self._ledger.add(self.name, self.kind, key, created, self.width)
-        return self._make(cells if cells is not None else [0.0] * self.width, created)
+            room = self._ledger.add(self.name, self.kind, key, created, self.width, self.note_count)
+        cells, notes = room or ([0.0] * self.width, bytearray(self.note_count * NOTE.size))
+        return self._make(cells, notes, created)
+
+    def _one_too_many(self) -> S:
+        """What stands for a series for which there is no room."""
+        if not self._said_full:
+            self._said_full = True
+            _log.warning(
+                "%s has %d series, as many as it may (metrics.series); more are counted as %r until a restart",
+                self._full,
+                self._limit,
+                OTHER,
+            )
+        if self.kind == GAUGE:
+            return self._make([_GONE], bytearray(), time.time())
+        key = (OTHER,) * len(self.label_names)
+        if key not in self._series:
+            self._series[key] = self._new(key)
+        return self._series[key]
+
+
+def _read_notes(notes: Notes) -> dict[int, Note]:
+    data = bytes(notes)
+    found = (
+        (place // NOTE.size, read_note(data[place : place + NOTE.size])) for place in range(0, len(data), NOTE.size)
+    )
+    return {cell: note for cell, note in found if note is not None}
 
 
 def _counter(cells: list[float]) -> Iterator[_Sample]:
-    yield "_total", {}, cells[0]
+    yield "_total", {}, cells[0], 0
 
 
 def _gauge(cells: list[float]) -> Iterator[_Sample]:
     if cells[0] == cells[0]:
-        yield "", {}, cells[0]
+        yield "", {}, cells[0], None
 
 
 class Metrics:
     """All metrics of one process, in a registry of its own."""
 
-    def __init__(self, segment: Segment | None = None) -> None:
-        """Args: segment: where the numbers are, for the supervisor to read; None: in this process alone."""
+    def __init__(self, segment: Segment | None = None, settings: Settings | None = None) -> None:
+        """Make them.
+
+        Args:
+            segment: where the numbers are, for the supervisor to read; None: in this process alone.
+            settings: how many series there may be; None for the defaults.
+        """
         self._ledger = Ledger(segment) if segment is not None else None
+        self._limit = (settings or Settings()).series
         self.families: dict[str, Family[Any]] = {}
         """By their names without the prefix, in the order in which they are scraped."""
         self.registry = CollectorRegistry()
         ProcessCollector(namespace=PREFIX, registry=self.registry)
         model = ("model", "version")
-        self.build = Info(f"{PREFIX}_build", "Version of the appliance.", registry=self.registry)
+        self.build = Info(f"{PREFIX}_build", BUILD_TEXT, registry=self.registry)
+        # ---- calls ----
         self.requests = self._tallies(
-            "requests", "Calls answered, by Clarifai status code.", (*model, "method", "code")
+            "requests",
+            "Calls that ended, by Clarifai status code; model and version are empty where a call reached none.",
+            (*model, "method", "code"),
+            noted=True,
         )
-        self.rejected = self._tallies("rejected", "Calls refused before they reached a model.", ("reason",))
+        self.rejected = self._tallies(
+            "rejected",
+            "Calls refused before they reached a model, and inputs of other calls that were refused by themselves.",
+            ("reason",),
+        )
         self.inputs = self._tallies("inputs", "Inputs answered, by Clarifai status code.", (*model, "code"))
-        self.request_seconds = self._spreads("request_seconds", "From call to reply.", ("method",))
+        self.in_flight = self._levels("in_flight_requests", "Calls being worked on.").labels()
+        self.lost = self._tallies(
+            "requests_lost", "Accepted calls that ended without a result or a status; stays 0."
+        ).labels()
+        self.principal_requests = self._tallies(
+            "principal_requests",
+            "Calls that ended, by who called; only with metrics.principals.",
+            ("principal", "code"),
+        )
+        self.principal_inputs = self._tallies(
+            "principal_inputs", "Inputs answered, by who called; only with metrics.principals.", ("principal",)
+        )
+        # ---- where a call's time goes ----
+        self.request_seconds = self._spreads("request_seconds", "From call to reply.", (*model, "method"), noted=True)
         self.decode_seconds = self._spreads("decode_seconds", "Inputs to tensors, one request.", model)
         self.queue_seconds = self._spreads("queue_seconds", "From queue to the run that takes a row.", model)
+        self.batch_wait_seconds = self._spreads(
+            "batch_wait_seconds",
+            "From rows taken for a run to their results, without the run: waiting for the device's turn, putting rows "
+            "together and results apart.",
+            model,
+        )
         self.compute_seconds = self._spreads("compute_seconds", "One run of the model.", model)
+        self.encode_seconds = self._spreads(
+            "encode_seconds", "From the model's results to the reply, one request.", model
+        )
         self.batch_rows = self._spreads("batch_rows", "Rows in one run of the model.", model, _ROWS)
-        self.in_flight = self._levels("in_flight_requests", "Calls being worked on.").labels()
+        self.request_rows = self._spreads("request_rows", "Rows that one request brings to the model.", model, _ROWS)
         self.queue_rows = self._levels("queue_rows", "Rows waiting for the model.", model)
+        # ---- memory, downloads, cache ----
         self.memory_in_flight = self._levels("memory_in_flight_bytes", "Bytes that requests hold now.").labels()
         self.memory_limit = self._levels(
             "memory_in_flight_limit_bytes", "Bytes that requests may hold at once.", shared=True
@@ -273,6 +399,7 @@ class Metrics:
         self.cache_entries = self._levels("cache_entries", "Answers in it.").labels()
         self.cache_bytes = self._levels("cache_bytes", "Bytes these take.").labels()
         self.cache_limit = self._levels("cache_limit_bytes", "Bytes they may take.").labels()
+        # ---- connections ----
         self.connections = self._levels("connections", "Connections that are open, handshakes included.").labels()
         self.connections_accepted = self._tallies("connections_accepted", "Connections that were established.").labels()
         self.connections_refused = self._tallies(
@@ -281,18 +408,67 @@ class Metrics:
         self.handshake_seconds = self._spreads(
             "handshake_seconds", "From accept to the end of the TLS handshake."
         ).labels()
+        # ---- models ----
         self.model_state = self._levels(
             "model_state", "1 for the state a version is in.", (*model, "state"), shared=True
         )
+        self.model_info = self._levels(
+            "model_info",
+            "Always 1: what a version that is loaded is.",
+            (*model, "task", "sha256", "providers"),
+            shared=True,
+        )
         self.model_load_seconds = self._levels("model_load_seconds", "How long the last load took.", model, shared=True)
+        self.model_loads = self._tallies("model_loads", "Loads of a version that ended.", (*model, "result"))
         self.swaps = self._tallies("model_swaps", "Versions that replaced a running one.", ("model",))
-        self.lost = self._tallies(
-            "requests_lost", "Accepted calls that ended without a result or a status; stays 0."
+        self.catalog_versions = self._levels(
+            "catalog_versions", "Versions in the catalog, by state.", ("state",), shared=True
+        )
+        self.catalog_unreadable = self._levels(
+            "catalog_unreadable_bundles", "Bundles that cannot be read.", shared=True
         ).labels()
+        # ---- processes and devices ----
+        self.worker_up = self._levels(
+            "worker_up", "Whether a process of ours is at work: 1 or 0.", ("process",), shared=True
+        )
+        self.worker_restarts = self._tallies(
+            "worker_restarts", "Processes that ended and were replaced.", ("process", "reason")
+        )
+        self.worker_memory = self._levels(
+            "worker_resident_memory_bytes",
+            "Memory that a process of ours has resident; pages that several share count in each.",
+            ("process",),
+            shared=True,
+        )
+        self.worker_cpu = self._tallies(
+            "worker_cpu_seconds", "CPU time that a process of ours took, with those whose place it took.", ("process",)
+        )
+        gpu = ("device", "uuid")
+        self.gpu_utilization = self._levels(
+            "gpu_utilization_ratio", "Part of the last moment in which the GPU computed, 0 to 1.", gpu, shared=True
+        )
+        self.gpu_memory_used = self._levels("gpu_memory_used_bytes", "GPU memory in use, by anybody.", gpu, shared=True)
+        self.gpu_memory_total = self._levels("gpu_memory_total_bytes", "GPU memory there is.", gpu, shared=True)
+        self.gpu_temperature = self._levels("gpu_temperature_celsius", "The GPU's temperature.", gpu, shared=True)
+        self.gpu_power = self._levels("gpu_power_watts", "What the GPU draws.", gpu, shared=True)
+        self.gpu_clock = self._levels("gpu_sm_clock_hertz", "Clock of the GPU's processors.", gpu, shared=True)
+        self.gpu_model_memory = self._levels(
+            "gpu_model_memory_bytes",
+            "GPU memory that a version takes, as measured at its last undisturbed load.",
+            (*model, "uuid"),
+            shared=True,
+        )
+        # ---- configuration, keys, certificates ----
         self.reloads = self._tallies("config_reloads", "Reloads of the configuration.", ("result",))
         self.keys = self._levels("keys", "Keys that are valid now.", shared=True).labels()
+        self.certificate_reloads = self._tallies(
+            "certificate_reloads", "Changed certificate files that were taken over, or not.", ("result",)
+        )
         self.certificate_expiry = self._levels(
-            "certificate_expiry_timestamp_seconds", "When a certificate ends, Unix time.", ("role",), shared=True
+            "certificate_expiry_timestamp_seconds",
+            "When a certificate ends, Unix time; days left: (this - time()) / 86400.",
+            ("role",),
+            shared=True,
         )
         self.crl_next_update = self._levels(
             "crl_next_update_seconds",
@@ -300,6 +476,14 @@ class Metrics:
             ("issuer",),
             shared=True,
         )
+        # ---- the machine ----
+        self.disk_free = self._levels(
+            "disk_free_bytes", "Free space where a folder of ours lies.", ("folder",), shared=True
+        )
+        self.disk_size = self._levels(
+            "disk_size_bytes", "Size of the file system where it lies.", ("folder",), shared=True
+        )
+        self.clock = self._levels("clock_seconds", "The machine's clock, Unix time.", shared=True).labels()
 
     def watch(self, gauge: Level, read: Callable[[], float]) -> None:
         """Let `gauge` have the value that `read` gives: when it is scraped here, and at each `sample`."""
@@ -310,19 +494,27 @@ class Metrics:
         for family in self.families.values():
             family.sample()
 
-    def _tallies(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Family[Tally]:
-        return self._add(Family(COUNTER, name, text, labels, Tally, self._ledger))
+    def _tallies(self, name: str, text: str, labels: tuple[str, ...] = (), *, noted: bool = False) -> Family[Tally]:
+        return self._add(Family(COUNTER, name, text, labels, Tally, self._ledger, limit=self._limit, noted=noted))
 
     def _spreads(
-        self, name: str, text: str, labels: tuple[str, ...] = (), bounds: tuple[float, ...] = _SECONDS
+        self,
+        name: str,
+        text: str,
+        labels: tuple[str, ...] = (),
+        bounds: tuple[float, ...] = _SECONDS,
+        *,
+        noted: bool = False,
     ) -> Family[Spread]:
-        def make(cells: Cells, created: float) -> Spread:
-            return Spread(cells, created, bounds)
+        def make(cells: Cells, notes: Notes, created: float) -> Spread:
+            return Spread(cells, notes, created, bounds)
 
-        return self._add(Family(HISTOGRAM, name, text, labels, make, self._ledger, bounds=bounds))
+        return self._add(
+            Family(HISTOGRAM, name, text, labels, make, self._ledger, limit=self._limit, bounds=bounds, noted=noted)
+        )
 
     def _levels(self, name: str, text: str, labels: tuple[str, ...] = (), *, shared: bool = False) -> Family[Level]:
-        return self._add(Family(GAUGE, name, text, labels, Level, self._ledger, shared=shared))
+        return self._add(Family(GAUGE, name, text, labels, Level, self._ledger, limit=self._limit, shared=shared))
 
     def _add(self, family: Family[S]) -> Family[S]:
         self.registry.register(family)

@@ -81,8 +81,13 @@ class CertificateFiles:
     `context`, `tls`, `mtls` and `trust` may be called from any thread: each answer is replaced as a whole.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Raises: CertificateError: a file is missing, or the set is unusable; says everything that is wrong."""
+    def __init__(self, config: Config, counted: Callable[[str], None] = lambda result: None) -> None:
+        """Read them.
+
+        Args:   counted: told "ok" of changed files that were taken over by themselves, "failed" of those that were not.
+        Raises: CertificateError: a file is missing, or the set is unusable; says everything that is wrong.
+        """
+        self._counted = counted
         self._changing = threading.Lock()  # one that began before a reload must not put the old files back after it
         self.reload(config)
 
@@ -176,9 +181,11 @@ class CertificateFiles:
         try:
             self._shown = _read_shown(self.config, client_ca_expected=self._shown.client_ca is not None)
         except CertificateError as error:
-            self._refused_shown.note("changed certificate files are not taken over, the ones before stay", error)
+            if self._refused_shown.note("changed certificate files are not taken over, the ones before stay", error):
+                self._counted("failed")
             return False
         self._refused_shown = _Refusal()
+        self._counted("ok")
         _log.info("certificates reloaded", extra={"certificate": str(self.config.tls.certificate)})
         return True
 
@@ -187,10 +194,12 @@ class CertificateFiles:
         try:
             lists = _read_lists(self.config, self._shown.authorities)
         except CertificateError as error:
-            self._refused_lists.note("the changed revocation lists are not taken over, the ones before stay", error)
+            if self._refused_lists.note("the changed revocation lists are not taken over, the ones before stay", error):
+                self._counted("failed")
         else:
             self._refused_lists = _Refusal()
             if lists is not None:
+                self._counted("ok")
                 _log.info("revocation lists read", extra={"crl": str(self.config.tls.crl), "lists": len(lists)})
         self._trust = Trust(self._shown.authorities, lists, strict=self.config.tls.crl_policy == "strict")
 
@@ -218,11 +227,13 @@ class _Refusal:
         """Whether there is something to try again, and it is time."""
         return bool(self.sentence) and time.monotonic() - self.at >= _TRY_AGAIN_S
 
-    def note(self, what: str, error: CertificateError) -> None:
-        """They were refused, once more perhaps."""
-        if str(error) != self.sentence:
+    def note(self, what: str, error: CertificateError) -> bool:
+        """They were refused, once more perhaps. Returns: whether that is news."""
+        is_news = str(error) != self.sentence
+        if is_news:
             _log.error("%s: %s", what, error)
         self.sentence, self.at = str(error), time.monotonic()
+        return is_news
 
 
 _CONSEQUENCE: Mapping[str, str] = {

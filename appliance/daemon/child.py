@@ -26,9 +26,6 @@ _PR_SET_NAME = 15
 HEARTBEAT_S = 0.2
 """Seconds between two signs of life on a child's board."""
 
-DEVICE_GONE = 75
-"""Exit code of an engine that cannot go on: a run that cannot be ended, or a device that is lost to it."""
-
 
 def run(name: str, make: Callable[[socket.socket], object]) -> None:
     """Run a child until it leaves, as it does when its supervisor is gone; never returns.

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import math
+import mmap
 import os
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from appliance.core.errors import ConfigError
 from appliance.core.ledger import SIZE as COUNTS_SIZE
 from appliance.core.shared import Segment
 from appliance.engine import board as boards
-from appliance.engine.board import Activity, Board
+from appliance.engine.board import DEVICE_GONE, Activity, Board
 
 _STUCK_S = 1.0
 """Seconds of silence after which a child is replaced whose loop's thread was not once given a CPU meanwhile, though
@@ -66,6 +68,8 @@ class Child:
         self.gone = asyncio.Event()
         self.last: list[Activity] = []
         """What it was doing when it ended."""
+        self._reason = ""
+        self._cpu_s = 0.0
         self._pidfd = os.pidfd_open(self.process.pid)
         self._loop.add_reader(self._pidfd, self._ended)
         self.channel = Channel(ours, {}, handlers)
@@ -98,10 +102,38 @@ class Child:
         # Source: proc(5). R waits for a CPU, D for a disk; T is stopped, S sleeps: the loop's longest sleep is shorter.
         return state in "TtS" and min(self.silent_s, now - self._moved_at) > _STUCK_S
 
-    def kill(self) -> None:
-        """End it now."""
+    def kill(self, reason: str = "") -> None:
+        """End it now. Args: reason: a word for `why_it_ended`."""
+        self._reason = self._reason or reason
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
+
+    def resident_bytes(self) -> float:
+        """Memory that it has resident; NaN when it is gone. Any thread may ask."""
+        try:
+            pages = Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1]
+        except (OSError, IndexError):
+            return math.nan
+        return float(int(pages) * mmap.PAGESIZE)
+
+    def cpu_seconds(self) -> float:
+        """CPU time that it took; what was last known when it is gone."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+            # Source: proc(5), fields 14 and 15; the third is the first behind the name.
+            self._cpu_s = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+        except (OSError, IndexError):
+            pass
+        return self._cpu_s
+
+    def why_it_ended(self) -> str:
+        """In a word: "silent", "canary", "device", "signal" or "exit"."""
+        if self._reason:
+            return self._reason
+        code = self.process.returncode
+        if code is not None and code < 0:
+            return "signal"
+        return "device" if code == DEVICE_GONE else "exit"
 
     def how_it_ended(self) -> str:
         """In words."""

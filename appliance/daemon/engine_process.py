@@ -18,7 +18,7 @@ from appliance.core.shared import Segment
 from appliance.daemon import child
 from appliance.engine import plan as plans
 from appliance.engine import session
-from appliance.engine.board import Board, VersionBoard
+from appliance.engine.board import DEVICE_GONE, Board, VersionBoard
 from appliance.engine.plan import Plan
 from appliance.engine.remote import describe
 from appliance.engine.server import FrontLink
@@ -59,7 +59,7 @@ class EngineProcess:
         self._config = config
         logs.set_up(config.log.level)
         self._board = Board(Segment.attach(descriptors[0]))
-        self._metrics = Metrics(Segment.attach(descriptors[1]))
+        self._metrics = Metrics(Segment.attach(descriptors[1]), config.metrics)
         settings = config.engine.model_copy(update={"device": body["device"]})
         self._engine = await asyncio.to_thread(
             LocalEngine, settings, self._metrics, config.catalog.state_dir, _poisoned
@@ -81,7 +81,7 @@ class EngineProcess:
                 for model in self._models.values():
                     if model.death is not None:
                         _log.critical("the engine gives up, to be replaced: %s", model.death)
-                        child.leave(child.DEVICE_GONE)
+                        child.leave(DEVICE_GONE)
                 self._tell_changes()
             await asyncio.sleep(child.HEARTBEAT_S)
 
@@ -134,7 +134,7 @@ class EngineProcess:
             self._board.end(place)
         self._servables[number] = loaded
         self._models.update(engine.models)
-        servable.watch_queue(loaded, self._metrics)
+        self._show(number)
         self._told[number] = self._described(number)
         return {"plans": [plan.described() for plan in recorded], **self._told[number]}
 
@@ -152,9 +152,20 @@ class EngineProcess:
         for handle in [handle for handle in self._models if handle // _HANDLES == body["number"]]:
             del self._models[handle]
         loaded.close()
-        self._metrics.queue_rows.clear()
-        for other in self._servables.values():
-            servable.watch_queue(other, self._metrics)
+        for gauge in (self._metrics.queue_rows, self._metrics.gpu_model_memory):
+            gauge.clear()
+        for number in self._servables:
+            self._show(number)
+
+    def _show(self, number: int) -> None:
+        """Have the gauges of a version, until these are cleared."""
+        loaded = self._servables[number]
+        servable.watch_queue(loaded, self._metrics)
+        own = (model for handle, model in self._models.items() if handle // _HANDLES == number)
+        taken = sum(model.gpu_memory or 0 for model in own)
+        if taken:
+            labels = (loaded.key.model_id, loaded.version, loaded.model.device.uuid)
+            self._metrics.gpu_model_memory.labels(*labels).set(taken)
 
     async def _canary(self, body: Body, descriptors: list[int]) -> None:
         """Run something small on the device. Raises: ApplianceError: it does not."""
@@ -164,7 +175,7 @@ class EngineProcess:
 def _poisoned(reason: str) -> None:
     """The device is lost to this process, and what it would compute is worth nothing: leave, to be replaced."""
     _log.critical("the engine gives up, to be replaced: %s", reason)
-    child.leave(child.DEVICE_GONE)
+    child.leave(DEVICE_GONE)
 
 
 class _Numbered:

@@ -78,7 +78,7 @@ class FrontProcess:
         logs.set_up(config.log.level)
         board, metrics, slab, limits = descriptors
         self._board = Board(Segment.attach(board))
-        self._metrics = Metrics(Segment.attach(metrics))
+        self._metrics = Metrics(Segment.attach(metrics), config.metrics)
         self._slab = FrontSlab(Segment.attach(slab))
         self._pool = DecodePool(config.engine.decode_threads)
         self._certificates = CertificateFiles(config)

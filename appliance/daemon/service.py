@@ -20,7 +20,7 @@ from typing import Any
 from appliance import __version__
 from appliance.api.keys import KeyStore
 from appliance.catalog.repository import Repository
-from appliance.catalog.view import State, describe
+from appliance.catalog.view import describe
 from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
 from appliance.core import logs
@@ -28,8 +28,10 @@ from appliance.core.config import Config, LoadedConfig
 from appliance.core.errors import ApplianceError, ConfigError, Draining
 from appliance.core.files import file_error, one_line
 from appliance.core.machine import usable_memory
+from appliance.core.metrics import VERSION as METRICS_VERSION
 from appliance.core.metrics import Metrics
 from appliance.core.systemd import Notifier
+from appliance.daemon import gauges
 from appliance.daemon.admin import AdminServer
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.checks import check_urls, memory_for_requests, space_warning
@@ -84,10 +86,13 @@ class Daemon:
         config = self._config
         self._notifier = Notifier()
         stack.enter_context(_lock(config.catalog.state_dir))
-        self._certificates = CertificateFiles(config)
+        self._metrics = Metrics(settings=config.metrics)
+        gauges.begin(self._metrics)
+        self._certificates = CertificateFiles(
+            config, lambda result: self._metrics.certificate_reloads.labels(result).inc()
+        )
         check_urls(config)
         self._keys = KeyStore(config.auth.keys_file)
-        self._metrics = Metrics()
         self._staff: Staff = choose(config, self._metrics, self._publish)
         stack.push_async_callback(self._staff.stop)
         self._repository: Repository[Loaded] = Repository(
@@ -95,12 +100,15 @@ class Daemon:
             self._staff.load,
             self._publish,
             lambda model: self._metrics.swaps.labels(model).inc(),
+            lambda *load: self._metrics.model_loads.labels(*load).inc(),
         )
         self._workflows = Workflows(config.catalog, self._repository)
         await self._staff.open()
         stack.push_async_callback(self._repository.close)
         facts = self._staff.describe()
-        self._metrics.build.info({"version": __version__, "onnxruntime": str(facts["onnxruntime"])})
+        self._metrics.build.info(
+            {"version": __version__, "onnxruntime": str(facts["onnxruntime"]), "metrics": METRICS_VERSION}
+        )
         self._metrics.watch(self._metrics.keys, lambda: len(self._keys))
         self._warn()
 
@@ -285,14 +293,7 @@ class Daemon:
             if bundle.key is not None
         }
         self._staff.publish(self.readiness()[0], models)
-        for gauge in (self._metrics.model_state, self._metrics.model_load_seconds):
-            gauge.clear()  # a version that is gone leaves no sample
-        for bundle in self._repository.bundles:
-            for version in bundle.versions.values():
-                state = State.READY if version.ready else version.state
-                labels = (version.config.key.model_id, version.id)
-                self._metrics.model_state.labels(*labels, state.value).set(1)
-                self._metrics.model_load_seconds.labels(*labels).set(version.load_seconds)
+        gauges.show_catalog(self._metrics, self._repository)
 
     async def _tick(self) -> None:
         """Once a second: certificates that changed, keys, a model that died, and a word to the watchdog."""
@@ -302,7 +303,8 @@ class Daemon:
             self._notifier.alive()
             try:
                 await asyncio.to_thread(self._certificates.refresh)
-                self._measure_certificates()
+                gauges.show_certificates(self._metrics, self._certificates)
+                gauges.show_disks(self._metrics, self._config)
                 state = self._not_ready()
                 if state != healthy:
                     healthy = state
@@ -311,16 +313,6 @@ class Daemon:
                 # The watchdog must not bark because a certificate file was odd.
                 _log.exception("the daemon's second-by-second look failed")
             await asyncio.sleep(pause)
-
-    def _measure_certificates(self) -> None:
-        metrics, files = self._metrics, self._certificates
-        for gauge, moments in (
-            (metrics.certificate_expiry, files.expiry),
-            (metrics.crl_next_update, files.crl_next_update),
-        ):
-            gauge.clear()  # one that is configured no more leaves no sample
-            for name, moment in moments.items():
-                gauge.labels(name).set(moment)
 
     def _warn(self) -> None:
         """What the operator should know and need not change."""

@@ -10,6 +10,7 @@ A version is loaded by one engine, then made known to every front, and only then
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import time
 from collections import deque
@@ -55,6 +56,12 @@ _CANARY_RUNS = 3
 
 _FRONT_SILENCE_S = 30.0
 """Seconds without a turn of its loop after which a front is replaced."""
+
+_MEASURE_S = 1.0
+"""Seconds between two readings of the children's CPU time."""
+
+_GPU_LOOK_S = 5.0
+"""Seconds between two looks at the GPUs' sensors."""
 
 _LATE_S = 1.0
 """Seconds of delay of a look from which on we stood still, and the children may have too."""
@@ -109,6 +116,8 @@ class Engine:
         self.facts: Body = {}
         self.problem: str | None = "is starting"
         self.restarts = Restarts()
+        self.measured: tuple[Child | None, float] = (None, 0.0)
+        """A process, and the seconds of CPU time of it that are counted."""
         self.canary_at = 0.0
         self.canary: asyncio.Task[None] | None = None
 
@@ -127,6 +136,8 @@ class FrontChild:
         self.listens = False
         self.problem: str | None = "is starting"
         self.restarts = Restarts()
+        self.measured: tuple[Child | None, float] = (None, 0.0)
+        """See `Engine.measured`."""
 
     def tell(self, name: str, body: Body | None = None, descriptors: Sequence[int] = ()) -> None:
         """News for it, if it is there."""
@@ -179,6 +190,8 @@ class Supervisor:
                 refused = error
             else:
                 self._engines[engine.name] = engine
+        if any(engine.gpu is not None for engine in self._engines.values()):
+            self._spawn(self._look_at_gpus())
         if refused is not None and not self._engines:
             engine = Engine("engine", "cpu")
             await _insisting(self._start_engine, engine)
@@ -487,6 +500,7 @@ class Supervisor:
                 raise
             raise NeverStarted(f"The {engine.name} did not start: its process {child.how_it_ended()}.") from error
         self._fold.attach(engine.name, child.counts)
+        self._show(engine)
         engine.child, engine.problem = child, None
         engine.canary_at = time.monotonic() + _CANARY_S
         _log.info("device %s: %s", engine.facts["device"], engine.facts["reason"], extra={"engine": engine.name})
@@ -499,6 +513,7 @@ class Supervisor:
         self._fold.retire(engine.name)
         if self._stopping:
             return
+        self._metrics.worker_restarts.labels(engine.name, child.why_it_ended()).inc()
         _log.critical(
             "the %s %s; it is replaced", engine.name, child.how_it_ended(), extra={"running": len(child.last)}
         )
@@ -573,6 +588,7 @@ class Supervisor:
             await child.start(body, front.slab, self._limits.segment)
             front.child = child
             self._fold.attach(front.name, child.counts)
+            self._show(front)
             for engine in self._engines.values():
                 self._join(front, engine)
             while config is not self._config:  # it was reloaded meanwhile
@@ -662,6 +678,7 @@ class Supervisor:
             return
         lost = int(gauges.get(("in_flight_requests", ()), 0))
         self._metrics.lost.inc(lost)
+        self._metrics.worker_restarts.labels(front.name, child.why_it_ended()).inc()
         _log.critical("the %s %s", front.name, child.how_it_ended(), extra={"in_flight": lost})
         self._changed()
         if was_at_work and not self._draining:  # else whoever starts it goes on with that
@@ -692,7 +709,7 @@ class Supervisor:
 
     async def _watch(self) -> None:
         """Replace who shows no sign of life."""
-        looked_at = time.monotonic()
+        looked_at = measured_at = time.monotonic()
         while True:
             await asyncio.sleep(_LOOK_S)
             late_s, looked_at = time.monotonic() - looked_at - _LOOK_S, time.monotonic()
@@ -704,11 +721,65 @@ class Supervisor:
                     child.patient_from = looked_at
                 if child is not None and child.started and (child.silent_s > limit_s or child.is_stuck()):
                     _log.critical("the %s shows no sign of life for %.1f s; it is ended", member.name, child.silent_s)
-                    child.kill()
+                    child.kill("silent")
                 if isinstance(member, Engine) and child is not None and time.monotonic() > member.canary_at:
                     member.canary_at = time.monotonic() + _CANARY_S
                     if member.canary is None or member.canary.done():
                         member.canary = self._spawn(self._run_canary(member, child))
+            if looked_at - measured_at > _MEASURE_S:
+                measured_at = looked_at
+                self._measure()
+
+    def _show(self, member: "Engine | FrontChild") -> None:
+        """Have its process among the metrics."""
+        metrics = self._metrics
+        metrics.watch(metrics.worker_up.labels(member.name), lambda: float(member.problem is None))
+        metrics.watch(
+            metrics.worker_memory.labels(member.name),
+            lambda: member.child.resident_bytes() if member.child is not None else math.nan,
+        )
+
+    def _measure(self) -> None:
+        """Count the CPU time of the children's processes."""
+        for member in self._members():
+            child = member.child
+            if child is None:
+                continue
+            taken = child.cpu_seconds()
+            if child is not member.measured[0]:
+                member.measured = (child, 0.0)
+            self._metrics.worker_cpu.labels(member.name).inc(max(0.0, taken - member.measured[1]))
+            member.measured = (child, taken)
+
+    async def _look_at_gpus(self) -> None:
+        """Show what the sensors of our GPUs say."""
+        metrics = self._metrics
+        while True:
+            readings = await asyncio.to_thread(gpu.readings)
+            ours = {engine.gpu.uuid for engine in self._engines.values() if engine.gpu is not None}
+            for family in (
+                metrics.gpu_utilization,
+                metrics.gpu_memory_used,
+                metrics.gpu_memory_total,
+                metrics.gpu_temperature,
+                metrics.gpu_power,
+                metrics.gpu_clock,
+            ):
+                family.clear()  # a GPU that is lost leaves no sample
+            for reading in readings:
+                if reading.gpu.uuid not in ours:
+                    continue
+                for family, value in (
+                    (metrics.gpu_utilization, reading.utilization),
+                    (metrics.gpu_memory_used, reading.memory_used),
+                    (metrics.gpu_memory_total, reading.memory_total),
+                    (metrics.gpu_temperature, reading.temperature),
+                    (metrics.gpu_power, reading.power),
+                    (metrics.gpu_clock, reading.clock),
+                ):
+                    if value is not None:
+                        family.labels(f"gpu:{reading.gpu.index}", reading.gpu.uuid).set(value)
+            await asyncio.sleep(_GPU_LOOK_S)
 
     async def _run_canary(self, engine: Engine, child: Child) -> None:
         """A run on the device, behind as many of the longest runs as may be before it; without it the engine ends."""
@@ -721,7 +792,7 @@ class Supervisor:
         except (TimeoutError, ApplianceError) as error:
             why = f"took over {patience_s:.0f} s" if isinstance(error, TimeoutError) else f"failed: {error}"
             _log.critical("the canary run of the %s %s; it is ended", engine.name, why)
-            child.kill()
+            child.kill("canary")
 
     def _members(self) -> "list[Engine | FrontChild]":
         return [*self._engines.values(), *self._fronts]

@@ -106,13 +106,17 @@ class Admission:
         self._lock = threading.Lock()
         self._loading = self._begun = 0
 
+    def footprint(self, content: Content, device: Device, provider: str) -> int | None:
+        """Bytes of GPU memory that it took when that was last measured, or None."""
+        return self._footprints.get(_key(content, device, provider))
+
     @contextlib.contextmanager
     def load(self, content: Content, device: Device, provider: str, model: str) -> Iterator[None]:
         """Load within the block. Its footprint is measured if it ends well and no other load ran beside it.
 
         Raises: DeviceError: it does not fit; with the numbers.
         """
-        key = f"{content.key}/{provider}/{device.name or 'GPU'}"
+        key = _key(content, device, provider)
         here = _now(device)
         gpu.place(need(content, self._footprints.get(key)), [here], self._headroom)
         before = _used(device)
@@ -132,6 +136,10 @@ class Admission:
         finally:
             with self._lock:
                 self._loading -= 1
+
+
+def _key(content: Content, device: Device, provider: str) -> str:
+    return f"{content.key}/{provider}/{device.name or 'GPU'}"
 
 
 def _now(device: Device) -> Gpu:

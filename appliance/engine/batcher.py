@@ -71,11 +71,19 @@ class Outcome:
 
 @dataclass(slots=True)
 class RunRecord:
-    """One run, for the metrics: rows, seconds of compute, and how long each piece of a submission had waited."""
+    """One run, for the metrics.
+
+    Attributes:
+        seconds: of compute, over all attempts.
+        waits: seconds that each piece of a submission had waited when the run's rows were taken.
+        batch_wait: the rest of the seconds from then to the results: waiting for the device's turn, putting rows
+            together and results apart.
+    """
 
     rows: int
     seconds: float
     waits: list[float]
+    batch_wait: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -131,11 +139,13 @@ class _Worker:
     Attributes:
         pieces: what it runs at this moment; None between runs, and while it waits to be let in.
         told_at: when that run was told to end, as nobody waits for it.
+        computed_s: seconds that the model has computed for the batch.
     """
 
     thread: threading.Thread = field(init=False)
     pieces: list[_Piece] | None = None
     told_at: float | None = None
+    computed_s: float = 0.0
 
 
 class _Room:
@@ -582,12 +592,15 @@ class Batcher:
         started = self._clock()
         waits = [started - piece.submission.queued_at for piece in pieces]
         rows = sum(piece.count for piece in pieces)
+        worker.computed_s = 0.0
         try:
             done = self._attempt(worker, pieces)
         finally:
             with self._lock:
                 self._busy -= 1
-        self._to_loop(self._deliver, done, RunRecord(rows, self._clock() - started, waits))
+        computed_s = worker.computed_s
+        record = RunRecord(rows, computed_s, waits, self._clock() - started - computed_s)
+        self._to_loop(self._deliver, done, record)
 
     def _attempt(self, worker: _Worker, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
         failure: InferenceFailed | None = None
@@ -599,7 +612,7 @@ class Batcher:
                 worker.pieces = pieces
             if not pieces:
                 return []
-            return self._compute(pieces)
+            return self._compute(worker, pieces)
         except InferenceFailed as error:
             failure = error
         finally:
@@ -618,20 +631,20 @@ class Batcher:
         first, second = _halves(pieces, rows // 2)
         return self._attempt(worker, first) + self._attempt(worker, second)
 
-    def _compute(self, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
+    def _compute(self, worker: _Worker, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:
         names = pieces[0].submission.outputs
         if len(pieces) > 1:
             names = tuple(dict.fromkeys(name for piece in pieces for name in piece.submission.outputs))
         marked = [(p.submission.marks, p.start, p.count) for p in pieces if p.submission.marks is not None]
         if self._whole:
-            results = gates.run(self._model, names, pieces[0].submission.feeds, marked, self.board)
+            results = self._timed_run(worker, names, pieces[0].submission.feeds, marked)
             return [(pieces[0], dict(zip(names, results, strict=True)))]
         rows = sum(piece.count for piece in pieces)
         try:
             feeds = _gather(pieces, rows, next((size for size in self._sizes if size >= rows), rows))
         except MemoryError as error:
             raise OutOfMemory(f"no memory to put {rows} rows together") from error
-        results = gates.run(self._model, names, feeds, marked, self.board)
+        results = self._timed_run(worker, names, feeds, marked)
         named = list(zip(names, results, strict=True))
         for name, result in named:
             if not isinstance(result, np.ndarray) or result.ndim == 0 or len(result) < rows:
@@ -644,6 +657,15 @@ class Batcher:
             done.append((piece, {name: result[offset:end] for name, result in named if name in wanted}))
             offset = end
         return done
+
+    def _timed_run(
+        self, worker: _Worker, names: tuple[str, ...], feeds: Mapping[str, Array], marked: Sequence[gates.Marked]
+    ) -> list[Array]:
+        begun = self._clock()
+        try:
+            return gates.run(self._model, names, feeds, marked, self.board)
+        finally:
+            worker.computed_s += self._clock() - begun
 
     def _to_loop(self, function: Callable[..., None], *arguments: object) -> None:
         # A loop that is closed has nobody left to answer: the process is ending.

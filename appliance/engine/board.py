@@ -15,6 +15,9 @@ from appliance.core.shared import Segment
 _PLACES = 512
 """Runs and loads that can be told at a time; more are not told."""
 
+DEVICE_GONE = 75
+"""Exit code of an engine that cannot go on: a run that cannot be ended, or a device that is lost to it."""
+
 _TURNED, _LONGEST, _FIRST = 0, 1, 8
 _LOADS = 1 << 32
 

@@ -80,6 +80,61 @@ def driver_version() -> str:
         return str(nvml.nvmlSystemGetDriverVersion()) if nvml else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a GPU's sensors say at one moment; None for what it does not tell, as MIG instances and cards do.
+
+    Attributes:
+        utilization: part of the last moment in which it computed, 0 to 1.
+        memory_used, memory_total: bytes. temperature: degrees Celsius. power: watts.
+        clock: of its processors, hertz.
+    """
+
+    gpu: Gpu
+    utilization: float | None
+    memory_used: float | None
+    memory_total: float | None
+    temperature: float | None
+    power: float | None
+    clock: float | None
+
+
+def readings() -> list[Reading]:
+    """What the sensors of all GPUs say now, whichever this process may use; empty without NVML.
+
+    Takes some milliseconds, in which NVML is opened and closed.
+    """
+    with _nvml() as nvml:
+        if nvml is None:
+            return []
+
+        def told(function: str, handle: Any, *more: Any) -> Any:
+            try:
+                return getattr(nvml, function)(handle, *more)
+            except nvml.NVMLError:  # not supported there
+                return None
+
+        found = []
+        for index, (handle, gpu) in enumerate(_handles(nvml)):
+            described = _described(nvml, index, handle, gpu)
+            total, free = described.memory_total, described.memory_free
+            rates = told("nvmlDeviceGetUtilizationRates", handle)
+            power = told("nvmlDeviceGetPowerUsage", handle)
+            clock = told("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM)
+            found.append(
+                Reading(
+                    described,
+                    None if rates is None else rates.gpu / 100,
+                    None if total is None or free is None else total - free,
+                    total,
+                    told("nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
+                    None if power is None else power / 1000,
+                    None if clock is None else clock * 1e6,
+                )
+            )
+        return found
+
+
 def used_by_this_process(gpu: Gpu) -> int | None:
     """Bytes of the GPU's memory that this process holds; None when NVML does not know it.
 

@@ -203,10 +203,14 @@ class InlineLane:
         first = batch[0]
         rows = sum(entry.count for entry in batch)
         marked = [(entry.marks, 0, entry.count) for entry in batch if entry.marks is not None]
-        started, cpu_before = self._clock(), time.thread_time()
+        taken_at = started = self._clock()
+        cpu_before = time.thread_time()
         self._watchdog.begin(self._model)
         try:
-            feeds = first.feeds if len(batch) == 1 else _joined(batch)
+            feeds = first.feeds
+            if len(batch) > 1:
+                feeds = _joined(batch)
+                started = self._clock()
             results = gates.run(self._model, first.outputs, feeds, marked, self._batcher.board)
         finally:
             hung = self._watchdog.end()
@@ -219,7 +223,8 @@ class InlineLane:
         for name, result in named:
             if not isinstance(result, np.ndarray) or result.ndim == 0 or len(result) < rows:
                 raise InferenceFailed(f"The output {name!r} does not have one entry for each row.")
-        self._on_run(RunRecord(rows, seconds, [started - entry.queued_at for entry in batch]))
+        waits = [taken_at - entry.queued_at for entry in batch]
+        self._on_run(RunRecord(rows, seconds, waits, started - taken_at))
         start = 0
         for entry in batch:
             end = start + entry.count

@@ -53,6 +53,8 @@ class LocalModel:
         self.closed = False
         self.unmeasured: _Unmeasured | None = None
         """What is left to measure while the engine is idle."""
+        self.gpu_memory: int | None = None
+        """Bytes of GPU memory that it took when that was last measured; None on CPUs."""
 
     @property
     def death(self) -> str | None:
@@ -221,6 +223,7 @@ class LocalEngine:
         # What is kept for as long as the model is there must not keep the files' content.
         request = replace(request, plan=replace(request.plan, model=None, weights={}))
         model = LocalModel(session, device, batching, self._builder(request, session, device), self._idle)
+        model.gpu_memory = loading.gpu_memory
         self._models.add(model)
         self._idle.ask()
         if unmeasured is not None:
@@ -287,7 +290,8 @@ class LocalEngine:
                 with self._admission.load(content, device, "tensorrt", name):
                     prepared = self._prepare(replace(request, max_rows=rows), device, loading, compiled)
                     prepared[0].settle()
-                    return prepared
+                loading.gpu_memory = self._admission.footprint(content, device, "tensorrt")
+                return prepared
             except (BundleInvalid, DeviceError) as error:
                 _log.warning("TensorRT's engine cannot be used, CUDA serves", extra=_fields(request, str(error)))
         with self._admission.load(content, device, "cuda", name):
@@ -298,7 +302,8 @@ class LocalEngine:
                 found = session.capture(request.served, _batches(request, batching))
                 _log.info("CUDA graphs were tried", extra=_fields(request, found))
             session.settle()
-            return prepared
+        loading.gpu_memory = self._admission.footprint(content, device, "cuda")
+        return prepared
 
     def _compiled(self, content: Content, device: Device) -> Compiled | None:
         """TensorRT's engine for that graph on this GPU, if one was built."""
@@ -457,9 +462,11 @@ class LocalEngine:
         compute = self._metrics.compute_seconds.labels(*name)
         rows = self._metrics.batch_rows.labels(*name)
         queue = self._metrics.queue_seconds.labels(*name)
+        batch_wait = self._metrics.batch_wait_seconds.labels(*name)
 
         def observe(record: RunRecord) -> None:
             compute.observe(record.seconds)
+            batch_wait.observe(record.batch_wait)
             rows.observe(record.rows)
             for wait in record.waits:
                 queue.observe(wait)
@@ -473,6 +480,7 @@ class _Loading:
     def __init__(self) -> None:
         self._session: Session | None = None
         self._ended = False
+        self.gpu_memory: int | None = None
 
     def take(self, session: Session) -> None:
         """The session exists now. Called on the load's thread."""

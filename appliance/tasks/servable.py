@@ -60,12 +60,14 @@ class Ticket:
         deadline: `time.monotonic()` seconds.
         memory: grows by what decoding needs.
         priority: higher goes first.
+        computed_at: when the model's last results were here, `time.monotonic()` seconds; 0 before.
     """
 
     principal: str
     deadline: float | None
     memory: Reservation
     priority: int = field(default=0, kw_only=True)
+    computed_at: float = field(default=0.0, init=False)
 
 
 class DecodePool:
@@ -137,7 +139,7 @@ class Servable:
         self.notes = notes
         self._pool = pool
         self._decode_seconds = metrics.decode_seconds.labels(self.key.model_id, self.version)
-
+        self._request_rows = metrics.request_rows.labels(self.key.model_id, self.version)
         self.serial = next(_serials)
         """No other load has it, not even one of the same version: what was computed by this one bears it."""
 
@@ -179,6 +181,8 @@ class Servable:
         present = [(i, p) for i, p in enumerate(payloads) if not isinstance(p, ApplianceError)]
         decoded = await self._decode(offer.task, present, answers, ticket, limits)
         self._decode_seconds.observe(time.perf_counter() - begun)
+        if decoded:
+            self._request_rows.observe(sum(row.rows for row in decoded.values()))
         await self._compute(offer, decoded, answers, options, ticket)
         return answers  # type: ignore[return-value]  # every place has been filled
 
@@ -204,6 +208,7 @@ class Servable:
         if row.rows > 1 and not self.model.prompt(row.rows):
             return None
         self._decode_seconds.observe(time.perf_counter() - begun)
+        self._request_rows.observe(row.rows)
         outputs = self.task.outputs(options)
         self.model.submit_prompt(
             waiter, row.feeds, outputs, row.rows, ticket.deadline, ticket.principal, priority=ticket.priority
@@ -212,6 +217,7 @@ class Servable:
 
     def answer(self, row: Decoded, outcome: Outcome, options: PredictOptions, ticket: Ticket) -> Answer:
         """What became of an input that `ask` submitted. Raises: Overloaded: the memory of the answer is not free."""
+        ticket.computed_at = time.monotonic()
         ticket.memory.grow(_bytes(outcome.arrays))
         if outcome.errors:
             return next(iter(outcome.errors.values()))
@@ -230,6 +236,7 @@ class Servable:
             "device": str(self.model.device),
             "batching": f"{batching.mode}, up to {batching.max_rows} rows: {batching.reason}",
             "curve": batching.curve,
+            "providers": list(self.model.providers),
             "notes": list(self.notes),
         }
 
@@ -305,6 +312,7 @@ class Servable:
             # One refused or cancelled: nobody reads the others any more.
             for future in futures:
                 future.cancel()
+        ticket.computed_at = time.monotonic()
         # The arrays become the reply, which is held until it is sent.
         ticket.memory.grow(sum(_bytes(outcome.arrays) for outcome in outcomes))
         for members, outcome in zip(groups, outcomes, strict=True):

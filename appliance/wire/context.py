@@ -1,6 +1,6 @@
 """What the connections of a server share, above all the heads of calls that were understood once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from appliance.core.memory import MemoryBudget
@@ -41,6 +41,7 @@ class Context:
     """What all connections of a server share.
 
     Attributes:
+        too_large: told of every request that is turned away for its size.
         leaving: HTTP/1.1 connections shall end with their next answer.
     """
 
@@ -48,6 +49,7 @@ class Context:
     app: ASGIApp
     settings: WireSettings
     budget: MemoryBudget
+    too_large: Callable[[], None] = lambda: None
     heads: dict[bytes, Head] = field(default_factory=dict)
     leaving: bool = False
 

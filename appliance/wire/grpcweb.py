@@ -9,7 +9,7 @@ import binascii
 import contextlib
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -49,13 +49,16 @@ class GrpcWeb:
         endpoints: Mapping[str, Endpoint],
         settings: WireSettings,
         budget: MemoryBudget,
+        too_large: Callable[[], None] = lambda: None,
     ) -> None:
         """Make it.
 
         Args:
             app: answers what is not gRPC-Web.
             settings: its `cors_origins` may call, here and `app`; "*": all.
+            too_large: told of every message that is refused for its size.
         """
+        self._too_large = too_large
         self._app = app
         self._endpoints = endpoints
         self._settings = settings
@@ -92,7 +95,8 @@ class GrpcWeb:
             if seconds is not None:
                 call.deadline = time.monotonic() + seconds
             limit = grpc.message_limit(endpoint, self._settings.max_message)
-            body = _Body(receive, text, _is_gzip(headers), limit, self._settings.request_timeout_s)
+            seconds_a_message = self._settings.request_timeout_s
+            body = _Body(receive, text, _is_gzip(headers), limit, seconds_a_message, self._too_large)
             async with asyncio.timeout(seconds) as timer:
                 if endpoint.unary is not None:
                     await self._unary(call, endpoint, body, reply, scope)
@@ -172,8 +176,11 @@ class GrpcWeb:
 class _Body:
     """The messages in a request's body."""
 
-    def __init__(self, receive: Receive, text: bool, gzip: bool, limit: int, timeout_s: float) -> None:
+    def __init__(
+        self, receive: Receive, text: bool, gzip: bool, limit: int, timeout_s: float, too_large: Callable[[], None]
+    ) -> None:
         """Args: limit: bytes of a message, packed and unpacked. timeout_s: seconds in which one must arrive."""
+        self._too_large = too_large
         self._receive = receive
         self._decode = _Base64().feed if text else bytes
         self._gzip = gzip
@@ -197,6 +204,7 @@ class _Body:
         if self._flag == _COMPRESSED and not self._gzip:
             raise RpcAbort(RpcStatus.INTERNAL, "A message is marked as compressed; the call names no grpc-encoding.")
         if self._size > self._limit:
+            self._too_large()
             raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, grpc.too_large(self._limit))
         return self._size
 

@@ -252,6 +252,7 @@ class Http2(asyncio.Protocol):
             del self._calls[stream]
             opened.lost()
         elif flags & _h2.TOO_BIG:
+            self._context.too_large()
             sentence = sentences.request_too_large(self._settings.max_message)
             opened.abort(RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, sentence))
         elif flags & _h2.BROKEN:

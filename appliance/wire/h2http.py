@@ -70,6 +70,7 @@ class HttpRequest:
         """A piece of the body."""
         self._received += len(data)
         if self._received > self._limit:
+            self.connection.context.too_large()
             self._refuse(TOO_LARGE, sentences.body_too_large(self.connection.context.settings.max_message))
             return
         try:

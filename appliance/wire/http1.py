@@ -70,11 +70,13 @@ class Http1(asyncio.Protocol):
         settings: WireSettings,
         budget: MemoryBudget,
         released: Callable[[], None] = lambda: None,
+        too_large: Callable[[], None] = lambda: None,
     ) -> None:
         """Make a protocol without a transport.
 
-        Args:    released: called once when the connection is gone.
+        Args:    released: called once when the connection is gone. too_large: told of bodies refused for their size.
         """
+        self._too_large = too_large
         self._app = app
         self._peer = peer
         self._settings = settings
@@ -308,6 +310,8 @@ class Http1(asyncio.Protocol):
         """Answer what we do not serve, and close: where the next request would begin, nobody knows."""
         if self._closing:
             return
+        if refusal.problem is asgi.TOO_LARGE:
+            self._too_large()
         _log.write(
             "refused",
             logging.WARNING,

@@ -62,7 +62,9 @@ class WireServer:
         Args:    app: answers what is neither gRPC nor gRPC-Web.
         """
         self._settings = settings
-        self._context = Context(endpoints, GrpcWeb(app, endpoints, settings, budget), settings, budget)
+        too_large = metrics.rejected.labels("too_large").inc if metrics is not None else lambda: None
+        web = GrpcWeb(app, endpoints, settings, budget, too_large)
+        self._context = Context(endpoints, web, settings, budget, too_large)
         self._gate = Gate(settings, metrics)
         self._listeners: list[Listener] = []
         self._connections: set[_Connection] = set()
@@ -229,7 +231,7 @@ class _Connection(asyncio.Protocol):
         if http2:
             protocol: Http1 | Http2 = Http2(context, self._peer, self._forget)
         else:
-            protocol = Http1(context.app, self._peer, context.settings, context.budget, self._forget)
+            protocol = Http1(context.app, self._peer, context.settings, context.budget, self._forget, context.too_large)
             if context.leaving:
                 protocol.last()
         self._protocol = protocol

@@ -95,7 +95,7 @@ def _count(descriptor: int) -> None:
             number = 0
             while True:
                 metrics.requests.labels("m", "1", f"method-{number // 5 % 1000}", 10000).inc()
-                metrics.request_seconds.labels("all").observe(1)
+                metrics.request_seconds.labels("m", "1", "all").observe_for(1, number, f"id-{number}")
                 number += 1
 
 

@@ -147,12 +147,15 @@ class Nvml:
     """The module pynvml of a machine with such GPUs; each may be cut into MIG instances."""
 
     NVML_DEVICE_MIG_ENABLE = 1
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
 
     class NVMLError(Exception):
         """As the module's own."""
 
     def __init__(self, *gpus: Mapping[str, Any]) -> None:
-        """Args: gpus: uuid, name, total, free; perhaps instances, a list of the same, None for an empty place."""
+        """Args: gpus: uuid, name, total, free; perhaps instances, a list of the same, None for an empty place; perhaps
+        percent, milliwatts, degrees and megahertz.
+        """
         self._gpus = gpus
         self.processes: list[SimpleNamespace] = []
         self.open = 0
@@ -195,6 +198,25 @@ class Nvml:
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: Any) -> tuple[int, int]:
         return (9, 0)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: Any) -> Any:
+        return SimpleNamespace(gpu=self._told(handle, "percent"), memory=0)
+
+    def nvmlDeviceGetPowerUsage(self, handle: Any) -> int:
+        return self._told(handle, "milliwatts")
+
+    def nvmlDeviceGetTemperature(self, handle: Any, sensor: int) -> int:
+        assert sensor == self.NVML_TEMPERATURE_GPU
+        return self._told(handle, "degrees")
+
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int) -> int:
+        assert kind == self.NVML_CLOCK_SM
+        return self._told(handle, "megahertz")
+
+    def _told(self, handle: Any, what: str) -> int:
+        if what not in handle:
+            raise self.NVMLError("Not Supported")
+        return int(handle[what])
 
     def nvmlDeviceGetUUID(self, handle: Any) -> str:
         return str(handle["uuid"])

@@ -170,6 +170,28 @@ def test_created_is_the_earliest() -> None:
     assert moments[0] < moments[1]
 
 
+def exemplars(fold: Fold) -> dict[str, str]:
+    """Bound of a bucket → id of the request."""
+    (family,) = [metric for metric in fold.registry.collect() if metric.name == f"{PREFIX}_request_seconds"]
+    return {sample.labels["le"]: sample.exemplar.labels["req_id"] for sample in family.samples if sample.exemplar}
+
+
+def test_the_latest_request_is_the_exemplar_whoever_answered_it() -> None:
+    """Also when that process is gone."""
+    own = Metrics()
+    fold = Fold(own)
+    labels = ("m", "1", "x")
+    for name, value, request in (("a", 0.3, "one"), ("b", 0.4, "two"), ("a", 3, "three")):
+        fold.attach(name, made := segment())
+        Metrics(made).request_seconds.labels(*labels).observe_for(value, 1.0, request)
+    assert exemplars(fold) == {"0.5": "two", "5.0": "three"}
+    own.request_seconds.labels(*labels).observe_for(0.35, 1.0, "four")
+    for name in ("a", "b"):
+        assert exemplars(fold) == {"0.5": "four", "5.0": "three"}
+        fold.retire(name)
+    assert exemplars(fold) == {"0.5": "four", "5.0": "three"}
+
+
 class TestGauges:
     def test_they_are_sums_over_who_lives(self) -> None:
         """The supervisor's own among them."""
@@ -292,6 +314,8 @@ def test_series_that_do_not_fit_their_family_are_left_out() -> None:
         ("inputs", "counter", ("m", "1"), 1),
         ("inputs", "counter", ("m", "1", "10000"), 2),
         ("batch_rows", "histogram", ("m", "1"), 3),
+        ("requests", "counter", ("m", "1", "x", "10000"), 1),  # without its note
     ):
         assert ledger.add(family, kind, labels, 1.0, width) is not None
+    assert ledger.add("inputs", "counter", ("m", "1", "10000"), 1.0, 1, 1) is not None
     assert samples(fold.registry) == before

@@ -1,6 +1,8 @@
 """The metrics: counted in plain numbers, exposed as prometheus-client's own objects are."""
 
+import logging
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from appliance.core.metrics import _ROWS, _SECONDS, PREFIX, Metrics
+from appliance.core.config import Metrics as Settings
+from appliance.core.metrics import _ROWS, _SECONDS, OTHER, PREFIX, Metrics
 from appliance.core.shared import Segment
 
 _MODEL = ("model", "version")
@@ -22,7 +25,7 @@ def count(requests: Any, inputs: Any, seconds: Any, rows: Any) -> None:
     requests.labels("", "", "ListModels", 11102).inc()
     inputs.labels("digits", 'odd "name"\n', 10000).inc(128)
     for value in _VALUES:
-        seconds.labels("PostModelOutputs").observe(value)
+        seconds.labels("digits", "1", "PostModelOutputs").observe(value)
     for value in (1, 2, 3, 128, 129):
         rows.labels("digits", "1").observe(value)
     rows.labels("digits", "2")
@@ -40,14 +43,13 @@ def test_what_is_exposed_is_what_prometheus_clients_objects_expose(
     """Names, labels, buckets, order and moments of creation, in both formats."""
     metrics, theirs = Metrics(), CollectorRegistry()
     count(metrics.requests, metrics.inputs, metrics.request_seconds, metrics.batch_rows)
-    requests = Counter(
-        f"{PREFIX}_requests", "Calls answered, by Clarifai status code.", (*_MODEL, "method", "code"), registry=theirs
-    )
+    text = "Calls that ended, by Clarifai status code; model and version are empty where a call reached none."
+    requests = Counter(f"{PREFIX}_requests", text, (*_MODEL, "method", "code"), registry=theirs)
     inputs = Counter(
         f"{PREFIX}_inputs", "Inputs answered, by Clarifai status code.", (*_MODEL, "code"), registry=theirs
     )
     seconds = Histogram(
-        f"{PREFIX}_request_seconds", "From call to reply.", ("method",), buckets=_SECONDS, registry=theirs
+        f"{PREFIX}_request_seconds", "From call to reply.", (*_MODEL, "method"), buckets=_SECONDS, registry=theirs
     )
     rows = Histogram(f"{PREFIX}_batch_rows", "Rows in one run of the model.", _MODEL, buckets=_ROWS, registry=theirs)
     count(requests, inputs, seconds, rows)
@@ -105,6 +107,85 @@ def test_what_is_cleared_is_watched_no_more() -> None:
     metrics.queue_rows.labels("m", "1")
     metrics.sample()
     assert metrics.registry.get_sample_value(f"{PREFIX}_queue_rows", {"model": "m", "version": "1"}) == 0
+
+
+def exemplars(metrics: Metrics, name: str) -> dict[str, Any]:
+    """Bound of a bucket, or "", → exemplar."""
+    (family,) = metrics.families[name].collect()
+    return {sample.labels.get("le", ""): sample.exemplar for sample in family.samples if sample.exemplar}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_last_request_of_a_bucket_is_its_exemplar(shared: bool) -> None:
+    """With its own value and the time; a bucket notes one at most in a tenth of a second."""
+    metrics = Metrics(Segment.create("test", 2**16) if shared else None)
+    seconds = metrics.request_seconds.labels("m", "1", "x")
+    for value, now, name in ((0.004, 10.0, "a"), (0.003, 10.05, "b"), (0.5, 10.05, "c"), (70.0, 10.06, "d")):
+        seconds.observe_for(value, now, name)
+    found = exemplars(metrics, "request_seconds")
+    assert {bound: (each.labels, each.value) for bound, each in found.items()} == {
+        "0.005": ({"req_id": "a"}, 0.004),
+        "0.5": ({"req_id": "c"}, 0.5),
+        "+Inf": ({"req_id": "d"}, 70.0),
+    }
+    assert all(abs(each.timestamp - time.time()) < 60 for each in found.values())
+    seconds.observe_for(0.0026, 10.11, "e")
+    assert exemplars(metrics, "request_seconds")["0.005"].labels == {"req_id": "e"}
+    assert metrics.registry.get_sample_value(
+        f"{PREFIX}_request_seconds_count", {"model": "m", "version": "1", "method": "x"}
+    ) == 5  # fmt: skip
+    text = openmetrics.generate_latest(metrics.registry).decode()
+    assert re.search(r'_request_seconds_bucket\{le="0.5",.*\} 4\.0 # \{req_id="c"\} 0\.5 \d+\.\d+\n', text)
+    assert "#  {" not in generate_latest(metrics.registry).decode(), "the older format has none"
+    assert "req_id" not in generate_latest(metrics.registry).decode()
+
+
+def test_the_last_failed_call_is_the_exemplar_of_its_count() -> None:
+    """So that whoever sees errors has one to look up in the log."""
+    metrics = Metrics()
+    metrics.requests.labels("m", "1", "x", 10000).inc()
+    metrics.requests.labels("m", "1", "x", 21313).inc_for("a")
+    metrics.requests.labels("m", "1", "x", 21313).inc_for("line-b")
+    assert {label: each.labels for label, each in exemplars(metrics, "requests").items()} == {"": {"req_id": "line-b"}}
+    labels = {"model": "m", "version": "1", "method": "x", "code": "21313"}
+    assert metrics.registry.get_sample_value(f"{PREFIX}_requests_total", labels) == 2
+
+
+class TestBounds:
+    """As many series as `metrics.series` says, whatever is counted."""
+
+    SETTINGS = Settings(series=100)
+
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_more_are_counted_together(self, shared: bool, caplog: pytest.LogCaptureFixture) -> None:
+        """No count is lost, those that were there go on, and the log says so once."""
+        segment = Segment.create("test", 2**22) if shared else None
+        metrics = Metrics(segment, self.SETTINGS)
+        with caplog.at_level(logging.WARNING):
+            for number in range(1000):
+                metrics.requests.labels(f"m{number}", "1", "x", 10000).inc()
+                metrics.requests.labels("m1", "1", "x", 10000).inc()
+                metrics.compute_seconds.labels(f"m{number}", "1").observe(1)
+        (requests,) = metrics.requests.collect()
+        totals = {sample.labels["model"]: sample.value for sample in requests.samples if sample.name.endswith("_total")}
+        assert len(totals) == 101
+        assert (totals["m0"], totals["m1"], totals[OTHER]) == (1, 1001, 900)
+        assert [record.message.split()[0] for record in caplog.records] == [
+            f"{PREFIX}_requests",
+            f"{PREFIX}_compute_seconds",
+        ]
+        counts = [s.value for s in metrics.compute_seconds.collect()[0].samples if s.name.endswith("_count")]
+        assert (len(counts), sum(counts)) == (101, 1000)
+
+    def test_gauges_beyond_it_have_no_sample(self) -> None:
+        """A sum of states would say nothing; those that went make room."""
+        metrics = Metrics(None, self.SETTINGS)
+        for round_ in range(3):
+            metrics.model_state.clear()
+            for number in range(150):
+                metrics.model_state.labels(f"m{round_}-{number}", "1", "ready").set(1)
+            samples = metrics.model_state.collect()[0].samples
+            assert [sample.labels["model"] for sample in samples] == [f"m{round_}-{n}" for n in range(100)]
 
 
 def test_no_call_fails_for_a_full_segment() -> None:

@@ -42,6 +42,25 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Nvml:
     return double
 
 
+def test_sensors_tell_what_they_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In base units; a MIG instance has memory and little else."""
+    double = Nvml(
+        {"uuid": A, "name": "H200", "total": 140, "free": 100, "percent": 37, "milliwatts": 512_300, "degrees": 61}
+        | {"megahertz": 1980},
+        {"uuid": B, "name": "H200", "instances": [{"uuid": "MIG-1", "name": "H200 MIG", "total": 70, "free": 69}]},
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", double)
+    whole, instance = gpu.readings()
+    assert (whole.gpu.uuid, instance.gpu.uuid) == (A, "MIG-1")
+    assert (whole.utilization, whole.power, whole.temperature, whole.clock) == (0.37, 512.3, 61, 1.98e9)
+    assert (whole.memory_used, whole.memory_total) == (40, 140)
+    assert (instance.memory_used, instance.memory_total) == (1, 70)
+    assert (instance.utilization, instance.power, instance.temperature, instance.clock) == (None,) * 4
+    assert double.open == 0
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpu.readings() == []
+
+
 # ---- what there is ---------------------------------------------------------------------------------------------------
 
 
