@@ -754,21 +754,20 @@ class Admin(Section):
 
     listen: Address = Field(
         "127.0.0.1:9464",
-        description="HTTP port for /livez, /readyz and /metrics; loopback only.",
+        description="Port for /livez, /readyz and /metrics: plain HTTP on a loopback address. On any other it is TLS, "
+        "with tls.certificate, and answers the principals in admin.principals only.",
         json_schema_extra={"restart": True},
+    )
+    principals: tuple[Name, ...] = Field(
+        (),
+        description="Where admin.listen is no loopback address: the [[principal]]s that may read these pages, with "
+        'their key ("Authorization: Bearer …") or their client certificate. Give one that only watches models = [].',
     )
     socket: FilePath = Field(
         Path("/run/inference-appliance/admin.sock"),
         description="Unix socket for the `appliance` command.",
         json_schema_extra={"restart": True},
     )
-
-    @field_validator("listen")
-    @classmethod
-    def _check_loopback(cls, value: str) -> str:
-        if not is_loopback(value):
-            raise ValueError("must be a loopback address: these pages are not protected")
-        return value
 
 
 class Log(Section):
@@ -912,6 +911,20 @@ def cross_problems(config: Config) -> list["Problem"]:
                     )
                 )
             owner[identity] = principal.name
+    if not is_loopback(config.admin.listen) and not config.admin.principals:
+        problems.append(
+            Problem(
+                "admin.listen",
+                config.admin.listen,
+                "is not a loopback address, and admin.principals names nobody who may read these pages",
+                "Name a [[principal]] there, which has a key or a client certificate; or bind it to 127.0.0.1.",
+            )
+        )
+    problems += [
+        Problem("admin.principals", name, "is no [[principal]] of this configuration", "Add it, or mend the name.")
+        for name in config.admin.principals
+        if name not in seen_names
+    ]
     deployments: set[str] = set()
     for index, deployment in enumerate(config.deployment):
         if deployment.id in deployments:

@@ -1,4 +1,7 @@
-"""For operators: /livez, /readyz and /metrics on a loopback port; the same and more on a unix socket.
+"""For operators: /livez, /readyz and /metrics on a port; the same and more on a unix socket.
+
+The port is plain HTTP on a loopback address. On any other one it is TLS on our own wire, and answers only who is named
+in `admin.principals`: these pages tell names of models, principals and processes.
 
 What the `appliance` command asks for (/status, /registration, /reload, /look) is on the socket only, whose file mode
 says who may.
@@ -8,12 +11,13 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -23,9 +27,34 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from appliance.core.config import Admin, parse_address
-from appliance.core.errors import AddressError, ApplianceError, ConfigError
+from appliance.api.auth import Authenticator
+from appliance.api.keys import KeyStore
+from appliance.core.config import Config, is_loopback, parse_address
+from appliance.core.errors import (
+    AccessError,
+    AddressError,
+    ApplianceError,
+    ConfigError,
+    CredentialsMissing,
+    KeyInvalid,
+    NotPermitted,
+)
 from appliance.core.files import file_error
+from appliance.core.logs import RateLimitedLog
+from appliance.core.memory import MemoryBudget
+from appliance.core.types import Call
+from appliance.daemon.certificates import CertificateFiles
+from appliance.wire.asgi import PEER, ASGIApp, Receive, Send
+from appliance.wire.peer import Peer
+from appliance.wire.settings import WireSettings
+
+_log = logging.getLogger(__name__)
+
+_MOST = 16 * 2**20
+"""Bytes of a page that is read from elsewhere: more than a hundred models' metrics."""
+
+_MEMORY = 4 * _MOST
+"""Bytes that all of them may take together while they wait to be taken."""
 
 
 class Operations(Protocol):
@@ -119,41 +148,129 @@ class _Server(uvicorn.Server):
 class AdminServer:
     """Both listeners."""
 
-    def __init__(self, settings: Admin, operations: Operations, registry: CollectorRegistry) -> None:
-        """Bind them. Raises: ConfigError: an address or path cannot be bound."""
+    def __init__(
+        self,
+        config: Config,
+        operations: Operations,
+        registry: CollectorRegistry,
+        keys: KeyStore,
+        certificates: CertificateFiles,
+    ) -> None:
+        """Bind them. Raises: ConfigError: an address or path cannot be bound, or the port cannot be protected."""
+        settings = config.admin
         tcp = _bind_tcp(settings.listen)
+        self._guarded: _Guarded | None = None
+        served: list[tuple[uvicorn.Server, socket.socket]] = []
         try:
+            app = public_app(operations, registry)
+            if is_loopback(settings.listen):
+                served.append((_server(app), tcp))
+            else:
+                self._guarded = _Guarded(app, tcp, config, keys, certificates)
             unix = bind_unix(settings.socket)
         except BaseException:
             tcp.close()
             raise
+        self._served = (*served, (_server(private_app(operations, registry)), unix))
         self.port: int = tcp.getsockname()[1]
         self._path = settings.socket
         self._inode = settings.socket.stat().st_ino
-        self._sockets = (tcp, unix)
-        self._servers = (
-            _server(public_app(operations, registry)),
-            _server(private_app(operations, registry)),
-        )
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Serve."""
-        self._tasks = [
-            asyncio.create_task(server.serve(sockets=[bound]))
-            for server, bound in zip(self._servers, self._sockets, strict=True)
-        ]
+        self._tasks = [asyncio.create_task(server.serve(sockets=[bound])) for server, bound in self._served]
+        if self._guarded is not None:
+            await self._guarded.start()
+
+    def configure(self, config: Config) -> None:
+        """Take over who may read the pages."""
+        if self._guarded is not None:
+            self._guarded.configure(config)
 
     async def stop(self) -> None:
         """Serve no more."""
-        for server in self._servers:
+        for server, _ in self._served:
             server.should_exit = True
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for bound in self._sockets:
+        for _, bound in self._served:
             bound.close()
+        if self._guarded is not None:
+            await self._guarded.stop()
         with contextlib.suppress(OSError):
             if self._path.stat().st_ino == self._inode:  # nobody else's
                 self._path.unlink()
+
+
+class _Guarded:
+    """The pages where others than this machine can reach them; on our own wire, with its bounds and its TLS."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        sock: socket.socket,
+        config: Config,
+        keys: KeyStore,
+        certificates: CertificateFiles,
+    ) -> None:
+        """Raises: ConfigError: this machine lacks the native wire."""
+        try:
+            from appliance.wire.server import WireServer  # imports the extension, which may be missing
+        except ImportError as error:
+            raise ConfigError(
+                f"admin.listen {config.admin.listen} is not a loopback address, and needs the native wire, which "
+                f"cannot be used ({error}). Install the package built for this machine, or bind it to 127.0.0.1."
+            ) from error
+        self._authenticator = Authenticator(_accepting(config), keys, trust=certificates.trust)
+        self._app = app
+        self._log = RateLimitedLog(_log, per_second=1)
+        self.configure(config)
+        settings = WireSettings(
+            max_message=_MOST, max_reply=_MOST, max_connections=64, per_address=16, handshakes=16, idle_s=300.0
+        )
+        self._server = WireServer({}, self._answer, settings, MemoryBudget(_MEMORY))
+        sock.listen(64)
+        self._server.listen("admin.listen", sock, certificates.context)
+
+    def configure(self, config: Config) -> None:
+        """Take over who may read them."""
+        self._authenticator.configure(_accepting(config))
+        self._readers = frozenset(config.admin.principals)
+
+    async def start(self) -> None:
+        """Serve."""
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Serve no more."""
+        await self._server.stop(1.0)
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        peer: Peer = scope["extensions"][PEER]
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        call = Call(scope["path"], headers, peer.text, certificate=peer.certificate, chain=peer.chain)
+        refusal: Response
+        try:
+            grant = self._authenticator.grant(call)
+            if not all(meter.principal.name in self._readers for meter in grant.meters):
+                raise NotPermitted(f"Principal {grant.name!r} is not among admin.principals.")
+        except (CredentialsMissing, KeyInvalid) as error:
+            refusal = _Json({"error": str(error)}, 401, {"www-authenticate": "Bearer"})
+        except AccessError as error:
+            refusal = _Json({"error": str(error)}, 403)
+        else:
+            await self._app(scope, receive, send)
+            return
+        told = bytes(refusal.body).decode()
+        self._log.write("admin", logging.WARNING, "an admin page was refused", peer=peer.text, told=told)
+        await refusal(scope, receive, send)
+
+
+def _accepting(config: Config) -> Config:
+    """The configuration with what these pages take: a key or a certificate, or more where calls need more."""
+    if config.auth.require in ("certificate", "both"):
+        return config
+    return config.model_copy(update={"auth": config.auth.model_copy(update={"require": "either"})})
 
 
 def _server(app: Callable[..., Awaitable[None]]) -> uvicorn.Server:

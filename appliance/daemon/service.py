@@ -64,6 +64,7 @@ class Daemon:
         self._reloading = asyncio.Lock()
         self._reload_waits = False
         self._tasks: set[asyncio.Task[object]] = set()
+        self._admin: AdminServer | None = None
         self.ports: Mapping[str, int] = {}
 
     async def run(self) -> None:
@@ -115,8 +116,8 @@ class Daemon:
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         """Bind every port, then answer: what still loads says so, and nobody is refused."""
         config = self._config
-        self._admin = AdminServer(config.admin, self, self._staff.registry)
-        self._admin.start()
+        self._admin = AdminServer(config, self, self._staff.registry, self._keys, self._certificates)
+        await self._admin.start()
         stack.push_async_callback(self._admin.stop)
         sockets = open_sockets(config, self._notifier, self._staff.fronts)
         stack.callback(sockets.close)
@@ -217,6 +218,9 @@ class Daemon:
                 self._say_reloaded("reload failed unexpectedly")
                 raise ConfigError("The reload failed unexpectedly; the daemon's log tells more.") from error
             self._config = config
+            self._keys.adopt(keys)
+            if self._admin is not None:
+                self._admin.configure(config)
             logs.set_level(config.log.level)
             self._repository.settings = self._workflows.settings = self._config.catalog
             self._repository.wake()

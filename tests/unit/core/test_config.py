@@ -482,6 +482,7 @@ TAKEN_OVER_LIVE = {
     "tls.key_passphrase": "as the certificate",
     "tls.client_ca": "as the certificate",
     "auth.require": "Authenticator.configure",
+    "admin.principals": "integration: who may read the pages from elsewhere follows a reload",
     "auth.keys_file": "Daemon._reloaded reads it anew",
     "catalog.scan_interval_s": "read at every look",
     "catalog.settle_s": "read at every look",
