@@ -189,6 +189,7 @@ class Family(Collector, Generic[S]):
         bounds: tuple[float, ...] = (),
         shared: bool = False,
         noted: bool = False,
+        section: str = "",
     ) -> None:
         """Make it.
 
@@ -200,9 +201,10 @@ class Family(Collector, Generic[S]):
             bounds: of a histogram's buckets.
             shared: every process that sets it means the same thing: the largest counts, not the sum.
             noted: the last requests that it counted are shown with it, as exemplars.
+            section: of the reference.
         """
         self.kind, self.name, self.label_names, self.shared = kind, name, labels, shared
-        self.text, self.bounds, self.noted = text, bounds, noted
+        self.text, self.bounds, self.noted, self.section = text, bounds, noted, section
         self._full = f"{PREFIX}_{name}"
         self._make, self._ledger, self._limit = make, ledger, limit
         self.width = len(bounds) + 2 if kind == HISTOGRAM else 1
@@ -343,7 +345,7 @@ class Metrics:
         ProcessCollector(namespace=PREFIX, registry=self.registry)
         model = ("model", "version")
         self.build = Info(f"{PREFIX}_build", BUILD_TEXT, registry=self.registry)
-        # ---- calls ----
+        self._section = "Calls"
         self.requests = self._tallies(
             "requests",
             "Calls that ended, by Clarifai status code; model and version are empty where a call reached none.",
@@ -368,7 +370,7 @@ class Metrics:
         self.principal_inputs = self._tallies(
             "principal_inputs", "Inputs answered, by who called; only with metrics.principals.", ("principal",)
         )
-        # ---- where a call's time goes ----
+        self._section = "Where a call's time goes"
         self.request_seconds = self._spreads("request_seconds", "From call to reply.", (*model, "method"), noted=True)
         self.decode_seconds = self._spreads("decode_seconds", "Inputs to tensors, one request.", model)
         self.queue_seconds = self._spreads("queue_seconds", "From queue to the run that takes a row.", model)
@@ -385,7 +387,7 @@ class Metrics:
         self.batch_rows = self._spreads("batch_rows", "Rows in one run of the model.", model, _ROWS)
         self.request_rows = self._spreads("request_rows", "Rows that one request brings to the model.", model, _ROWS)
         self.queue_rows = self._levels("queue_rows", "Rows waiting for the model.", model)
-        # ---- memory, downloads, cache ----
+        self._section = "Memory, downloads, cache"
         self.memory_in_flight = self._levels("memory_in_flight_bytes", "Bytes that requests hold now.").labels()
         self.memory_limit = self._levels(
             "memory_in_flight_limit_bytes", "Bytes that requests may hold at once.", shared=True
@@ -399,7 +401,7 @@ class Metrics:
         self.cache_entries = self._levels("cache_entries", "Answers in it.").labels()
         self.cache_bytes = self._levels("cache_bytes", "Bytes these take.").labels()
         self.cache_limit = self._levels("cache_limit_bytes", "Bytes they may take.").labels()
-        # ---- connections ----
+        self._section = "Connections"
         self.connections = self._levels("connections", "Connections that are open, handshakes included.").labels()
         self.connections_accepted = self._tallies("connections_accepted", "Connections that were established.").labels()
         self.connections_refused = self._tallies(
@@ -408,7 +410,7 @@ class Metrics:
         self.handshake_seconds = self._spreads(
             "handshake_seconds", "From accept to the end of the TLS handshake."
         ).labels()
-        # ---- models ----
+        self._section = "Models"
         self.model_state = self._levels(
             "model_state", "1 for the state a version is in.", (*model, "state"), shared=True
         )
@@ -427,7 +429,7 @@ class Metrics:
         self.catalog_unreadable = self._levels(
             "catalog_unreadable_bundles", "Bundles that cannot be read.", shared=True
         ).labels()
-        # ---- processes and devices ----
+        self._section = "Processes and devices"
         self.worker_up = self._levels(
             "worker_up", "Whether a process of ours is at work: 1 or 0.", ("process",), shared=True
         )
@@ -458,7 +460,7 @@ class Metrics:
             (*model, "uuid"),
             shared=True,
         )
-        # ---- configuration, keys, certificates ----
+        self._section = "Configuration, keys, certificates"
         self.reloads = self._tallies("config_reloads", "Reloads of the configuration.", ("result",))
         self.keys = self._levels("keys", "Keys that are valid now.", shared=True).labels()
         self.certificate_reloads = self._tallies(
@@ -476,7 +478,7 @@ class Metrics:
             ("issuer",),
             shared=True,
         )
-        # ---- the machine ----
+        self._section = "The machine"
         self.disk_free = self._levels(
             "disk_free_bytes", "Free space where a folder of ours lies.", ("folder",), shared=True
         )
@@ -495,7 +497,7 @@ class Metrics:
             family.sample()
 
     def _tallies(self, name: str, text: str, labels: tuple[str, ...] = (), *, noted: bool = False) -> Family[Tally]:
-        return self._add(Family(COUNTER, name, text, labels, Tally, self._ledger, limit=self._limit, noted=noted))
+        return self._add(COUNTER, name, text, labels, Tally, noted=noted)
 
     def _spreads(
         self,
@@ -509,14 +511,21 @@ class Metrics:
         def make(cells: Cells, notes: Notes, created: float) -> Spread:
             return Spread(cells, notes, created, bounds)
 
-        return self._add(
-            Family(HISTOGRAM, name, text, labels, make, self._ledger, limit=self._limit, bounds=bounds, noted=noted)
-        )
+        return self._add(HISTOGRAM, name, text, labels, make, bounds=bounds, noted=noted)
 
     def _levels(self, name: str, text: str, labels: tuple[str, ...] = (), *, shared: bool = False) -> Family[Level]:
-        return self._add(Family(GAUGE, name, text, labels, Level, self._ledger, limit=self._limit, shared=shared))
+        return self._add(GAUGE, name, text, labels, Level, shared=shared)
 
-    def _add(self, family: Family[S]) -> Family[S]:
+    def _add(
+        self,
+        kind: str,
+        name: str,
+        text: str,
+        labels: tuple[str, ...],
+        make: Callable[[Cells, Notes, float], S],
+        **more: Any,
+    ) -> Family[S]:
+        family = Family(kind, name, text, labels, make, self._ledger, limit=self._limit, section=self._section, **more)
         self.registry.register(family)
         self.families[family.name] = family
         return family
