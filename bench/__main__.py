@@ -16,6 +16,7 @@ COMMANDS = {
     "stages": "CPU microseconds a request, stage by stage, and a flame graph",
     "peers": "other servers on the same models, CPUs and load, in turns with ours",
     "inprocess": "the API path without a wire, microseconds a call",
+    "metrics": "what counting costs a call, with and without; microseconds",
     "soak": "honest and hostile traffic at once, for minutes",
     "connect": "what the forwarder costs beside direct TLS",
     "wire": "our wire beside C++ gRPC and grpcio, without a model",

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from clarifai_grpc.grpc.api import service_pb2
@@ -42,7 +43,7 @@ from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, Overloaded
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget, Reservation
-from appliance.core.metrics import OTHER, Metrics
+from appliance.core.metrics import OTHER, Metrics, Spread, Tally
 from appliance.core.types import Call, Done, Endpoint, QuickHandler, RpcAbort, RpcStatus
 from appliance.engine.batcher import Outcome
 from appliance.tasks.servable import Servable
@@ -132,6 +133,8 @@ class Api:
         self.configure(config)
         for reason in status.REASONS:  # an alert on growth needs to see it at nought before
             metrics.rejected.labels(reason)
+        # As many as calls of one moment may be of.
+        self._counts = lru_cache(maxsize=1024)(self._make_counts)
         self._principals = counted_principals(config)  # needs a restart, so that one name keeps its series
         metrics.in_flight.set(0)  # set with every call, not watched: after a front's death it is what was lost
         metrics.watch(metrics.memory_in_flight, lambda: budget.used)
@@ -261,7 +264,7 @@ class Api:
             except (AccessError, Overloaded) as error:
                 req_id = _request_id(call)
                 reply = self._refuse(rpc, call, req_id, error, None, b"")
-                self._record(rpc, None, reply.code, 0.0, req_id)
+                self._record(rpc, None, self._counts(_NO_MODEL, rpc.name), reply.code, 0.0, req_id)
                 return reply.body
             return None
 
@@ -337,13 +340,14 @@ class Api:
         req_id = _request_id(call)
         context: Context | None = None
         code = status.SUCCESS.code
+        encoded_at = 0.0
         try:
             grant = self._authenticator.grant(call)
             with grant.admitted(), call.memory or self._budget.hold(0) as memory:
                 memory.grow(max(0, len(body) - memory.count))
                 context = Context(grant.name, self._deadline(call, begun), memory, call, grant, req_id)
                 replies = await self._handle(rpc, handler, context, body)
-                self._encoded(context, time.monotonic())
+                encoded_at = time.monotonic()
                 for reply in replies:
                     code = reply.code
                     yield reply.body
@@ -355,9 +359,11 @@ class Api:
             yield reply.body
         finally:
             now = time.monotonic()
-            model = context.model if context else _NO_MODEL
-            self._metrics.request_seconds.labels(*model, rpc.name).observe_for(now - begun, now, req_id)
-        self._record(rpc, context, code, now - begun, req_id)
+            counts = self._counts(context.model if context else _NO_MODEL, rpc.name)
+            counts.seconds.observe_for(now - begun, now, req_id)
+            if context is not None and context.computed_at and encoded_at and counts.encode is not None:
+                counts.encode.observe(encoded_at - context.computed_at)
+        self._record(rpc, context, counts, code, now - begun, req_id)
 
     async def _handle(self, rpc: _Form, handler: Handler, context: Context, body: bytes) -> list[Reply]:
         seconds = context.deadline - time.monotonic()
@@ -418,36 +424,45 @@ class Api:
 
     def _ended_in(self, rpc: _Form, error: Exception, req_id: str, context: Context | None) -> status.Refusal:
         """The status that ends a call; counted."""
-        self._count(rpc, context, status.row_of(error).code, req_id)
+        code = status.row_of(error).code
+        self._count(rpc, context, self._counts(context.model if context else _NO_MODEL, rpc.name), code, req_id)
         return status.Refusal(error, req_id)
 
-    def _count(self, rpc: _Form, context: Context | None, code: int, req_id: str) -> None:
+    def _count(self, rpc: _Form, context: Context | None, counts: "_Counts", code: int, req_id: str) -> None:
         """Count a call that has ended; of those that failed, the last one's id is shown with the number."""
-        model = context.model if context else _NO_MODEL
-        counted = self._metrics.requests.labels(*model, rpc.name, code)
         if code == status.SUCCESS.code:
-            counted.inc()
+            counts.answered.inc()
         else:
-            counted.inc_for(req_id)
+            self._metrics.requests.labels(*counts.model, rpc.name, code).inc_for(req_id)
         if self._principals and context is not None:
             name = self._principals.get(context.grant.meters[0].principal.name, OTHER)
             self._metrics.principal_requests.labels(name, code).inc()
             if context.inputs:
                 self._metrics.principal_inputs.labels(name).inc(sum(context.inputs.values()))
 
-    def _encoded(self, context: Context, now: float) -> None:
-        """The reply is made: count what that took, if a model had a part in it."""
-        if context.computed_at:
-            self._metrics.encode_seconds.labels(*context.model).observe(now - context.computed_at)
+    def _make_counts(self, model: tuple[str, str], method: str) -> "_Counts":
+        metrics, success = self._metrics, status.SUCCESS.code
+        return _Counts(
+            model,
+            metrics.requests.labels(*model, method, success),
+            metrics.request_seconds.labels(*model, method),
+            metrics.encode_seconds.labels(*model) if model != _NO_MODEL else None,
+            metrics.inputs.labels(*model, success) if model != _NO_MODEL else None,
+        )
 
-    def _record(self, rpc: _Form, context: Context | None, code: int, seconds: float, req_id: str) -> None:
+    def _record(
+        self, rpc: _Form, context: Context | None, counts: "_Counts", code: int, seconds: float, req_id: str
+    ) -> None:
         """Count and log a call that has a reply."""
-        self._count(rpc, context, code, req_id)
+        self._count(rpc, context, counts, code, req_id)
         if context is None:
             return
         model = context.model
         failed = {}
         for input_code, count in context.inputs.items():
+            if input_code == status.SUCCESS.code and counts.inputs is not None:
+                counts.inputs.inc(count)
+                continue
             self._metrics.inputs.labels(*model, input_code).inc(count)
             if input_code != status.SUCCESS.code:
                 failed[input_code] = count
@@ -525,13 +540,14 @@ class Api:
         """The reply to a quick call; `outcome` is None when it was cancelled by `end`."""
         rpc, begun = quick.rpc, quick.begun
         context = begun.context
+        encoded = False
         try:
             if outcome is None:
                 return status.Refusal(Draining(), context.req_id)
             if not isinstance(outcome, Outcome):
                 raise outcome
             reply = begun.reply(outcome)
-            self._encoded(context, time.monotonic())
+            encoded = True
         except Exception as error:
             try:
                 reply = self._error_reply(rpc, context.call, context.req_id, error, context, b"")
@@ -543,9 +559,27 @@ class Api:
             context.memory.release()
             now = time.monotonic()
             seconds = now - quick.started
-            self._metrics.request_seconds.labels(*context.model, rpc.name).observe_for(seconds, now, context.req_id)
-        self._record(rpc, context, reply.code, seconds, context.req_id)
+            counts = self._counts(context.model, rpc.name)
+            counts.seconds.observe_for(seconds, now, context.req_id)
+            if encoded and counts.encode is not None:
+                counts.encode.observe(now - context.computed_at)
+        self._record(rpc, context, counts, reply.code, seconds, context.req_id)
         return reply.body
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What calls of one method on one version are counted in, found once: looking up costs more than counting.
+
+    Attributes:
+        encode, inputs: None where a call reached no model.
+    """
+
+    model: tuple[str, str]
+    answered: Tally
+    seconds: Spread
+    encode: Spread | None
+    inputs: Tally | None
 
 
 class _QuickCall:

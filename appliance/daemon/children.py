@@ -30,6 +30,10 @@ _START_S = 60.0
 _BACK_OFF_S = (0.0, 0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a child is started again, by how many of its ends lie within the last minute."""
 
+WHY = ("signal", "silent", "canary", "device", "exit")
+"""Why a child ended: a crash or somebody's signal; by us, as it was silent or its canary run failed; it gave its device
+up; anything else."""
+
 
 class Child:
     """One process of ours: its line, its board, its counts."""
@@ -127,7 +131,7 @@ class Child:
         return self._cpu_s
 
     def why_it_ended(self) -> str:
-        """In a word: "silent", "canary", "device", "signal" or "exit"."""
+        """In one of the words of `WHY`."""
         if self._reason:
             return self._reason
         code = self.process.returncode

@@ -33,7 +33,7 @@ from appliance.core.shared import Segment
 from appliance.core.sharing import SharedLimits
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.checks import memory_for_requests
-from appliance.daemon.children import Child, EngineDied, NeverStarted, Restarts
+from appliance.daemon.children import WHY, Child, EngineDied, NeverStarted, Restarts
 from appliance.daemon.front import native
 from appliance.daemon.sockets import ListeningSockets
 from appliance.daemon.staff import Readiness
@@ -738,6 +738,9 @@ class Supervisor:
             metrics.worker_memory.labels(member.name),
             lambda: member.child.resident_bytes() if member.child is not None else math.nan,
         )
+        metrics.worker_cpu.labels(member.name)
+        for reason in WHY:  # an alert on growth needs to see it at nought before
+            metrics.worker_restarts.labels(member.name, reason)
 
     def _measure(self) -> None:
         """Count the CPU time of the children's processes."""

@@ -459,16 +459,13 @@ class LocalEngine:
             curves.write(self._kept, key, measured)
 
     def _observer(self, name: tuple[str, str]) -> Callable[[RunRecord], None]:
-        compute = self._metrics.compute_seconds.labels(*name)
-        rows = self._metrics.batch_rows.labels(*name)
+        count = self._metrics.run_counter(*name)
         queue = self._metrics.queue_seconds.labels(*name)
-        batch_wait = self._metrics.batch_wait_seconds.labels(*name)
 
         def observe(record: RunRecord) -> None:
-            compute.observe(record.seconds)
-            batch_wait.observe(record.batch_wait)
-            rows.observe(record.rows)
-            for wait in record.waits:
+            first, *others = record.waits
+            count(record.rows, record.seconds, record.batch_wait, first)
+            for wait in others:
                 queue.observe(wait)
 
         return observe

@@ -474,6 +474,8 @@ async def test_runs_are_counted(tmp_path: Path) -> None:
     assert value("inference_appliance_batch_rows_sum", labels) == 3
     assert value("inference_appliance_compute_seconds_count", labels) == 1
     assert value("inference_appliance_queue_seconds_count", labels) == 1
+    assert value("inference_appliance_batch_wait_seconds_count", labels) == 1
+    assert value("inference_appliance_batch_wait_seconds_sum", labels) >= 0
     model.close()
 
 
