@@ -109,6 +109,23 @@ def test_what_is_cleared_is_watched_no_more() -> None:
     assert metrics.registry.get_sample_value(f"{PREFIX}_queue_rows", {"model": "m", "version": "1"}) == 0
 
 
+def test_a_run_is_counted_in_one_step_as_in_four() -> None:
+    """Every bucket and sum, whatever the values."""
+    one, four = Metrics(), Metrics()
+    count_run = one.run_counter("m", "1")
+    for rows in (1, 2, 3, 512, 513):
+        for seconds in (0.0, 1e-5, 2e-5, 0.3, 61.0):
+            count_run(rows, seconds, seconds / 2, seconds * 2)
+            four.batch_rows.labels("m", "1").observe(rows)
+            four.compute_seconds.labels("m", "1").observe(seconds)
+            four.batch_wait_seconds.labels("m", "1").observe(seconds / 2)
+            four.queue_seconds.labels("m", "1").observe(seconds * 2)
+    for name in ("batch_rows", "compute_seconds", "batch_wait_seconds", "queue_seconds"):
+        assert [counted.cells for counted in one.families[name].counted().values()] == [
+            counted.cells for counted in four.families[name].counted().values()
+        ]
+
+
 def exemplars(metrics: Metrics, name: str) -> dict[str, Any]:
     """Bound of a bucket, or "", → exemplar."""
     (family,) = metrics.families[name].collect()
