@@ -10,12 +10,13 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from appliance.core.exposition import page
 from appliance.core.ledger import Entry, LedgerReader
-from appliance.core.metrics import GAUGE, PREFIX, Counted, Metrics
+from appliance.core.metrics import GAUGE, Counted, Metrics
 from appliance.core.shared import Segment
 
 _Series = tuple[str, tuple[str, ...]]
@@ -32,9 +33,7 @@ class Fold(Collector):
         self._left: dict[_Series, Counted] = {}
         self._lock = threading.Lock()
         self.registry = CollectorRegistry()
-        """All that is shown; what the supervisor's process itself takes is in it, its children's is not."""
-        ProcessCollector(namespace=PREFIX, registry=self.registry)
-        self.registry.register(own.build)
+        """All families, as prometheus-client collects them."""
         self.registry.register(self)
 
     def attach(self, name: str, segment: Segment) -> None:
@@ -63,7 +62,17 @@ class Fold(Collector):
         return chain.from_iterable(family.describe() for family in self._own.families.values())
 
     def collect(self) -> Iterable[Metric]:
-        """What is scraped."""
+        """All families."""
+        families = self._own.families
+        return [families[name].exposed(counted) for name, counted in self._folded().items()]
+
+    def page(self, opened: bool) -> bytes:
+        """What is scraped; of processes by themselves the supervisor's is in it. Args: opened: as OpenMetrics."""
+        families, folded = self._own.families, self._folded()
+        lines = (line for name, counted in folded.items() for line in families[name].write(counted, opened))
+        return page(self._own.others, lines, opened)
+
+    def _folded(self) -> dict[str, dict[tuple[str, ...], Counted]]:
         families = self._own.families
         shown = {name: family.counted() for name, family in families.items()}
         with self._lock:
@@ -72,7 +81,7 @@ class Fold(Collector):
             ):
                 series = shown[name]
                 series[labels] = _added(series.get(labels), counted, largest=families[name].shared)
-        return [family.exposed(shown[name]) for name, family in families.items()]
+        return shown
 
     def _retire(self, name: str) -> dict[_Series, float]:
         child = self._children.pop(name, None)

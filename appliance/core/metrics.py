@@ -4,10 +4,10 @@ Labels come only from configuration and fixed tables (model, version, method, co
 series by inventing names, and `[metrics] series` bounds what a catalog that changes all the time can make. What is here
 is an interface (`VERSION`): docs/metrics.md is made of it (`appliance metrics`), and a test holds the two together.
 
-All of it is kept in plain numbers, and made into prometheus-client's samples when it is scraped: its own objects take a
-lock and several calls for each number, which is a tenth of a small model's call. What is written comes out as from its
-own objects; a test compares the two. A child process counts in a segment (`ledger`), which the supervisor adds up
-(`fold`).
+All of it is kept in plain numbers, and written as text when it is scraped (`exposition`): prometheus-client's own
+objects take a lock and several calls for each number, which is a tenth of a small model's call. What is written comes
+out as from its own objects; tests compare the two. A child process counts in a segment (`ledger`), which the supervisor
+adds up (`fold`).
 """
 
 import logging
@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from appliance.core.config import Metrics as Settings
+from appliance.core.exposition import Lines, page
 from appliance.core.ledger import NOTE, Cells, Ledger, Note, read_note, write_note
 from appliance.core.shared import Segment
 
@@ -214,6 +215,7 @@ class Family(Collector, Generic[S]):
         self._series: dict[tuple[str, ...], S] = {}
         self._cleared: dict[tuple[str, ...], S] = {}
         self._said_full = False
+        self._lines = Lines(kind, self._full, text, labels, bounds)
         self.labels = lru_cache(maxsize=2 * limit)(self._find)
         """One series by its labels' values."""
 
@@ -252,6 +254,10 @@ class Family(Collector, Generic[S]):
             if client._use_created and self.kind != GAUGE:  # an environment variable of prometheus-client's decides
                 metric.add_sample(f"{self._full}_created", own, created)
         return metric
+
+    def write(self, counted: dict[tuple[str, ...], Counted], opened: bool) -> Iterator[str]:
+        """Those numbers as text. Args: opened: as OpenMetrics."""
+        return self._lines.write(counted.items(), opened, 2 * self._limit)
 
     def clear(self: "Family[Level]") -> None:
         """No series has a sample any more, nor is one watched; whoever wants one asks for it anew."""
@@ -341,10 +347,13 @@ class Metrics:
         self._limit = (settings or Settings()).series
         self.families: dict[str, Family[Any]] = {}
         """By their names without the prefix, in the order in which they are scraped."""
+        self.others = CollectorRegistry()
+        """What prometheus-client collects by itself: the build, and this process."""
+        ProcessCollector(namespace=PREFIX, registry=self.others)
+        self.build = Info(f"{PREFIX}_build", BUILD_TEXT, registry=self.others)
         self.registry = CollectorRegistry()
-        ProcessCollector(namespace=PREFIX, registry=self.registry)
+        """All families, as it collects them."""
         model = ("model", "version")
-        self.build = Info(f"{PREFIX}_build", BUILD_TEXT, registry=self.registry)
         self._section = "Calls"
         self.requests = self._tallies(
             "requests",
@@ -521,6 +530,11 @@ class Metrics:
         """Have all that is watched written down, for the supervisor to read; a child calls it again and again."""
         for family in self.families.values():
             family.sample()
+
+    def page(self, opened: bool) -> bytes:
+        """What is scraped. Args: opened: as OpenMetrics."""
+        shown = [(family, family.counted()) for family in self.families.values()]
+        return page(self.others, (line for family, counted in shown for line in family.write(counted, opened)), opened)
 
     def _tallies(self, name: str, text: str, labels: tuple[str, ...] = (), *, noted: bool = False) -> Family[Tally]:
         return self._add(COUNTER, name, text, labels, Tally, noted=noted)

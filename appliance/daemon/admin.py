@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.openmetrics import exposition as openmetrics
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -39,6 +37,7 @@ from appliance.core.errors import (
     KeyInvalid,
     NotPermitted,
 )
+from appliance.core.exposition import CONTENT_TYPES, Page
 from appliance.core.files import file_error
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget
@@ -83,7 +82,7 @@ class _Json(JSONResponse):
         return json.dumps(content, ensure_ascii=True, default=str, separators=(",", ":")).encode("ascii")
 
 
-def public_app(operations: Operations, registry: CollectorRegistry) -> Starlette:
+def public_app(operations: Operations, page: Page) -> Starlette:
     """The pages of the loopback port."""
 
     async def livez(request: Request) -> Response:
@@ -94,17 +93,13 @@ def public_app(operations: Operations, registry: CollectorRegistry) -> Starlette
         return _Json(content, status_code=200 if ready else 503)
 
     async def metrics(request: Request) -> Response:
-        if "application/openmetrics-text" in request.headers.get("accept", ""):
-            return Response(
-                openmetrics.generate_latest(registry),  # type: ignore[no-untyped-call]
-                media_type=openmetrics.CONTENT_TYPE_LATEST,
-            )
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        opened = "application/openmetrics-text" in request.headers.get("accept", "")
+        return Response(page(opened), media_type=CONTENT_TYPES[opened])
 
     return Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)])
 
 
-def private_app(operations: Operations, registry: CollectorRegistry) -> Starlette:
+def private_app(operations: Operations, page: Page) -> Starlette:
     """The pages of the unix socket: the public ones and the operator's."""
 
     async def status(request: Request) -> Response:
@@ -127,7 +122,7 @@ def private_app(operations: Operations, registry: CollectorRegistry) -> Starlett
         except ApplianceError as error:
             return _Json({"ok": False, "message": str(error)}, status_code=409)
 
-    app = public_app(operations, registry)
+    app = public_app(operations, page)
     app.router.routes += [
         Route("/status", status),
         Route("/registration", registration),
@@ -152,7 +147,7 @@ class AdminServer:
         self,
         config: Config,
         operations: Operations,
-        registry: CollectorRegistry,
+        page: Page,
         keys: KeyStore,
         certificates: CertificateFiles,
     ) -> None:
@@ -162,7 +157,7 @@ class AdminServer:
         self._guarded: _Guarded | None = None
         served: list[tuple[uvicorn.Server, socket.socket]] = []
         try:
-            app = public_app(operations, registry)
+            app = public_app(operations, page)
             if is_loopback(settings.listen):
                 served.append((_server(app), tcp))
             else:
@@ -171,7 +166,7 @@ class AdminServer:
         except BaseException:
             tcp.close()
             raise
-        self._served = (*served, (_server(private_app(operations, registry)), unix))
+        self._served = (*served, (_server(private_app(operations, page)), unix))
         self.port: int = tcp.getsockname()[1]
         self._path = settings.socket
         self._inode = settings.socket.stat().st_ino

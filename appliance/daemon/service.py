@@ -116,7 +116,7 @@ class Daemon:
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         """Bind every port, then answer: what still loads says so, and nobody is refused."""
         config = self._config
-        self._admin = AdminServer(config, self, self._staff.registry, self._keys, self._certificates)
+        self._admin = AdminServer(config, self, self._staff.page, self._keys, self._certificates)
         await self._admin.start()
         stack.push_async_callback(self._admin.stop)
         sockets = open_sockets(config, self._notifier, self._staff.fronts)

@@ -38,7 +38,6 @@ class Single:
         self._serving: Serving | None = None
         self._plans = plans.cache_in(config.catalog.state_dir)
         self._pool = DecodePool(config.engine.decode_threads)
-        self.registry = metrics.registry
 
     async def open(self) -> None:
         """See `Staff.open`."""
@@ -88,6 +87,10 @@ class Single:
     def in_flight(self) -> int:
         """See `Staff.in_flight`."""
         return 0 if self._serving is None else self._serving.api.in_flight
+
+    def page(self, opened: bool) -> bytes:
+        """See `Staff.page`."""
+        return self._metrics.page(opened)
 
     def problems(self) -> dict[str, str]:
         """See `Staff.problems`: what is wrong here is the daemon's own end."""

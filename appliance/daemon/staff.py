@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from prometheus_client import CollectorRegistry
-
 from appliance.api.keys import KeyStore
 from appliance.catalog import view
 from appliance.catalog.bundle import BundleConfig, VersionFolder
@@ -38,8 +36,6 @@ class Staff(Protocol):
 
     fronts: int
     """How many listening sockets a port wants."""
-    registry: CollectorRegistry
-    """What is counted, over all processes."""
 
     async def open(self) -> None:
         """The devices are there. Raises: ConfigError, DeviceError: what keeps them from it."""
@@ -67,6 +63,9 @@ class Staff(Protocol):
     @property
     def in_flight(self) -> int:
         """Calls being worked on."""
+
+    def page(self, opened: bool) -> bytes:
+        """The metrics page, over all processes. Args: opened: as OpenMetrics."""
 
     def problems(self) -> dict[str, str]:
         """Who of them is not at work, and why; empty when all is well."""

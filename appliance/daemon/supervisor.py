@@ -154,7 +154,6 @@ class Supervisor:
         self._changed = changed
         self._fold = Fold(metrics)
         self._metrics = metrics
-        self.registry = self._fold.registry
         self.fronts = how_many_fronts(config)
         self._fronts = [FrontChild(index) for index in range(self.fronts)]
         self._limits = SharedLimits.create(self.fronts)
@@ -244,6 +243,10 @@ class Supervisor:
     def in_flight(self) -> int:
         """See `Staff.in_flight`."""
         return int(self._fold.gauge("in_flight_requests"))
+
+    def page(self, opened: bool) -> bytes:
+        """See `Staff.page`."""
+        return self._fold.page(opened)
 
     def problems(self) -> dict[str, str]:
         """See `Staff.problems`."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from support.counting import Child, Step, count
 from support.waiting import eventually
 
@@ -106,8 +106,8 @@ def test_children_are_processes() -> None:
             assert child.hear() == "done"
         assert samples(fold.registry) == samples(one.registry)
         texts = [
-            sorted(re.sub(r"(_created.*) .*", r"\1", line) for line in generate_latest(registry).decode().splitlines())
-            for registry in (fold.registry, one.registry)
+            sorted(re.sub(r"(_created.*) .*", r"\1", line) for line in each.page(False).decode().splitlines())
+            for each in (fold, one)
         ]
         assert [line for line in texts[0] if "process" not in line] == [
             line for line in texts[1] if "process" not in line
@@ -295,7 +295,8 @@ def test_a_ruined_segment_does_not_take_the_page_down(broken: tuple[Fold, Segmen
         for each in (made, late):
             each.view[:] = filling * each.size
         assert value(fold, "inputs_total", model="m", version="1", code="10000") in (2, 7)
-        generate_latest(fold.registry)
+        for opened in (False, True):
+            fold.page(opened)
     for name in ("engine", "late", "front"):
         fold.retire(name)
     assert value(fold, "inputs_total", model="m", version="1", code="10000") in (2, 7)

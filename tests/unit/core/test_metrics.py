@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import metrics as client
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from appliance.core.config import Metrics as Settings
@@ -97,6 +98,41 @@ def test_gauges_and_series_without_labels_are_exposed_as_prometheus_clients(
             gauge.labels(model, 1)
         gauge.labels("c", 1).set(-1)
     assert _comparable(write(ours)) == _comparable(write(theirs))
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("created", [False, True])
+def test_the_page_is_written_as_prometheus_client_writes_it(
+    opened: bool, created: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line by line: odd labels, large numbers, what has no sample, exemplars; and once more from what was kept."""
+    monkeypatch.setattr(client, "_use_created", created)
+    metrics = Metrics()
+    odd = 'odd "name"\\n\n\\ ü'
+    for number in (0, 1, 0.1, 123456, 1234567, 1e9, 123456789.5, -3, 1e-7, float("nan")):
+        metrics.queue_rows.labels(odd, number).set(number)
+    write = openmetrics.generate_latest if opened else generate_latest
+
+    def theirs() -> list[str]:
+        return [*generate(metrics.others), *generate(metrics.registry)]
+
+    def generate(registry: CollectorRegistry) -> list[str]:
+        return [line for line in write(registry).decode().splitlines() if line != "# EOF"]
+
+    def plain(lines: list[str]) -> list[str]:
+        """A process takes more with every line of this test."""
+        return [line for line in lines if not re.match(rf"{PREFIX}_(process|clock)", line)]
+
+    for value in (0.3, 7e9):
+        metrics.requests.labels(odd, "1", "x", 10000).inc(value * 1e6)
+        metrics.requests.labels("m", "1", "x", 21313).inc_for("an-id")
+        metrics.request_seconds.labels("m", odd, "x").observe_for(value, value, "another")
+        metrics.handshake_seconds.observe(value)
+        metrics.queue_rows.labels("m", "1").set(value)
+        page = metrics.page(opened).decode()
+        assert plain(page.removesuffix("# EOF\n").splitlines()) == plain(theirs())
+        assert page.endswith("# EOF\n") == opened
+        metrics.queue_rows.clear()
 
 
 def test_what_is_cleared_is_watched_no_more() -> None:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import httpx
-from prometheus_client import CollectorRegistry
 
 from appliance.core.errors import ConfigError
 from appliance.daemon.admin import private_app
@@ -28,7 +27,7 @@ class Strange:
 
 async def test_no_page_fails_for_a_text_that_no_encoding_takes() -> None:
     """One bundle must not hide from the operator what is wrong, with it or any other."""
-    app = private_app(Strange(), CollectorRegistry())
+    app = private_app(Strange(), lambda opened: b"")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://appliance") as client:
         ready, status = await client.get("/readyz"), await client.get("/status")
         reload, look = await client.post("/reload"), await client.post("/look")
