@@ -14,10 +14,12 @@ APT := python3-venv gcc pkg-config libsystemd-dev libnghttp2-dev iproute2 curl
 STOCK := chromium libnss3-tools php-cli php-curl php-google-protobuf protobuf-compiler protobuf-compiler-grpc \
   default-jdk-headless protobuf-compiler-grpc-java-plugin libgrpc-java libprotobuf-java libnetty-java \
   libnetty-tcnative-java libguava-java libperfmark-java libgeronimo-annotation-1.3-spec-java
+# What packages are made and looked through with.
+PACKAGES_APT := mmdebstrap debian-archive-keyring debhelper dpkg-dev rpm zstd xz-utils binutils lintian rpmlint
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stock check gpu-check bench fuzz fuzz-api sanitize protos format lock clean system
+.PHONY: help demo test stock check gpu-check bench fuzz fuzz-api sanitize protos format lock lock-sources clean system packages packages-cuda release
 
 help: ## What there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -42,6 +44,18 @@ gpu-check: $(VENV)/built ## The tests that need an NVIDIA GPU, alone.
 
 bench: $(VENV)/built ## All that the bars stand on, two hours; ARGS=--quick: half an hour; bench/README.md has the parts.
 	$(BIN)/python -m bench all $(ARGS)
+
+# VERSION=1.2.3 names them otherwise than the code does; docs/packages.md has more to choose, and how they are signed.
+PACKAGES = $(MAKE) --no-print-directory system APT="$(PACKAGES_APT)" && $(BIN)/python packaging/build.py
+packages: $(VENV)/ready ## deb, rpm, SBOM and checksums into dist/, as root; ten minutes the first time, then one.
+	$(PACKAGES) packages --version "$(VERSION)" $(ARGS)
+
+packages-cuda: $(VENV)/ready ## The same of inference-appliance-cuda13, the libraries for NVIDIA GPUs: 1.5 GB.
+	$(PACKAGES) cuda --version "$(VERSION)" $(ARGS)
+
+release: $(VENV)/ready ## Packages at their smallest, made twice and compared, and looked through.
+	$(PACKAGES) release --version "$(VERSION)" $(ARGS)
+	PACKAGES=dist RELEASE=1 $(BIN)/python -m pytest tests/packaging
 
 # clang, with its runtime for fuzzers, is asked for here only: apt-get install clang-14 libclang-rt-14-dev
 FUZZ := -g -O1 -std=gnu11 -DH2_FAULTS -Iappliance/wire/native -fno-sanitize-recover=all
@@ -118,11 +132,24 @@ $(CLIENTS)/%/ready: requirements/%.txt | system
 
 COMPILE = $(BIN)/pip-compile --generate-hashes --strip-extras --allow-unsafe --no-emit-index-url \
   --no-emit-find-links --no-emit-trusted-host --no-emit-options --no-header --quiet
-lock: $(VENV)/ready ## Pin and hash every requirement anew.
+# The packages' own Python is not the one that runs here, so another tool resolves for it. Versions are those that the
+# tests run with. What only downloads from model hubs or colours source code is not shipped.
+NOT_SHIPPED := huggingface-hub hf-xet fsspec filelock httpx2 httpcore2 truststore tqdm pygments markdown-it-py mdurl
+COMPILE_SHIPPED = $(CLIENTS)/uv/bin/uv pip compile --generate-hashes --no-header --quiet --python-version 3.13 \
+  --python-platform x86_64-manylinux_2_28
+lock: $(VENV)/ready $(CLIENTS)/uv/ready ## Pin and hash every requirement anew.
 	$(COMPILE) --extra cpu -o requirements/run-cpu.txt pyproject.toml
 	$(COMPILE) --extra gpu -o requirements/run-gpu.txt pyproject.toml
 	$(COMPILE) --extra cpu --extra dev -o requirements/dev.txt pyproject.toml
-	for name in $(ENVIRONMENTS) systemd bench-pyspy $(PEERS:%=bench-%); do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
+	for name in $(ENVIRONMENTS) systemd uv bench-pyspy $(PEERS:%=bench-%); do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
+	$(COMPILE_SHIPPED) --extra cpu --extra systemd $(NOT_SHIPPED:%=--no-emit-package %) -c requirements/run-cpu.txt \
+	  -c requirements/systemd.txt -o requirements/package.txt pyproject.toml
+	$(COMPILE_SHIPPED) -c requirements/package.txt -o requirements/package-build.txt requirements/package-build.in
+	$(COMPILE_SHIPPED) --no-strip-extras -c requirements/package.txt -c requirements/run-gpu.txt \
+	  -o requirements/package-cuda13.txt requirements/package-cuda13.in
+
+lock-sources: ## Lock the newest of Debian's sources that the packages' runtime is compiled from.
+	$(PYTHON) packaging/runtime/sources.py lock
 
 clean: ## Remove what was made.
 	rm -rf $(VENV) $(CLIENTS) .demo build dist

@@ -2,7 +2,7 @@
 
     python packaging/build.py packages    deb and rpm, SBOM, checksums into dist/ (what `make packages` runs)
     python packaging/build.py cuda        the same of inference-appliance-cuda13
-    python packaging/build.py release     packages at their smallest, after a second build that has to give the same bytes
+    python packaging/build.py release     packages at their smallest, made twice: both have to be the same bytes
     python packaging/build.py runtime     the compiled runtime alone
 
 Each step has a folder in the cache, named by the hash of all that goes into it, so it is done again exactly when
@@ -69,8 +69,8 @@ class Settings:
     out: Path
     compression: str = "zstd"
     """Of the deb: zstd or xz. Debian 11 reads no zstd."""
-    level: int = 3
-    rpm_level: int = 3
+    level: int = 6
+    rpm_level: int = 6
 
     @property
     def machine(self) -> str:
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--version", default="", help="version of the packages; default: the appliance's own")
     parser.add_argument("--architecture", default=_this_architecture(), choices=sorted(MACHINES))
     parser.add_argument("--out", type=Path, default=REPOSITORY / "dist")
-    parser.add_argument("--compression", default="zstd-3", help="of the deb: zstd-3 (fast) or xz-1 to xz-9")
+    parser.add_argument("--compression", default="zstd-6", help="of the deb: zstd-6 (fast) or xz-1 to xz-9")
     given = parser.parse_args()
     try:
         settings = _settings(given)
@@ -200,7 +200,7 @@ def _deb(settings: Settings, package: str, folder: Path, tree: Path) -> Path:
         date = time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime(settings.epoch))
         (debian / "changelog").write_text(
             f"{PACKAGE} ({settings.version}) stable; urgency=medium\n\n"
-            "  * See /usr/share/doc/inference-appliance/CHANGELOG.md.\n\n"
+            "  * See /usr/share/doc/inference-appliance/NEWS.md.\n\n"
             f" -- Inference Appliance Packaging <packaging@inference-appliance.invalid>  {date}\n"
         )
         environment = {
@@ -234,7 +234,7 @@ def _rpm(settings: Settings, package: str, folder: Path, tree: Path) -> Path:
             "version_": settings.version,
             "release_date": date,
             "tree": str(tree),
-            "files": str(scratch / "files"),
+            "file_list": str(scratch / "files"),
             "payload": f"w{settings.rpm_level}T2.zstdio",
             "architecture": settings.machine,
         }
@@ -265,8 +265,10 @@ def _rpm_files(package: str, tree: Path) -> Iterator[str]:
         place = each.relative_to(tree)
         if place.is_relative_to(own) or (each.is_dir() and not each.is_symlink()):
             continue
-        if place.is_relative_to("etc"):
+        if place.is_relative_to(f"etc/{PACKAGE}"):
             yield f"%config(noreplace) %attr(0640,root,{PACKAGE}) /{place}"
+        elif place.is_relative_to("etc"):
+            yield f"%exclude /{place}"  # for a program of Debian's
         elif place.is_relative_to("usr/share/doc"):
             yield f"%doc /{place}"
         else:
@@ -288,7 +290,7 @@ def _sign_rpm(rpm: Path) -> None:
 
 
 def _sign_sums(sums: Path) -> None:
-    """SIGN_KEY: SHA256SUMS.asc by gpg. SIGN_COMMAND: any program, called with the path of SHA256SUMS. Off by default."""
+    """SIGN_KEY: SHA256SUMS.asc by gpg. SIGN_COMMAND: any program, called with SHA256SUMS' path. Off unless set."""
     if key := os.environ.get("SIGN_KEY"):
         subprocess.run(
             ["gpg", "--batch", "--yes", "--local-user", key, "--armor", "--detach-sign", str(sums)], check=True
@@ -346,7 +348,7 @@ def wheels(settings: Settings) -> Path:
 
 
 def _download(settings: Settings, folder: Path, lock: str) -> None:
-    """Download what a lock names, each file checked against its hash, for CPython 3.13 on a glibc as old as the root's."""
+    """Download what a lock names, by hash, for CPython 3.13 on a glibc as old as the root's."""
     built = [entry for name, entry in _entries(lock).items() if name in SDISTS]
     ready = [entry for name, entry in _entries(lock).items() if name not in SDISTS]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

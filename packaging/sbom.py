@@ -1,7 +1,7 @@
 """What the packages are made of, in CycloneDX's form, and the licenses of all of it.
 
-Written by hand, as the tools for it look at an environment of packages: they know neither the sources that we compile nor
-the libraries that wheels bring along. https://cyclonedx.org/docs/1.6/json/
+Written by hand, as the tools for it look at an environment of packages: they know neither the sources that we compile
+nor the libraries that wheels bring along. https://cyclonedx.org/docs/1.6/json/
 """
 
 import email.parser

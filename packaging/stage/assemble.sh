@@ -31,8 +31,14 @@ APPLIANCE_NGHTTP2=/runtime-tree/sdk LDFLAGS=-Wl,--exclude-libs,libnghttp2.a pip 
 [ -e $site/appliance/wire/_h2.abi3.so ] || { echo "the native wire was not compiled" >&2; exit 1; }
 install -m644 /own/packaging/stage/sitecustomize.py $site/sitecustomize.py
 
-# Nobody runs these, and nobody compiles against this tree.
-rm -rf $app/python/include $site/onnxruntime/{transformers,tools,quantization} $site/appliance/wire/native
+# Nobody runs these, and nobody compiles against this tree. onnxruntime's library is there for programs in C: the Python
+# module has all of it inside.
+rm -rf $app/python/include $site/onnxruntime/{transformers,tools,quantization} $site/onnxruntime/capi/libonnxruntime.so* \
+  $site/numpy/{f2py,_core/lib} $site/numpy/_core/_*_tests.*.so $site/appliance/wire/native
+# Of Pillow only what reads the formats that appliance/media/images.py names, so that less code is in reach of strangers'
+# files: no AVIF, fonts, colour profiles, Tk.
+rm -f $site/PIL/_{avif,imagingft,imagingcms,imagingtk}.*.so \
+  $site/pillow.libs/lib{avif,freetype,harfbuzz,brotlicommon,brotlidec,png16,lcms2}-*
 find $app/python/bin -mindepth 1 ! -name 'python3*' -delete
 find $site -type d \( -name tests -o -name test -o -name include \) -prune -exec rm -rf {} +
 find $site -type f \( -name '*.pyi' -o -name '*.pxd' -o -name '*.pyx' -o -name '*.[ch]' -o -name '*.a' -o -name '*.md' \
@@ -43,7 +49,13 @@ find $app -name __pycache__ -prune -exec rm -rf {} +
 # Libraries need no execute bit, and wheels are not of one mind about it.
 find $app -type f -exec chmod 644 {} + -o -type d -exec chmod 755 {} +
 chmod 755 $app/python/bin/python3.13
-find $site -name '*.so*' -type f -exec strip --strip-unneeded {} + 2>/dev/null || :
+# Modules that were written to be run as well: nobody shall try, with an interpreter that happens to be there. The line
+# stays, so that numbers in tracebacks are right.
+find $app/python/lib -name '*.py' -exec sed -i '1s/^#!.*/#/' {} +
+# Not those that auditwheel changed, which look for their libraries in a folder *.libs: strip breaks them.
+find $site -name '*.so' -type f ! -path '*.libs/*' | while read -r library; do
+  readelf -d "$library" | grep -qE 'R(UN)?PATH.*\.libs' || strip --strip-unneeded "$library"
+done
 
 # Never compared with the source's time and never written again: the same in every build, and right after every copy.
 unset PYTHONDONTWRITEBYTECODE
@@ -53,8 +65,12 @@ export PYTHONDONTWRITEBYTECODE=1
 # It has to start here, or it starts nowhere.
 ORT_DISABLE_TELEMETRY=1 $python -I - <<'P'
 import grpc, numpy, onnx, onnxruntime, tokenizers, uvloop, PIL.Image, cryptography.x509, ssl, sqlite3
-import systemd.daemon, systemd.journal
-import appliance.cli.main, appliance.cli.serve, appliance.wire._h2
+import importlib, pkgutil, systemd.daemon, systemd.journal
+import appliance, appliance.wire._h2
+for each in pkgutil.walk_packages(appliance.__path__, "appliance."):
+    # Processes of their own begin when they are imported.
+    if not each.name.endswith("__main__"):
+        importlib.import_module(each.name)
 P
 
 mkdir -p /out/tree/usr/lib $app/share/licenses
