@@ -70,12 +70,16 @@ class Settings:
     compression: str = "zstd"
     """Of the deb: zstd or xz. Debian 11 reads no zstd."""
     level: int = 6
-    rpm_level: int = 6
 
     @property
     def machine(self) -> str:
         """rpm's name of the architecture."""
         return MACHINES[self.architecture]
+
+    @property
+    def rpm_level(self) -> int:
+        """zstd's level of the rpm, which goes with the deb's: fast, or small."""
+        return 19 if self.compression == "xz" and self.level >= 6 else 6
 
 
 def main() -> None:
@@ -148,7 +152,7 @@ def cuda_packages(settings: Settings) -> list[Path]:
 
 def release(settings: Settings) -> list[Path]:
     """Packages at their smallest. Raises: BuildError: a second build of everything gave other bytes."""
-    settings = replace(settings, compression="xz", level=6, rpm_level=19)
+    settings = replace(settings, compression="xz", level=6)
     made = packages(settings)
     with tempfile.TemporaryDirectory(dir=settings.cache, prefix="again-") as scratch:
         _say("building everything once more, from nothing, to compare")
