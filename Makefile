@@ -145,7 +145,7 @@ lock: $(VENV)/ready $(CLIENTS)/uv/ready ## Pin and hash every requirement anew.
 	$(COMPILE_SHIPPED) --extra cpu --extra systemd $(NOT_SHIPPED:%=--no-emit-package %) -c requirements/run-cpu.txt \
 	  -c requirements/systemd.txt -o requirements/package.txt pyproject.toml
 	$(COMPILE_SHIPPED) -c requirements/package.txt -o requirements/package-build.txt requirements/package-build.in
-	$(COMPILE_SHIPPED) --no-strip-extras -c requirements/package.txt -c requirements/run-gpu.txt \
+	$(COMPILE_SHIPPED) -c requirements/package.txt -c requirements/run-gpu.txt \
 	  -o requirements/package-cuda13.txt requirements/package-cuda13.in
 
 lock-sources: ## Lock the newest of Debian's sources that the packages' runtime is compiled from.
