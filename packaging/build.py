@@ -491,8 +491,9 @@ def _cached(settings: Settings, step: str, parts: list[str], make: Callable[[Pat
     folder = settings.cache / f"{step}-{settings.architecture}-{key}"
     if not folder.exists():
         _say(f"{step}: making {folder.name}")
+        for unfinished in settings.cache.glob(f"{step}-{settings.architecture}-*.part"):
+            shutil.rmtree(unfinished)
         part = settings.cache / f"{folder.name}.part"
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         make(part)
         part.rename(folder)

@@ -103,8 +103,7 @@ install -m644 sqlite3.h /deps/include/
 cd ..
 
 unpack nghttp2
-./configure -q --prefix=/deps --enable-lib-only --disable-shared --with-pic --disable-python-bindings >/dev/null 2>&1 \
-  || ./configure -q --prefix=/deps --enable-lib-only --disable-shared --with-pic
+./configure -q --prefix=/deps --enable-lib-only --disable-shared --with-pic >/dev/null
 make -s $jobs -C lib >/dev/null
 make -s -C lib install >/dev/null
 cd ..

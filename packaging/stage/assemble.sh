@@ -34,7 +34,8 @@ install -m644 /own/packaging/stage/sitecustomize.py $site/sitecustomize.py
 # Nobody runs these, and nobody compiles against this tree. onnxruntime's library is there for programs in C: the Python
 # module has all of it inside.
 rm -rf $app/python/include $site/onnxruntime/{transformers,tools,quantization} $site/onnxruntime/capi/libonnxruntime.so* \
-  $site/numpy/{f2py,_core/lib} $site/numpy/_core/_*_tests.*.so $site/appliance/wire/native
+  $site/numpy/{f2py,_core/lib} $site/numpy/_core/_*_tests.*.so $site/appliance/wire/native \
+  $app/python/lib/python3.13/ctypes/macholib
 # Of Pillow only what reads the formats that appliance/media/images.py names, so that less code is in reach of strangers'
 # files: no AVIF, fonts, colour profiles, Tk.
 rm -f $site/PIL/_{avif,imagingft,imagingcms,imagingtk}.*.so \
