@@ -288,9 +288,11 @@ def _rpm_files(package: str, tree: Path) -> Iterator[str]:
 
 def _sign_rpm(rpm: Path) -> None:
     """SIGN_KEY, a key of gpg's: sign the rpm with it. Off unless it is set."""
-    key = os.environ.get("SIGN_KEY")
-    if key:
-        subprocess.run(["rpmsign", "--addsign", "--define", f"_gpg_name {key}", str(rpm)], check=True)
+    if key := os.environ.get("SIGN_KEY"):
+        # Debian's rpm looks for a gpg2 that Debian no longer has.
+        defined = [f"_gpg_name {key}", f"__gpg {shutil.which('gpg')}"]
+        options = [option for each in defined for option in ("--define", each)]
+        _run(["rpmsign", "--addsign", *options, str(rpm)], RUNTIME_EPOCH)
 
 
 def _sign_sums(sums: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import struct
 import subprocess
@@ -16,6 +17,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+sys.path[:0] = [str(REPOSITORY / "packaging"), str(REPOSITORY / "packaging/runtime")]
+try:
+    import build
+finally:
+    del sys.path[:2]
+
 APP = "usr/lib/inference-appliance"
 SITE = f"{APP}/python/lib/python3.13/site-packages"
 SYSTEM_LIBRARIES = {
@@ -328,6 +335,38 @@ def test_packing_again_gives_the_same_bytes(packages: Packages, tmp_path: Path) 
         other = tmp_path / one.name
         same = hashlib.sha256(one.read_bytes()).digest() == hashlib.sha256(other.read_bytes()).digest()
         assert same, f"{one.name} is another than what this commit's tree gives"
+
+
+def test_signatures_are_made_when_asked_for(
+    packages: Packages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a key of gpg's, and with a program of one's own; who has the key's public half can tell."""
+    monkeypatch.setenv("GNUPGHOME", str(tmp_path / "keys"))
+    (tmp_path / "keys").mkdir(mode=0o700)
+    run(
+        "gpg",
+        "--batch",
+        "--quiet",
+        "--passphrase",
+        "",
+        "--quick-gen-key",
+        "packages@example.invalid",
+        "rsa3072",
+        "sign",
+    )
+    rpm = Path(shutil.copy(packages.rpm, tmp_path))
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_text(f"{hashlib.sha256(rpm.read_bytes()).hexdigest()}  {rpm.name}\n")
+    monkeypatch.setenv("SIGN_KEY", "packages@example.invalid")
+    monkeypatch.setenv("SIGN_COMMAND", f"cp -t {tmp_path}/keys --")
+    build._sign_rpm(rpm)
+    build._sign_sums(sums)
+    run("gpg", "--verify", tmp_path / "SHA256SUMS.asc", sums)
+    assert (tmp_path / "keys/SHA256SUMS").read_text() == sums.read_text()
+    (tmp_path / "public").write_text(run("gpg", "--export", "--armor"))
+    database = ["--dbpath", str(tmp_path / "rpm")]
+    run("rpm", *database, "--import", tmp_path / "public")
+    assert "signatures OK" in run("rpm", *database, "--checksig", rpm)
 
 
 # ---- what linters say ------------------------------------------------------------------------------------------------
