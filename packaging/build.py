@@ -391,7 +391,8 @@ def stage(settings: Settings) -> Path:
             *sbom.of_packages(tree / APP / "python/lib/python3.13/site-packages", downloaded, own_name=PACKAGE),
             *sbom.of_models(tree / APP / "models"),
         ]
-        sbom.collect_licenses(components, tree / APP / "share/licenses")
+        licenses = tree / APP / "share/licenses"
+        sbom.collect_licenses(components, licenses, licenses / "openssl/LICENSE.txt")
         document = sbom.document(PACKAGE, settings.version, settings.architecture, settings.epoch, components)
         _finish(folder, document, tree / APP / "share/sbom.cdx.json", settings.epoch)
         _say(f"staged in {time.monotonic() - started:.0f} s")
@@ -425,7 +426,8 @@ def cuda_stage(settings: Settings) -> Path:
         drop_in = f"usr/lib/systemd/system/{PACKAGE}.service.d/10-cuda.conf"
         _install(REPOSITORY / "systemd/10-cuda.conf", tree / drop_in, 0o644)
         components = sbom.of_packages(tree / APP / "cuda", downloaded, own_name=CUDA)
-        sbom.collect_licenses(components, tree / APP / "cuda/licenses")
+        apache = tree / APP / "cuda/onnxruntime/LICENSE"  # asked for by none of them
+        sbom.collect_licenses(components, tree / APP / "cuda/licenses", apache)
         document = sbom.document(CUDA, settings.version, settings.architecture, settings.epoch, components)
         _finish(folder, document, tree / APP / "cuda/sbom.cdx.json", settings.epoch)
 

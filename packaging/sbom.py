@@ -31,6 +31,15 @@ RUNTIME_LICENSES = {
 }
 """SPDX's names; the texts are taken from the sources. What is missing here is a tool and not shipped."""
 
+_SPDX = {
+    "3-Clause BSD License": "BSD-3-Clause",
+    "Apache 2.0": "Apache-2.0",
+    "Apache Software License": "Apache-2.0",
+    "LGPLv2+": "LGPL-2.1-or-later",
+    "MIT License": "MIT",
+}
+"""SPDX's names of what packages call their licenses."""
+
 _KNOWN_TEXTS = (
     ("Apache License", "Version 2.0", "Apache-2.0"),
     ("Permission is hereby granted, free of charge", "", "MIT"),
@@ -57,6 +66,8 @@ class Component:
     """Debian's changes that were applied."""
     inside: tuple[tuple[str, str], ...] = ()
     """Libraries that it brings along: file names and SHA-256."""
+    sboms: tuple[str, ...] = ()
+    """SBOMs that it ships of what it was compiled from (PEP 770), by their place in the package."""
     license_files: tuple[Path, ...] = ()
 
 
@@ -90,7 +101,7 @@ def of_packages(site: Path, wheels: Path, own_name: str) -> list[Component]:
         if _normal(name) == own_name:
             continue
         file = came_in[_normal(name)]
-        texts = tuple(sorted(_license_files(about)))
+        texts = tuple(sorted(_license_files(about, site / _normal(name).replace("-", "_"))))
         components.append(
             Component(
                 "library",
@@ -100,6 +111,7 @@ def of_packages(site: Path, wheels: Path, own_name: str) -> list[Component]:
                 f"pkg:pypi/{_normal(name)}@{version}",
                 {file.name: _sha256(file)},
                 inside=tuple(_brought_along(site, name)),
+                sboms=tuple(sorted(f"{about.name}/sboms/{each.name}" for each in about.glob("sboms/*"))),
                 license_files=texts,
             )
         )
@@ -125,10 +137,16 @@ def of_models(folder: Path) -> list[Component]:
     return components
 
 
-def collect_licenses(components: list[Component], folder: Path) -> None:
-    """Copy license files into a folder a component, and list all components in THIRD-PARTY.txt."""
+def collect_licenses(components: list[Component], folder: Path, apache: Path) -> None:
+    """Copy license files into a folder a component, and list all components in THIRD-PARTY.txt.
+
+    Args: apache: the text of Apache-2.0."""
     for component in components:
-        for file in component.license_files:
+        files = component.license_files
+        if not files and component.license == "Apache-2.0" and component.purl.startswith("pkg:pypi/"):
+            # Shipped without its text, which is the same for all.
+            files = (apache,)
+        for file in files:
             target = folder / component.name / file.name
             while target.exists():  # two of one name, in different folders of the package
                 target = target.with_name(f"{target.name}.more")
@@ -174,6 +192,7 @@ def _entry(component: Component) -> dict[str, Any]:
     entry["hashes"] = [{"alg": "SHA-256", "content": digest}]
     entry["properties"] = [{"name": "inference-appliance:file", "value": first}]
     entry["properties"] += [{"name": f"inference-appliance:sha256:{file}", "value": value} for file, value in others]
+    entry["properties"] += [{"name": "inference-appliance:sbom", "value": each} for each in component.sboms]
     if component.patches:
         entry["pedigree"] = {
             "patches": [{"type": "backport", "diff": {"text": {"content": each}}} for each in component.patches]
@@ -196,6 +215,11 @@ def _license_entry(text: str) -> dict[str, Any]:
 
 def _license_of(metadata: Any, texts: tuple[Path, ...]) -> str:
     """A package's license: what its metadata says, else what its text is."""
+    said = _stated_license(metadata, texts)
+    return _SPDX.get(said, said)
+
+
+def _stated_license(metadata: Any, texts: tuple[Path, ...]) -> str:
     if metadata["License-Expression"]:
         return str(metadata["License-Expression"])
     stated = (metadata["License"] or "").strip()
@@ -214,8 +238,11 @@ def _license_of(metadata: Any, texts: tuple[Path, ...]) -> str:
     return "see its license file" if texts else "not stated"
 
 
-def _license_files(about: Path) -> Iterator[Path]:
+def _license_files(about: Path, package: Path) -> Iterator[Path]:
+    """License texts beside a package's metadata, or in the package itself."""
     names = re.compile(r"(LICEN[SC]E|COPYING|NOTICE|AUTHORS|THIRD.?PARTY|Privacy)", re.I)
+    if package.is_dir():
+        yield from (each for each in package.iterdir() if each.is_file() and names.match(each.name))
     for each in about.rglob("*"):
         if each.is_file() and (names.match(each.name) or "licenses" in each.relative_to(about).parts[:-1]):
             yield each

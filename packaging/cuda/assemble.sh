@@ -23,7 +23,7 @@ PYTHONPATH=/tools $python -m pip install --quiet --no-index --find-links /wheels
 
 cd "$into"
 # What compilers want, what programs in C want, and tools that nobody runs.
-rm -rf bin onnxruntime/{transformers,tools,quantization} onnxruntime/capi/libonnxruntime.so*
+rm -rf bin onnxruntime/{transformers,tools,quantization,datasets} onnxruntime/capi/libonnxruntime.so*
 find . -type d -name include -prune -exec rm -rf {} +
 find . -type f \( -name '*.a' -o -name '*.pyi' -o -name '*.[ch]' \) -delete
 # TensorRT is not part of this package; its libraries are found when they are installed.
@@ -32,5 +32,4 @@ find . -type f -exec chmod 644 {} + -o -type d -exec chmod 755 {} +
 find . -name '*.py' -exec sed -i '1s/^#!.*/#/' {} +
 
 # Bytecode names its source by the place that it is installed to.
-unset PYTHONDONTWRITEBYTECODE
-$python -I -m compileall -q -s "/out/tree" --invalidation-mode unchecked-hash .
+$python -IB -m compileall -q -f -s /out/tree --invalidation-mode unchecked-hash "$into"

@@ -33,7 +33,7 @@ install -m644 /own/packaging/stage/sitecustomize.py $site/sitecustomize.py
 
 # Nobody runs these, and nobody compiles against this tree. onnxruntime's library is there for programs in C: the Python
 # module has all of it inside.
-rm -rf $app/python/include $site/onnxruntime/{transformers,tools,quantization} $site/onnxruntime/capi/libonnxruntime.so* \
+rm -rf $app/python/include $site/onnxruntime/{transformers,tools,quantization,datasets} $site/onnxruntime/capi/libonnxruntime.so* \
   $site/numpy/{f2py,_core/lib} $site/numpy/_core/_*_tests.*.so $site/appliance/wire/native \
   $app/python/lib/python3.13/ctypes/macholib
 # Of Pillow only what reads the formats that appliance/media/images.py names, so that less code is in reach of strangers'
@@ -59,12 +59,11 @@ find $site -name '*.so' -type f ! -path '*.libs/*' | while read -r library; do
 done
 
 # Never compared with the source's time and never written again: the same in every build, and right after every copy.
-unset PYTHONDONTWRITEBYTECODE
-$python -I -m compileall -q -j "$(nproc)" --invalidation-mode unchecked-hash $app/python/lib
-export PYTHONDONTWRITEBYTECODE=1
+# -B, as -I looks at no environment: what the compiler itself imports would have bytecode of the other kind.
+$python -IB -m compileall -q -f -j "$(nproc)" --invalidation-mode unchecked-hash $app/python/lib
 
 # It has to start here, or it starts nowhere.
-ORT_DISABLE_TELEMETRY=1 $python -I - <<'P'
+ORT_DISABLE_TELEMETRY=1 $python -IB - <<'P'
 import grpc, numpy, onnx, onnxruntime, tokenizers, uvloop, PIL.Image, cryptography.x509, ssl, sqlite3
 import importlib, pkgutil, systemd.daemon, systemd.journal
 import appliance, appliance.wire._h2
