@@ -426,8 +426,7 @@ def cuda_stage(settings: Settings) -> Path:
         drop_in = f"usr/lib/systemd/system/{PACKAGE}.service.d/10-cuda.conf"
         _install(REPOSITORY / "systemd/10-cuda.conf", tree / drop_in, 0o644)
         components = sbom.of_packages(tree / APP / "cuda", downloaded, own_name=CUDA)
-        apache = tree / APP / "cuda/onnxruntime/LICENSE"  # asked for by none of them
-        sbom.collect_licenses(components, tree / APP / "cuda/licenses", apache)
+        sbom.collect_licenses(components, tree / APP / "cuda/licenses")
         document = sbom.document(CUDA, settings.version, settings.architecture, settings.epoch, components)
         _finish(folder, document, tree / APP / "cuda/sbom.cdx.json", settings.epoch)
 

@@ -137,13 +137,13 @@ def of_models(folder: Path) -> list[Component]:
     return components
 
 
-def collect_licenses(components: list[Component], folder: Path, apache: Path) -> None:
+def collect_licenses(components: list[Component], folder: Path, apache: Path | None = None) -> None:
     """Copy license files into a folder a component, and list all components in THIRD-PARTY.txt.
 
     Args: apache: the text of Apache-2.0."""
     for component in components:
         files = component.license_files
-        if not files and component.license == "Apache-2.0" and component.purl.startswith("pkg:pypi/"):
+        if apache and not files and component.license == "Apache-2.0" and component.purl.startswith("pkg:pypi/"):
             # Shipped without its text, which is the same for all.
             files = (apache,)
         for file in files:
