@@ -35,15 +35,16 @@ install -m644 /own/packaging/stage/sitecustomize.py $site/sitecustomize.py
 # module has all of it inside.
 rm -rf $app/python/include $site/onnxruntime/{transformers,tools,quantization,datasets} $site/onnxruntime/capi/libonnxruntime.so* \
   $site/numpy/{f2py,_core/lib} $site/numpy/_core/_*_tests.*.so $site/appliance/wire/native \
-  $app/python/lib/python3.13/ctypes/macholib
+  $site/onnx/{reference,backend,fuzz,tools} $app/python/lib/python3.13/{ctypes/macholib,curses,unittest,venv,wsgiref,xmlrpc} \
+  $app/python/lib/python3.13/{_pyrepl,doctest.py,pdb.py,pydoc.py}
 # Of Pillow only what reads the formats that appliance/media/images.py names, so that less code is in reach of strangers'
 # files: no AVIF, fonts, colour profiles, Tk.
 rm -f $site/PIL/_{avif,imagingft,imagingcms,imagingtk}.*.so \
   $site/pillow.libs/lib{avif,freetype,harfbuzz,brotlicommon,brotlidec,png16,lcms2}-*
 find $app/python/bin -mindepth 1 ! -name 'python3*' -delete
 find $site -type d \( -name tests -o -name test -o -name include \) -prune -exec rm -rf {} +
-find $site -type f \( -name '*.pyi' -o -name '*.pxd' -o -name '*.pyx' -o -name '*.[ch]' -o -name '*.a' -o -name '*.md' \
-  -path '*/onnx/*' \) -delete
+find $site -type f \( -name '*.pyi' -o -name '*.pxd' -o -name '*.pyx' -o -name '*.[ch]' -o -name '*.cc' -o -name '*.cmake' \
+  -o -name '*.a' \) -delete
 # What the installer notes about itself: the tree is looked after by dpkg and rpm.
 find $site -path '*.dist-info/*' \( -name RECORD -o -name direct_url.json -o -name REQUESTED -o -name INSTALLER \) -delete
 find $app -name __pycache__ -prune -exec rm -rf {} +
