@@ -19,7 +19,8 @@ PACKAGES_APT := mmdebstrap debian-archive-keyring debhelper dpkg-dev rpm zstd xz
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stock check gpu-check bench fuzz fuzz-api sanitize protos format lock lock-sources clean system packages packages-cuda release
+.PHONY: help demo test stock check gpu-check bench fuzz fuzz-api sanitize protos format lock lock-sources clean system
+.PHONY: packages packages-cuda release
 
 help: ## What there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12

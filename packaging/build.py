@@ -160,7 +160,7 @@ def release(settings: Settings) -> list[Path]:
         again.cache.mkdir()
         # What was downloaded is known by its hash. The rest is made anew.
         for name in ("sources", "wheels"):
-            for folder in settings.cache.glob(f"{name}-*"):
+            for folder in settings.cache.glob(f"{name}-{settings.architecture}-*"):
                 shutil.copytree(folder, again.cache / folder.name)
         for one, other in zip(made, packages(again), strict=True):
             if _sha256(one) != _sha256(other):
