@@ -144,7 +144,7 @@ rm -rf include share lib/pkgconfig lib/python3.13/{test,idlelib,turtledemo,lib2t
 # Bytecode is made when the packages are staged, of everything in one way.
 find . -name __pycache__ -prune -exec rm -rf {} +
 strip --strip-unneeded bin/python3.13
-PYTHONDONTWRITEBYTECODE=1 bin/python3.13 -I -c '
+bin/python3.13 -IB -c '
 import asyncio, bz2, ctypes, decimal, hashlib, lzma, multiprocessing, sqlite3, ssl, xml.parsers.expat, zlib
 callback = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 7)
 assert callback() == 7
