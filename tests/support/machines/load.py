@@ -1,13 +1,14 @@
 """Callers that go on while a machine's appliance is reloaded, killed, drained or upgraded, and count every call's end.
 
-`python -m support.machines.load` reads a job (a line of JSON), says "begun" when every caller has had its first answer,
-calls until its standard input ends, and then prints what became of the calls. It speaks HTTP/2 by itself, because gRPC's
-own client calls a refused connection, a call that the server said it did not take, and an accepted call whose
-connection was lost all UNAVAILABLE; only the last is a loss. Nothing is tried again.
+`python -m support.machines.load` reads a job (a line of JSON), says "begun" when the callers have had their first
+answers, calls until its standard input ends, and then prints what became of the calls. It speaks HTTP/2 by itself,
+because gRPC's own client calls a refused connection, a call that the server said it did not take, and an accepted call
+whose connection was lost all UNAVAILABLE; only the last is a loss. Nothing is tried again.
 """
 
 import asyncio
 import contextlib
+import itertools
 import json
 import ssl
 import struct
@@ -38,7 +39,7 @@ _HEAD, _GOAWAY = 9, 7
 
 @dataclass(frozen=True)
 class Job:
-    """What to send, and where. Attributes: body: file with the message. certificate: PEM file of chain and key, or ""."""
+    """What to send, and where. Attributes: body: a file. certificate: PEM file of chain and key, or ""."""
 
     host: str
     port: int
@@ -180,7 +181,8 @@ class _Connection:
     def _heard(self, data: bytes, stream: int = 0) -> list[h2.events.Event]:
         """What whole frames say. Raises: _NotTaken: GOAWAY, and the server had not taken the call on this stream.
 
-        GOAWAY is read here: h2 takes nothing more after one, but the server still owes answers to what it took (RFC 9113, 6.8).
+        GOAWAY is read here: h2 takes nothing more after one, but the server still owes answers to what it took
+        (RFC 9113, 6.8).
         """
         self._in += data
         events: list[h2.events.Event] = []
@@ -231,7 +233,7 @@ class _Callers:
         last = time.monotonic()
         await asyncio.gather(*callers)
         moments = [first, *(moment for moment in self._answers if first < moment < last), last]
-        self._outcome.gap_s = max(after - before for before, after in zip(moments, moments[1:], strict=False))
+        self._outcome.gap_s = max(after - before for before, after in itertools.pairwise(moments))
         self._outcome.other = dict(self._other)
         return self._outcome
 

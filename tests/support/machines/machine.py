@@ -17,9 +17,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 PATIENCE_S = 120.0
 """How long something is waited for that must happen; only a hung machine takes that long."""
@@ -33,6 +33,8 @@ _ENFORCED = (
     "--capability=CAP_BPF,CAP_SYS_ADMIN,CAP_PERFMON,CAP_NET_ADMIN,CAP_SYS_RESOURCE",
     "--system-call-filter=bpf",
 )
+_DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
+_NAMESPACES = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--")
 _ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -80,7 +82,7 @@ class Machine:
     """
 
     def __init__(self, name: str, root: Path, home: Path, binds: Mapping[Path, str] | None = None) -> None:
-        """Args: home: an empty folder of this machine. binds: folders of this machine → where they are seen, read-only."""
+        """Args: home: an empty folder of its own, outside. binds: folders outside → where it sees them, read-only."""
         self.name = name
         self.boot_s = 0.0
         self._root = root
@@ -108,9 +110,7 @@ class Machine:
         begun = time.monotonic()
         with console.open("wb") as log:
             self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "--"]
-                + ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--"]
-                + ["bash", "-c", _INNER, "machine", *_ENFORCED, *binds],
+                [*_DIES_WITH_US, *_NAMESPACES, "bash", "-c", _INNER, "machine", *_ENFORCED, *binds],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -180,7 +180,7 @@ class Machine:
     def run(
         self, *command: str | Path, check: bool = True, stdin: str | bytes | None = None, cwd: str = "/"
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command in it, as root at its console would. Fails the test with what it printed, unless not `check`."""
+        """Run a command in it, as root at its console. A failure fails the test with what was printed, if `check`."""
         return _finish(self._inside(*command, cwd=cwd), check, stdin)
 
     def shell(self, script: str, check: bool = True, cwd: str = "/") -> "subprocess.CompletedProcess[str]":
@@ -246,24 +246,23 @@ class Machine:
         cwd: Path | None = None,
     ) -> "subprocess.CompletedProcess[str]":
         """Run a program of this machine in the network beside it: what a client elsewhere would do."""
-        return _finish(self._beside(*command), check, stdin, environment, cwd)
+        return _finish(self._beside(command, cwd), check, stdin, environment)
 
     def begin_outside(
         self, *command: str | Path, environment: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> "subprocess.Popen[str]":
         """Start such a program and go on."""
         return subprocess.Popen(
-            self._beside(*command),
+            self._beside(command, cwd),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=None if environment is None else dict(environment),
-            cwd=cwd,
         )
 
-    def _beside(self, *command: str | Path) -> list[str]:
-        namespaces = ["--mount", "--net", "--pid", "--wdns=."]
+    def _beside(self, command: Sequence[str | Path], cwd: Path | None) -> list[str]:
+        namespaces = ["--mount", "--net", "--pid", f"--wdns={cwd or '/'}"]
         return ["nsenter", "--target", str(self._nspawn), *namespaces, "--", *map(str, command)]
 
 
@@ -272,7 +271,6 @@ def _finish(
     check: bool,
     stdin: str | bytes | None,
     environment: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
 ) -> "subprocess.CompletedProcess[str]":
     done = subprocess.run(
         command,
@@ -281,7 +279,6 @@ def _finish(
         check=False,
         timeout=5 * PATIENCE_S,
         env=None if environment is None else dict(environment),
-        cwd=cwd,
     )
     out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
     assert not (check and done.returncode), f"{command} → {done.returncode}\n{out}\n{err}"
@@ -329,6 +326,3 @@ def _cgroup_root() -> Path:
         if kind == "cgroup2":
             return Path(place)
     raise RuntimeError("no cgroup v2 tree is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified")
-
-
-__all__ = ["ADDRESS", "HOST", "IO", "OUTSIDE", "PATIENCE_S", "Machine", "clear_leftovers", "missing"]

@@ -34,8 +34,8 @@ _QUIET = (
 """What has nothing to do in a machine without console and network, and would only fail or wait."""
 
 _STUB = """\
-# What a Red Hat system has and this root has not, so that dnf solves our package's dependencies instead of being told to
-# ignore them. The root itself is Debian: this says nothing about SELinux, crypto policies or Red Hat's glibc.
+# What a Red Hat system has and this root has not, so that dnf solves the dependencies of our package instead of being
+# told to ignore them. The root itself is Debian: this says nothing about SELinux, crypto policies or Red Hat's glibc.
 Name: distribution-stub
 Version: 9
 Release: 1
