@@ -64,10 +64,16 @@ def boot(packages: Packages, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
     yield made
     while _running:
-        put_away(_running[0])
+        _put_away(_running[0])
 
 
-def put_away(machine: Machine) -> None:
+@pytest.fixture(scope="session")
+def put_away() -> Callable[[Machine], None]:
+    """End a machine before its session does."""
+    return _put_away
+
+
+def _put_away(machine: Machine) -> None:
     """End a machine and keep its journal."""
     _OUT.mkdir(parents=True, exist_ok=True)
     journal = machine.run("journalctl", "--no-pager", "--output", "short-precise", check=False).stdout
@@ -81,7 +87,7 @@ def machine(request: pytest.FixtureRequest, boot: Callable[[str, str], Machine])
     """The module's machine; it says MACHINE, ROOT_FS = name, root."""
     made = boot(request.module.MACHINE, request.module.ROOT_FS)
     yield made
-    put_away(made)
+    _put_away(made)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +100,7 @@ def installed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Ins
 def _enforcement(boot: Callable[[str, str], Machine]) -> str:
     machine = boot("probe", "debian12")
     found = not_enforced(machine)
-    put_away(machine)
+    _put_away(machine)
     return found
 
 

@@ -33,6 +33,7 @@ _PAUSE_S = 0.01
 """Between a refused call and the next one of that caller."""
 _READ = 65_536
 _UNAVAILABLE = "14"
+_DEPLOYING = 21351
 _HEAD, _GOAWAY = 9, 7
 """Bytes before a frame's content; the type of GOAWAY. Source: RFC 9113, 4.1, 6.8."""
 
@@ -58,6 +59,7 @@ class Outcome:
     Attributes:
         answered: with a result.
         unavailable: with gRPC's status UNAVAILABLE, sent by the server.
+        deploying: with 21351, "model is deploying", which SDKs ask again for: after a start, until models are loaded.
         refused: not taken: no connection, or the server said so (GOAWAY, REFUSED_STREAM).
         lost: taken, and ended with neither a result nor a status.
         other: any other status → how often.
@@ -68,12 +70,21 @@ class Outcome:
 
     answered: int = 0
     unavailable: int = 0
+    deploying: int = 0
     refused: int = 0
     lost: int = 0
     other: dict[str, int] = field(default_factory=dict)
     gap_s: float = 0.0
     slowest_s: float = 0.0
     notes: list[str] = field(default_factory=list)
+
+
+def told(outcome: Outcome) -> str:
+    """For the table."""
+    return (
+        f"{outcome.answered} answered, {outcome.lost} lost, {outcome.unavailable} UNAVAILABLE, "
+        f"{outcome.deploying} 'model is deploying', {outcome.refused} refused; longest time without an answer {outcome.gap_s:.2f} s"
+    )
 
 
 class Load:
@@ -245,7 +256,8 @@ class _Callers:
                 if connection is None or not connection.usable:
                     connection = await self._connect()
                 status, reply = await asyncio.wait_for(connection.call(self._body), PATIENCE_S)
-                self._count(status, reply, time.monotonic() - begun)
+                if not self._count(status, reply, time.monotonic() - begun):
+                    await asyncio.sleep(_PAUSE_S)
                 await connection.told_to_go_meanwhile()
             except _NotTaken as why:
                 self._outcome.refused += 1
@@ -268,7 +280,8 @@ class _Callers:
         except (OSError, TimeoutError) as error:
             raise _NotTaken(f"no connection: {type(error).__name__}") from error
 
-    def _count(self, status: str, reply: bytes, took_s: float) -> None:
+    def _count(self, status: str, reply: bytes, took_s: float) -> bool:
+        """Returns: whether it was a result."""
         code, _, sentence = status.partition(" ")
         answer = service_pb2.MultiOutputResponse()
         if code == "0":
@@ -277,11 +290,14 @@ class _Callers:
             self._outcome.answered += 1
             self._outcome.slowest_s = max(self._outcome.slowest_s, took_s)
             self._answers.append(time.monotonic())
+        elif answer.status.code == _DEPLOYING:
+            self._outcome.deploying += 1
         elif code == _UNAVAILABLE:
             self._outcome.unavailable += 1
             self._note(f"UNAVAILABLE: {sentence}")
         else:
             self._other[f"gRPC {status}, {answer.status.code} {answer.status.description}"] += 1
+        return code == "0" and answer.status.code == 10000
 
     def _note(self, what: str) -> None:
         if len(self._outcome.notes) < 20:

@@ -1,23 +1,12 @@
 """The two ways to install: apt with debs, dnf with rpms; each without a network."""
 
 import time
-from typing import Protocol
+from collections.abc import Callable
 
 from support.machines.installed import HOME, PACKAGES
 from support.machines.machine import Machine
 from support.machines.measured import Measured, System
 from support.machines.packages import Packages
-
-
-class Way(Protocol):
-    """How packages get onto a machine. Each method returns what the tool printed."""
-
-    kind: str
-
-    def install(self, packages: Packages) -> str: ...
-    def upgrade(self, packages: Packages) -> str: ...
-    def downgrade(self, packages: Packages) -> str: ...
-    def remove(self) -> str: ...
 
 
 class Deb:
@@ -26,15 +15,15 @@ class Deb:
     kind = "deb"
     _KEEP = ("--option=Dpkg::Options::=--force-confdef", "--option=Dpkg::Options::=--force-confold")
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, machine: Machine, *, reads_zstd: bool = True) -> None:
+        self._machine, self._zstd = machine, reads_zstd
 
     def _apt(self, *arguments: str) -> str:
         return self._machine.run("apt-get", "--yes", "--quiet", *arguments, cwd=PACKAGES).stdout
 
     def install(self, packages: Packages) -> str:
         """Install the version under test."""
-        return self._apt("install", f"./{packages.deb}")
+        return self._apt("install", f"./{packages.deb if self._zstd else packages.old_deb}")
 
     def upgrade(self, packages: Packages) -> str:
         """Install the version after it over that."""
@@ -102,11 +91,16 @@ class Rpm:
         return self.dnf("remove", "inference-appliance")
 
 
+def timed(step: Callable[[], object]) -> float:
+    """Seconds that a step takes."""
+    begun = time.monotonic()
+    step()
+    return time.monotonic() - begun
+
+
 def describe(machine: Machine, packages: Packages, way: Deb | Rpm, measured: Measured) -> System:
     """Install the package under test, and begin this system's row of the table."""
-    begun = time.monotonic()
-    way.install(packages)
-    took = time.monotonic() - begun
+    took = timed(lambda: way.install(packages))
     name = machine.shell('. /etc/os-release; echo "$PRETTY_NAME"').stdout.strip()
     system = System(
         distribution=name if way.kind == "deb" else f"{name} with dnf and rpm, a stub for a Red Hat 9 system",
