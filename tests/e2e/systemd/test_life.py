@@ -137,7 +137,7 @@ class TestAfterTheUpgrade:
         self, machine: Machine, installed: Installed, measured: Measured, where: str
     ) -> None:
         shown = machine.run("appliance", "config", "show").stdout
-        line = next(line for line in shown.splitlines() if line.strip().startswith(NEW_NAME.split(".")[1]))
+        line = next(line for line in shown.splitlines() if line.startswith(NEW_NAME))
         assert "0.5" in line
         warned = installed.said("--priority=warning", "--boot")
         for name in (RENAMED, DROPPED):

@@ -83,7 +83,8 @@ def told(outcome: Outcome) -> str:
     """For the table."""
     return (
         f"{outcome.answered} answered, {outcome.lost} lost, {outcome.unavailable} UNAVAILABLE, "
-        f"{outcome.deploying} 'model is deploying', {outcome.refused} refused; longest time without an answer {outcome.gap_s:.2f} s"
+        f"{outcome.deploying} 'model is deploying', {outcome.refused} refused; "
+        f"longest time without an answer {outcome.gap_s:.2f} s"
     )
 
 

@@ -152,6 +152,7 @@ class Machine:
         self.outside("ip", "link", "set", link, "up")
         self.run("ip", "address", "add", f"{ADDRESS}/24", "dev", "host0")
         self.run("ip", "link", "set", "host0", "up")
+        self.run("sh", "-c", 'echo "$1" >> /etc/hosts', "hosts", f"{ADDRESS} {HOST} {self.name}")
 
     def power_off(self) -> float:
         """Shut down as a machine does. Returns: seconds it took."""

@@ -102,14 +102,22 @@ def _names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+_COMPRESS = """
+cd "$(mktemp -d)"
+ar x "$1"
+if [ -e data.tar.zst ]; then
+  zstd -dcq data.tar.zst | xz -1 -T0 > data.tar.xz
+  rm data.tar.zst
+fi
+rm -f "$2"
+ar rc "$2" debian-binary control.tar.* data.tar.*
+rm -r "$PWD"
+"""
+
+
 def _compress_anew(deb: Path, target: Path) -> None:
     """The same deb with its content as xz."""
-    script = (
-        'set -eu; cd "$(mktemp -d)"; ar x "$1"; '
-        "if [ -e data.tar.zst ]; then zstd -dc --rm data.tar.zst 2>/dev/null | xz -1 -T0 > data.tar.xz; rm -f data.tar.zst; fi; "
-        'rm -f "$2"; ar rc "$2" debian-binary control.tar.* data.tar.*; rm -r "$PWD"'
-    )
-    subprocess.run(["bash", "-o", "pipefail", "-c", script, "compress", str(deb), str(target)], check=True)
+    subprocess.run(["bash", "-euo", "pipefail", "-c", _COMPRESS, "compress", str(deb), str(target)], check=True)
 
 
 def _make_next(packages: Packages) -> None:
