@@ -14,12 +14,10 @@ APT := python3-venv gcc pkg-config libsystemd-dev libnghttp2-dev iproute2 curl
 STOCK := chromium libnss3-tools php-cli php-curl php-google-protobuf protobuf-compiler protobuf-compiler-grpc \
   default-jdk-headless protobuf-compiler-grpc-java-plugin libgrpc-java libprotobuf-java libnetty-java \
   libnetty-tcnative-java libguava-java libperfmark-java libgeronimo-annotation-1.3-spec-java
-# What boots machines with a systemd of their own and makes their roots.
-E2E_APT := systemd-container mmdebstrap debian-archive-keyring iproute2 util-linux binutils zstd xz-utils
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e stock check gpu-check bench fuzz fuzz-api sanitize protos format lock clean system
+.PHONY: help demo test stock check gpu-check bench fuzz fuzz-api sanitize protos format lock clean system
 
 help: ## What there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -30,13 +28,6 @@ demo: $(VENV)/built $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock 
 test: $(VENV)/built $(ENVIRONMENTS:%=$(CLIENTS)/%/ready) $(CLIENTS)/node/ready check ## All tests; the exit code is kept in build/.
 	@mkdir -p build
 	@$(BIN)/python -m pytest $(ARGS); code=$$?; echo $$code > build/pytest-exit-code; exit $$code
-
-e2e: $(VENV)/built $(CLIENTS)/sdk-12/ready ## The deb and the rpm on machines with a booted systemd, as root; UPDATE_DOCS=1: the table in docs/install.md.
-	@case "$$E2E_SYSTEMD" in skip*) ;; *) \
-	  $(MAKE) --no-print-directory system APT="$(E2E_APT)" && $(MAKE) --no-print-directory packages && \
-	  PYTHONPATH=tests $(BIN)/python -m support.machines.packages && PYTHONPATH=tests $(BIN)/python -m support.machines.roots;; esac
-	@mkdir -p build
-	@$(BIN)/python -m pytest tests/e2e/systemd $(ARGS); code=$$?; echo $$code > build/e2e-exit-code; exit $$code
 
 stock: ## Install what the tests of Java, PHP and browser clients run on (as root; else name it).
 	@$(MAKE) --no-print-directory system APT="$(STOCK)"
@@ -77,6 +68,18 @@ sanitize: $(VENV)/built ## The wire's unit tests with the native part under Addr
 # Debian's protoc, whose code every protobuf runtime that we allow takes: apt-get install protobuf-compiler
 protos: ## Python of our own .proto files; what comes out is committed.
 	protoc --python_out=. --pyi_out=. appliance/api/inference.proto
+
+# What boots machines with a systemd of their own, and makes their roots. Packages come from the cache when nothing that goes
+# into them has changed.
+E2E_APT := systemd-container mmdebstrap debian-archive-keyring iproute2 util-linux binutils zstd xz-utils
+.PHONY: e2e
+e2e: $(VENV)/built $(CLIENTS)/sdk-12/ready ## deb and rpm on machines with a booted systemd, as root; UPDATE_DOCS=1 writes docs/install.md.
+	@case "$$E2E_SYSTEMD" in skip*) ;; *) \
+	  $(MAKE) --no-print-directory system APT="$(E2E_APT)" && $(MAKE) --no-print-directory packages && \
+	  PYTHONPATH=tests $(BIN)/python -m support.machines.packages && \
+	  PYTHONPATH=tests $(BIN)/python -m support.machines.roots ;; esac
+	@mkdir -p build
+	@$(BIN)/python -m pytest tests/e2e/systemd $(ARGS); code=$$?; echo $$code > build/e2e-exit-code; exit $$code
 
 format: $(VENV)/ready ## Put the code into shape.
 	$(BIN)/ruff format .

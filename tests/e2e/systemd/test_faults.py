@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from support.machines.installed import ETC, SERVICE, STATE, Installed
+from support.machines.installed import ETC, HOME, SERVICE, STATE, Installed
 from support.machines.machine import Machine
 from support.machines.packages import Packages
 from support.machines.systems import Deb
@@ -19,6 +19,7 @@ MACHINE, ROOT_FS = "faults", "debian12"
 def _serving(machine: Machine, installed: Installed, packages: Packages) -> None:
     Deb(machine).install(packages)
     installed.set_up()
+    installed.configure("[shutdown]\nlame_duck_s = 0\n")  # nobody balances here, and there are many stops
     installed.start()
 
 
@@ -39,9 +40,9 @@ def _fails_with(machine: Machine, installed: Installed, status: int, *words: str
 
     Args: again: whether systemd tries again by itself, because time may mend it.
     """
-    cursor = machine.run("journalctl", "--lines=0", "--show-cursor", "--quiet").stdout.removeprefix("-- cursor: ")
+    before = machine.now()
     assert machine.run("systemctl", "start", SERVICE, check=False).returncode != 0
-    entries = installed.journal("--priority=err", f"--after-cursor={cursor.strip()}")
+    entries = installed.journal("--priority=err", f"--since={before}")
     lines = [entry["MESSAGE"] for entry in entries if entry.get("SYSLOG_IDENTIFIER") == "inference-appliance"]
     assert lines, installed.said()
     assert len(set(lines)) == 1, lines
@@ -64,11 +65,8 @@ def _changed(machine: Machine, path: str, command: str) -> Iterator[None]:
 
 class TestDisk:
     def test_a_full_disk_is_named_and_tried_again(self, machine: Machine, installed: Installed) -> None:
-        """Somebody may free some space meanwhile."""
-        machine.shell(
-            f"mount -t tmpfs -o size=64k,mode=750,uid=$(id -u inference-appliance),gid=$(id -g inference-appliance) "
-            f"full {STATE} && mkdir {STATE}/models && dd if=/dev/zero of={STATE}/filler 2>/dev/null || true"
-        )
+        """Not a file can be made any more. Somebody may free some space meanwhile."""
+        _mount_full(machine, "nr_inodes=2")
         try:
             _fails_with(machine, installed, 6, STATE, "space", again=True)
         finally:
@@ -78,17 +76,34 @@ class TestDisk:
     def test_a_disk_that_fills_up_does_not_stop_answers(self, machine: Machine, installed: Installed) -> None:
         """What is only remembered for the next start cannot be written; calls go on."""
         installed.start()
-        machine.shell(
-            f"mount -t tmpfs -o size=64k full {STATE} && dd if=/dev/zero of={STATE}/filler 2>/dev/null || true"
-        )
+        _mount_full(machine, "nr_inodes=1000")
         try:
             with installed.load(callers=2) as load:
-                machine.run("systemctl", "reload", SERVICE, check=False)
+                machine.run("systemctl", "reload", SERVICE)
             assert load.outcome.lost == 0, load.outcome
             assert load.outcome.answered > 0, load.outcome
             assert installed.active() == "active"
         finally:
             machine.run("umount", STATE)
+
+    def test_a_command_that_would_write_says_so(self, machine: Machine) -> None:
+        _mount_full(machine, "nr_inodes=1000")
+        try:
+            done = machine.run("appliance", "models", "add", f"{HOME}/models/digits", check=False)
+        finally:
+            machine.run("umount", STATE)
+        assert done.returncode == 6
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert STATE in done.stderr
+
+
+def _mount_full(machine: Machine, limit: str) -> None:
+    """A file system without a byte to spare in the place of the state folder."""
+    options = f"size=64k,{limit},mode=750,uid=$(id -u inference-appliance),gid=$(id -g inference-appliance)"
+    machine.shell(
+        f"mount -t tmpfs -o {options} full {STATE}; mkdir {STATE}/models || true; "
+        f"dd if=/dev/zero of={STATE}/filler 2>/dev/null || true"
+    )
 
 
 class TestReadOnly:

@@ -1,4 +1,4 @@
-"""docs/install.md: from a bare machine to the first predict, command by command as they stand, for the deb and the rpm."""
+"""docs/install.md: from a bare machine to the first predict, command by command, for the deb and the rpm."""
 
 import re
 from collections.abc import Callable, Iterator

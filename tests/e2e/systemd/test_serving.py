@@ -100,9 +100,8 @@ def _connect_from(machine: Machine, address: str) -> str:
 
 class TestJournal:
     def test_entries_have_fields(self, installed: Installed) -> None:
-        (entry,) = [entry for entry in installed.journal("BUNDLE=digits") if str(entry["MESSAGE"]).startswith("ready")][
-            :1
-        ]
+        entries = installed.journal("MODEL=appliance/main/digits", "VERSION=1")
+        entry = next(entry for entry in entries if entry["MESSAGE"].startswith("ready after"))
         assert entry["SYSLOG_IDENTIFIER"] == "inference-appliance"
         assert entry["_SYSTEMD_UNIT"] == SERVICE
         assert entry["PRIORITY"] == "6"
@@ -187,7 +186,7 @@ class TestRestart:
     def test_while_the_service_is_down_the_socket_unit_starts_it(self, machine: Machine, installed: Installed) -> None:
         machine.run("systemctl", "stop", SERVICE)
         with installed.load(port=443, callers=1) as load:
-            assert installed.active() == "active"
+            machine.wait(lambda: installed.active() == "active", "the service is started")
         nothing_lost(load.outcome)
         machine.run("systemctl", "disable", "--now", SOCKET)
         machine.run("systemctl", "restart", SERVICE)

@@ -221,6 +221,10 @@ class Machine:
         script = 'mkdir -p "$1" && tar -C "$1" -x --no-same-owner && chown -R "$2" "$1"'
         _finish(self._inside("sh", "-ec", script, "copy", target, owner), True, packed)
 
+    def now(self) -> str:
+        """Its time, for `journalctl --since`. (--after-cursor leaves out the first entry that a filter finds.)"""
+        return self.run("date", "+%F %T.%6N").stdout.strip()
+
     def state(self) -> str:
         """systemd's own word: starting, running, degraded …"""
         return self.run("systemctl", "is-system-running", check=False).stdout.strip()

@@ -89,14 +89,14 @@ class Recipe:
         return CACHE / "roots" / f"{self.name}-{self.key}"
 
 
-_FORMAT = "3"
+_FORMAT = "4"
 """Raised when the steps of `make` change."""
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        # The main root: with man, so that `systemd-analyze verify` looks for our pages, and openssl for the operator.
-        Recipe("debian12", "bookworm", "man-db,openssl"),
+        # The main root: with man, so that `systemd-analyze verify` looks for our pages.
+        Recipe("debian12", "bookworm", "man-db"),
         Recipe("debian11", "bullseye"),
         Recipe("debian13", "trixie"),
         Recipe("dnf", "bookworm", "rpm,dnf,createrepo-c", stub=True),
@@ -148,7 +148,8 @@ def _settle(root: Path, recipe: Recipe) -> None:
     """Make it bootable in a container, and like a machine that somebody installed."""
     (root / "etc/machine-id").write_text("uninitialized\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
-    (root / "etc/hostname").unlink(missing_ok=True)
+    for name in ("hostname", "resolv.conf"):  # mmdebstrap's machine has left its own
+        (root / "etc" / name).unlink(missing_ok=True)
     for unit in _QUIET:
         (root / "etc/systemd/system" / unit).symlink_to("/dev/null")
     # What kept this root small must not keep our package's pages out.
