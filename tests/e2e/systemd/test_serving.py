@@ -238,3 +238,11 @@ class TestKilled:
         """Recorded by systemd: no restart beside the one above, after all the slow calls of this module."""
         assert installed.restarts() == 1
         assert installed.said().count("Watchdog timeout") == 1
+
+
+def test_the_callers_would_have_noticed_a_loss(machine: Machine, installed: Installed) -> None:
+    """kill -9 of everything with calls in flight loses them, and they are counted: a 0 above means something."""
+    with installed.load(slow=True, callers=3) as load:
+        machine.run("systemctl", "kill", "--signal=KILL", SERVICE)
+        machine.wait(lambda: "slow" in installed.ready(), "the service is back")
+    assert load.outcome.lost > 0, load.outcome
