@@ -20,7 +20,7 @@ PIP := --quiet --disable-pip-version-check --require-hashes
 .PHONY: help demo test stock check gpu-check bench fuzz fuzz-api sanitize protos format lock clean system
 
 help: ## What there is.
-	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/built $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock SDK that classifies digits over TLS.
 	$(BIN)/python demo/run.py --sdk $(CLIENTS)/sdk-12/bin/python
