@@ -1,8 +1,9 @@
 """What the tests measured: the table in docs/install.md, written by the run that measured it."""
 
+import os
 import re
+import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from support.appliance import ROOT
 
@@ -56,7 +57,8 @@ class Measured:
             for system in self.systems.values()
         ]
         facts = [[what, where, result] for what, where, result in self.facts]
-        return f"{_table(head, rows)}\n{_table(['shown', 'on', 'result'], facts)}"
+        run = f"Run of {time.strftime('%Y-%m-%d', time.gmtime())}, {len(os.sched_getaffinity(0))} CPUs."
+        return f"{run}\n\n{_table(head, rows)}\n{_table(['shown', 'on', 'result'], facts)}"
 
     def write(self, *, into_page: bool) -> None:
         """Write build/e2e/table.md and, if asked for, the part of docs/install.md between its markers.
@@ -84,8 +86,3 @@ def _seconds(value: float) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file."""
-    return path.stat().st_size
