@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.machines.installed import CLIENT, ETC, SAMPLE, SERVICE, SOCKET, Installed
 from support.machines.load import Outcome, told
-from support.machines.machine import HOST, Machine
+from support.machines.machine import HOST, OUTSIDE, Machine
 from support.machines.measured import Measured
 from support.machines.packages import Packages
 from support.machines.systems import Deb
@@ -118,6 +118,23 @@ class TestJournal:
 
     def test_it_has_no_errors(self, installed: Installed) -> None:
         assert installed.said("--priority=err") == ""
+
+
+class TestHelp:
+    def test_the_support_bundle_has_the_journal_and_no_secret(self, machine: Machine, installed: Installed) -> None:
+        machine.shell(
+            "appliance support-bundle --output /root/support.tar.gz; mkdir /root/support; "
+            "tar --directory /root/support --extract --auto-compress --file /root/support.tar.gz"
+        )
+        for secret in (installed.key, "PRIVATE KEY"):
+            found = machine.run("grep", "--recursive", "--files-with-matches", secret, "/root/support", check=False)
+            assert found.stdout == ""
+        assert machine.run("grep", "--recursive", "--files-with-matches", "ready after", "/root/support").stdout
+
+    def test_doctor_finds_nothing_wrong_and_says_who_may_connect(self, machine: Machine) -> None:
+        said = machine.run("appliance", "doctor").stdout
+        assert "IPAddressDeny" in said
+        assert OUTSIDE in said
 
 
 class TestReload:

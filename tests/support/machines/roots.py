@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,9 +166,10 @@ def _settle(root: Path, recipe: Recipe) -> None:
 
 def main() -> None:
     """Make what is missing, and say how long each took."""
-    for name in sys.argv[1:] or RECIPES:
-        took = make(RECIPES[name])
-        print(f"{name}: {f'made in {took:.0f} s' if took else 'there'}, {RECIPES[name].folder}", flush=True)
+    chosen = [RECIPES[name] for name in sys.argv[1:] or RECIPES]
+    with ThreadPoolExecutor(2) as pool:  # half of the time they wait for the mirror or the disk
+        for recipe, took in zip(chosen, pool.map(make, chosen), strict=True):
+            print(f"{recipe.name}: {f'made in {took:.0f} s' if took else 'there'}, {recipe.folder}", flush=True)
 
 
 if __name__ == "__main__":

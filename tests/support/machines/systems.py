@@ -18,12 +18,16 @@ class Deb:
     def __init__(self, machine: Machine, *, reads_zstd: bool = True) -> None:
         self._machine, self._zstd = machine, reads_zstd
 
+    def file(self, packages: Packages) -> str:
+        """What is installed."""
+        return packages.deb if self._zstd else packages.old_deb
+
     def _apt(self, *arguments: str) -> str:
         return self._machine.run("apt-get", "--yes", "--quiet", *arguments, cwd=PACKAGES).stdout
 
     def install(self, packages: Packages) -> str:
         """Install the version under test."""
-        return self._apt("install", f"./{packages.deb if self._zstd else packages.old_deb}")
+        return self._apt("install", f"./{self.file(packages)}")
 
     def upgrade(self, packages: Packages) -> str:
         """Install the version after it over that."""
@@ -59,6 +63,10 @@ class Rpm:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+
+    def file(self, packages: Packages) -> str:
+        """What is installed."""
+        return packages.rpm
 
     def dnf(self, *arguments: str, check: bool = True) -> str:
         """Any dnf command."""
@@ -107,7 +115,7 @@ def describe(machine: Machine, packages: Packages, way: Deb | Rpm, measured: Mea
         systemd=machine.run("systemctl", "--version").stdout.split()[1],
         glibc=machine.run("ldd", "--version").stdout.splitlines()[0].split()[-1],
         package=way.kind,
-        size=packages.size(packages.deb if way.kind == "deb" else packages.rpm),
+        size=packages.size(way.file(packages)),
         install_s=took,
         installed=int(machine.run("du", "--bytes", "--summarize", HOME).stdout.split()[0]),
         boot_s=machine.boot_s,
