@@ -75,7 +75,7 @@ E2E_APT := systemd-container mmdebstrap debian-archive-keyring iproute2 util-lin
 .PHONY: e2e
 e2e: $(VENV)/built $(CLIENTS)/sdk-12/ready ## deb and rpm on machines with a booted systemd, as root; UPDATE_DOCS=1 writes docs/install.md.
 	@case "$$E2E_SYSTEMD" in skip*) ;; *) \
-	  $(MAKE) --no-print-directory system APT="$(E2E_APT)" && $(MAKE) --no-print-directory packages && \
+	  $(MAKE) --no-print-directory system APT="$(E2E_APT)" && $(MAKE) --no-print-directory packages ARGS= && \
 	  PYTHONPATH=tests $(BIN)/python -m support.machines.packages && \
 	  PYTHONPATH=tests $(BIN)/python -m support.machines.roots ;; esac
 	@mkdir -p build
