@@ -23,7 +23,7 @@ PIP := --quiet --disable-pip-version-check --require-hashes
 .PHONY: packages packages-cuda release
 
 help: ## What there is.
-	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/built $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock SDK that classifies digits over TLS.
 	$(BIN)/python demo/run.py --sdk $(CLIENTS)/sdk-12/bin/python
@@ -83,6 +83,18 @@ sanitize: $(VENV)/built ## The wire's unit tests with the native part under Addr
 # Debian's protoc, whose code every protobuf runtime that we allow takes: apt-get install protobuf-compiler
 protos: ## Python of our own .proto files; what comes out is committed.
 	protoc --python_out=. --pyi_out=. appliance/api/inference.proto
+
+# What boots machines with a systemd of their own, and makes their roots. Packages come from the cache when nothing that goes
+# into them has changed.
+E2E_APT := systemd-container mmdebstrap debian-archive-keyring iproute2 util-linux binutils zstd xz-utils
+.PHONY: e2e
+e2e: $(VENV)/built $(CLIENTS)/sdk-12/ready ## deb and rpm on machines with a booted systemd, as root; UPDATE_DOCS=1 writes docs/install.md.
+	@case "$$E2E_SYSTEMD" in skip*) ;; *) \
+	  $(MAKE) --no-print-directory system APT="$(E2E_APT)" && $(MAKE) --no-print-directory packages ARGS= && \
+	  PYTHONPATH=tests $(BIN)/python -m support.machines.packages && \
+	  PYTHONPATH=tests $(BIN)/python -m support.machines.roots ;; esac
+	@mkdir -p build
+	@$(BIN)/python -m pytest tests/e2e/systemd $(ARGS); code=$$?; echo $$code > build/e2e-exit-code; exit $$code
 
 format: $(VENV)/ready ## Put the code into shape.
 	$(BIN)/ruff format .

@@ -156,7 +156,7 @@ def _stage(source: Path, folder: Path, settings: Catalog) -> tuple[list[VersionF
         shutil.copyfile(source, folder / "1" / "model.onnx")
     else:
         bundles.check_links(source)
-        shutil.copytree(source, folder, symlinks=False, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        _copy_folder(source, folder)
     config, model, concepts = bundles.read_config(folder, settings.user_id, settings.app_id)
     versions = bundles.find_versions(folder, bundles.graph_file(config))
     if versions[0].path == folder:
@@ -274,6 +274,26 @@ def _staging(root: Path) -> Iterator[Path]:
         yield folder
 
 
+class _NotCopied(Exception):
+    """A file cannot be copied; its argument is the OSError."""
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy a bundle. Raises: OSError: of the first file that cannot be copied; copytree tells of all, as a text."""
+
+    def copy(one: str, other: str) -> str:
+        try:
+            return shutil.copy2(one, other)
+        except OSError as error:
+            raise _NotCopied(error) from error
+
+    ignored = shutil.ignore_patterns(".*", "__pycache__")
+    try:
+        shutil.copytree(source, target, symlinks=False, ignore=ignored, copy_function=copy)
+    except _NotCopied as failed:
+        raise failed.args[0] from None
+
+
 def _sweep(root: Path) -> None:
     """Remove the staging folders whose makers are no more."""
     for folder in root.glob(f"{_STAGING}*"):
@@ -295,5 +315,6 @@ def _os_errors(place: Path) -> Iterator[None]:
     except (BundleInvalid, ConfigError):
         raise
     except OSError as error:
-        where = printable(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place
+        name = error.filename2 or error.filename  # of a copy, the target
+        where = printable(os.fsdecode(name)) if isinstance(name, str | bytes) else place
         raise file_error(error, f"{where} cannot be written: {printable(error.strerror or error)}.") from error

@@ -1,0 +1,88 @@
+"""What the tests measured: the table in docs/install.md, written by the run that measured it."""
+
+import os
+import re
+import time
+from dataclasses import dataclass, field
+
+from support.appliance import ROOT
+
+PAGE = ROOT / "docs" / "install.md"
+TABLE = ROOT / "build" / "e2e" / "table.md"
+BEGIN, END = "<!-- measured by make e2e: begin -->", "<!-- measured by make e2e: end -->"
+
+
+@dataclass
+class System:
+    """One root with one package. Attributes: times in seconds, sizes in bytes; 0 was not measured."""
+
+    distribution: str
+    systemd: str
+    glibc: str
+    package: str
+    size: int
+    install_s: float
+    installed: int = 0
+    boot_s: float = 0.0
+    ready_s: float = 0.0
+    upgrade_s: float = 0.0
+
+
+@dataclass
+class Measured:
+    """Rows of both tables, in the order of the tests."""
+
+    systems: dict[str, System] = field(default_factory=dict)
+    facts: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def fact(self, what: str, where: str, result: str) -> None:
+        """A row of the second table; only a test that passed so far calls it."""
+        self.facts.append((what, where, result))
+
+    def text(self) -> str:
+        """Both tables."""
+        head = ["system", "systemd", "glibc", "package", "size", "on disk", "install", "upgrade", "start to READY"]
+        rows = [
+            [
+                system.distribution,
+                system.systemd,
+                system.glibc,
+                system.package,
+                f"{system.size / 1e6:.1f} MB",
+                f"{system.installed / 1e6:.0f} MB" if system.installed else "–",
+                _seconds(system.install_s),
+                _seconds(system.upgrade_s),
+                _seconds(system.ready_s),
+            ]
+            for system in self.systems.values()
+        ]
+        facts = [[what, where, result] for what, where, result in self.facts]
+        run = f"Run of {time.strftime('%Y-%m-%d', time.gmtime())}, {len(os.sched_getaffinity(0))} CPUs."
+        return f"{run}\n\n{_table(head, rows)}\n{_table(['shown', 'on', 'result'], facts)}"
+
+    def write(self, *, into_page: bool) -> None:
+        """Write build/e2e/table.md and, if asked for, the part of docs/install.md between its markers.
+
+        Raises: ValueError: the page has no markers.
+        """
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(self.text(), encoding="utf-8")
+        if into_page:
+            PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), self.text()), encoding="utf-8")
+
+
+def replaced(page: str, text: str) -> str:
+    """The page with another text between its markers. Raises: ValueError: it has none."""
+    found = re.search(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", page, re.DOTALL)
+    if found is None:
+        raise ValueError(f"docs/install.md needs the lines {BEGIN} and {END}, between which the table goes")
+    return f"{page[: found.start()]}{BEGIN}\n{text}{END}{page[found.end() :]}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value else "–"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
