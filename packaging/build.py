@@ -447,14 +447,15 @@ def _finish(folder: Path, document: str, inside: Path, epoch: int) -> None:
 
 
 def _staged_files() -> list[tuple[str, str, int]]:
-    """Rows of stage/files.txt. Raises: BuildError: a source is missing."""
+    """Rows of stage/files.txt, folders as their files. Raises: BuildError: a source is missing."""
     rows = []
     for line in _text("packaging/stage/files.txt").splitlines():
         if line and not line.startswith("#"):
             source, place, mode = line.split()
-            if not (REPOSITORY / source).is_file():
+            names = _own_files(source) if source.endswith("/") else [source]
+            if not names or not all((REPOSITORY / name).is_file() for name in names):
                 raise BuildError(f"packaging/stage/files.txt wants {source}, which is not there")
-            rows.append((source, place, int(mode, 8)))
+            rows += [(name, place + name[len(source) :], int(mode, 8)) for name in names]
     return rows
 
 
@@ -467,10 +468,14 @@ def _install(source: Path, target: Path, mode: int) -> None:
     target.chmod(mode)
 
 
-def _own_files() -> list[str]:
-    """What of the repository goes into the packages or says how they are made."""
-    wanted = ["appliance", "certs", "models", "packaging", "systemd", "requirements"]
-    wanted += ["pyproject.toml", "setup.py", "README.md", "CHANGELOG.md"]
+_OWN = ("appliance", "certs", "docs", "models", "packaging", "systemd", "requirements")
+_OWN += ("pyproject.toml", "setup.py", "README.md", "CHANGELOG.md")
+"""What of the repository goes into the packages or says how they are made."""
+
+
+def _own_files(*wanted: str) -> list[str]:
+    """All files of the repository under these names; default: of `_OWN`."""
+    wanted = wanted or _OWN
     listed = _output("git", "-C", str(REPOSITORY), "ls-files", "-z", "-co", "--exclude-standard", "--", *wanted)
     return sorted(name for name in set(listed.split("\0")) if name and (REPOSITORY / name).is_file())
 
