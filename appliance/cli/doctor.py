@@ -4,6 +4,7 @@ What `appliance check` looks at is looked at by the same code; bundles are left 
 a running daemon needs.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -270,11 +271,16 @@ def _permissions(config: Config, main: Path, standard: bool, report: Report) -> 
 def _names(config: Config, report: Report) -> None:
     host = urlsplit(config.server.base_url).hostname or ""
     try:
-        found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+        found = _addresses(host)
     except OSError as error:
         report.warn("base url", f"{host} cannot be looked up here ({error.strerror}); clients need it in their DNS")
     else:
         report.ok("base url", f"{config.server.base_url}, which is {', '.join(found)}")
+
+
+def _addresses(host: str) -> list[str]:
+    """Raises: OSError: it cannot be looked up here."""
+    return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
 
 
 # ---- systemd ---------------------------------------------------------------------------------------------------------
@@ -348,6 +354,13 @@ def _network(config: Config, service: dict[str, str], report: Report) -> None:
             report.ok(
                 "clients", f"the {what} lets in {found.get('IPAddressAllow')}; all others see a time-out ({rule})"
             )
+    with contextlib.suppress(OSError):  # said elsewhere
+        for address in _addresses(urlsplit(config.server.base_url).hostname or ""):
+            if not units.lets_in(service, address):
+                report.warn(
+                    "clients",
+                    f"{address} of server.base_url is not let in: programs on this machine that call it see a time-out",
+                )
     if config.urls.hosts and not units.lets_all_in(service):
         report.warn(
             "clients",

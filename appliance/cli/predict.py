@@ -16,7 +16,7 @@ from appliance.core.errors import ApplianceError, ConfigError
 from appliance.core.files import file_error, printable
 
 _KINDS = ("image", "text", "audio", "video")
-_TIMEOUT_S = 120.0
+_TIMEOUT_S, _CONNECT_S = 120.0, 10.0
 KEY_VARIABLE = "CLARIFAI_PAT"
 
 
@@ -91,9 +91,15 @@ def _post(url: str, key: str, ca: Path, body: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"{ca} cannot be trusted: {error}; name the root certificate with --ca.") from error
     headers = {"authorization": f"Key {key}"} if key else {}
+    timeout = httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S)
     try:
-        with httpx.Client(verify=trust, trust_env=False, timeout=_TIMEOUT_S) as client:
+        with httpx.Client(verify=trust, trust_env=False, timeout=timeout) as client:
             content: dict[str, Any] = client.post(url, json=body, headers=headers).json()
+    except httpx.ConnectTimeout as error:
+        raise ApplianceError(
+            f"{url} does not answer. What comes from an address that is not let in is dropped, from this machine's own "
+            "too: see `appliance doctor`, and `appliance setup --clients`."
+        ) from error
     except (httpx.HTTPError, ValueError) as error:
         raise ApplianceError(f"{url}: {error or type(error).__name__}; `appliance doctor` shows more.") from error
     if content.get("status", {}).get("code") != 10000:

@@ -56,6 +56,15 @@ def lets_all_in(properties: Mapping[str, str]) -> bool:
     return not _networks(properties.get("IPAddressDeny", "")) or any(network.prefixlen == 0 for network in allowed)
 
 
+def lets_in(properties: Mapping[str, str], address: str) -> bool:
+    """Whether packets from and to this address pass."""
+    if lets_all_in(properties):
+        return True
+    wanted = ipaddress.ip_address(address.partition("%")[0])  # without an interface
+    allowed = _networks(properties.get("IPAddressAllow", ""))
+    return any(wanted in network for network in allowed if network.version == wanted.version)
+
+
 def _networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     found = []
     for word in text.split():

@@ -18,21 +18,28 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-
 _PLAIN = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
 
 
-class FieldFormatter(logging.Formatter):
-    """`2026-11-21T10:00:00Z INFO sentence key=value …`; the journal stamps time and level itself."""
+class SentenceFormatter(logging.Formatter):
+    """`sentence key=value …`, for the journal, which stamps time and level itself."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = " ".join(f"{key}={_quoted(value)}" for key, value in extra_fields(record).items())
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        line = f"{stamp} {record.levelname:<7} {_one_line(record.getMessage())} {fields}".rstrip()
+        line = f"{_one_line(record.getMessage())} {fields}".rstrip()
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
 
 
+class FieldFormatter(SentenceFormatter):
+    """`2026-11-21T10:00:00Z INFO sentence key=value …`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        return f"{stamp} {record.levelname:<7} {super().format(record)}"
+
+
 def extra_fields(record: logging.LogRecord) -> dict[str, object]:
-    """What was given as `extra=`."""
-    return {key: value for key, value in record.__dict__.items() if key not in _PLAIN}
+    """What was given as `extra=`; not the journal's upper-case fields."""
+    return {key: value for key, value in record.__dict__.items() if key not in _PLAIN and not key.isupper()}
 
 
 def set_up(level: str) -> None:
@@ -68,7 +75,7 @@ def _journal_handler() -> logging.Handler | None:
         return None
 
     class FieldJournalHandler(JournalHandler):  # type: ignore[misc]  # the library has no types
-        """Journal fields are upper case; ours come as lower-case `extra=` keys."""
+        """Journal fields are upper case; ours come as lower-case `extra=` keys, and stand in the line as well."""
 
         def emit(self, record: logging.LogRecord) -> None:
             for key, value in extra_fields(record).items():
@@ -76,6 +83,7 @@ def _journal_handler() -> logging.Handler | None:
             super().emit(record)
 
     handler: logging.Handler = FieldJournalHandler(SYSLOG_IDENTIFIER="inference-appliance")
+    handler.setFormatter(SentenceFormatter())
     return handler
 
 

@@ -195,6 +195,22 @@ def test_systemds_rule_is_understood(deny: str, allow: str, only_here: bool, eve
 
 
 @pytest.mark.parametrize(
+    ("allow", "address", "passes"),
+    [
+        ("127.0.0.0/8 ::1/128", "127.0.0.1", True),
+        ("127.0.0.0/8 ::1/128", "10.1.2.3", False),
+        ("127.0.0.0/8 10.0.0.0/8", "10.1.2.3", True),
+        ("127.0.0.0/8 10.0.0.0/8", "fe80::1%eth0", False),
+        ("fe80::/64", "fe80::1%eth0", True),
+        ("0.0.0.0/0 ::/0", "192.0.2.1", True),
+    ],
+)
+def test_whether_an_address_passes_is_told(allow: str, address: str, passes: bool) -> None:
+    """The base URL's, say, from which programs on this machine call: it is no loopback address."""
+    assert units.lets_in({"IPAddressDeny": "0.0.0.0/0 ::/0", "IPAddressAllow": allow}, address) is passes
+
+
+@pytest.mark.parametrize(
     ("properties", "state", "sentence"),
     [
         ({"ActiveState": "active", "StatusText": "serving", "NRestarts": "0"}, "ok", "active (serving)"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core import logs
-from appliance.core.logs import FieldFormatter, RateLimitedLog
+from appliance.core.logs import FieldFormatter, RateLimitedLog, SentenceFormatter
 
 
 def record(message: str, *args: object, **fields: object) -> logging.LogRecord:
@@ -47,6 +47,11 @@ def test_a_line_is_time_level_sentence_and_fields() -> None:
     made = record("ready after %.1f s", 2.0, model="digits", version="3")
     made.created, made.msecs = 1764000000.5, 500
     assert FieldFormatter().format(made) == "2025-11-24T16:00:00.500Z INFO    ready after 2.0 s model=digits version=3"
+
+
+def test_the_journals_fields_are_not_said_twice() -> None:
+    """Its handler adds them in upper case to what the line has already."""
+    assert SentenceFormatter().format(record("loading", model="digits", MODEL="digits")) == "loading model=digits"
 
 
 def test_a_value_with_spaces_or_quotes_is_quoted() -> None:

@@ -147,6 +147,7 @@ def test_what_is_no_news_is_left_out_of_logcheck_s_mail() -> None:
         "machine.",
         "2026-11-30T10:00:00.000000+00:00 edge systemd[1]: inference-appliance.service: Deactivated successfully.",
         "2026-11-30T10:00:00.000000+00:00 edge inference-appliance[7]: ready",
+        "2026-11-30T10:00:00.000000+00:00 edge inference-appliance[7]: ready after 0.5 s model=appliance/main/digits",
     ],
 )
 def test_what_systemd_says_of_a_normal_life_is_left_out_too(line: str) -> None:
