@@ -9,8 +9,8 @@ set -euo pipefail
 
 if [ "${IN_OWN_NAMESPACES:-}" != yes ]; then
   [ "$(id -u)" = 0 ] || { echo "in-root.sh mounts file systems and needs root: run make as root" >&2; exit 1; }
-  # --kill-child: nothing goes on in there when we are stopped.
-  IN_OWN_NAMESPACES=yes exec unshare --mount --net --ipc --uts --pid --fork --kill-child --mount-proc -- "$0" "$@"
+  # --kill-child, --pdeathsig: nothing goes on in there when we are stopped, or whoever called us is.
+  IN_OWN_NAMESPACES=yes exec setpriv --pdeathsig KILL unshare --mount --net --ipc --uts --pid --fork --kill-child --mount-proc -- "$0" "$@"
 fi
 
 lower=$1
