@@ -1,9 +1,10 @@
 """gRPC server reflection, for tools such as grpcurl; for callers with credentials."""
 
+import functools
 from collections.abc import AsyncIterator
+from typing import Any
 
 from google.protobuf.message import DecodeError
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from appliance.api import inference_pb2
 from appliance.api.auth import Authenticator
@@ -14,9 +15,15 @@ _SERVICES = (
     "clarifai.api.V2",
     inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
     "grpc.health.v1.Health",
-    reflection.SERVICE_NAME,
+    "grpc.reflection.v1alpha.ServerReflection",
 )
-_SERVICER = reflection.ReflectionServicer(service_names=_SERVICES)
+
+
+@functools.cache
+def _servicer() -> Any:
+    from grpc_reflection.v1alpha import reflection  # with grpc itself, which nothing else here needs: a slower start
+
+    return reflection.ReflectionServicer(service_names=_SERVICES)
 
 
 def reflection_endpoints(authenticator: Authenticator) -> dict[str, Endpoint]:
@@ -30,12 +37,14 @@ def reflection_endpoints(authenticator: Authenticator) -> dict[str, Endpoint]:
             raise RpcAbort(RpcStatus.PERMISSION_DENIED, str(error)) from error
         except AccessError as error:
             raise RpcAbort(RpcStatus.UNAUTHENTICATED, str(error)) from error
+        from grpc_reflection.v1alpha import reflection_pb2
+
         async for body in requests:
             try:
                 question = reflection_pb2.ServerReflectionRequest.FromString(body)
             except DecodeError as error:
                 raise RpcAbort(RpcStatus.INTERNAL, "The reflection request cannot be read.") from error
-            for answer in _SERVICER.ServerReflectionInfo(iter([question]), None):
+            for answer in _servicer().ServerReflectionInfo(iter([question]), None):
                 yield answer.SerializeToString()
 
     return {

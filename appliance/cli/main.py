@@ -18,7 +18,7 @@ _COMMANDS = {
     "serve": "serve",
     "setup": "setup",
     "support-bundle": "support",
-    "reload": "serve",
+    "reload": "reload",
     "check": "check",
     "config": "config",
     "connect": "connect",

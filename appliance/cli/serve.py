@@ -1,4 +1,4 @@
-"""`appliance serve` and `appliance reload`."""
+"""`appliance serve`."""
 
 import asyncio
 import faulthandler
@@ -10,11 +10,8 @@ from pathlib import Path
 import click
 import uvloop
 
-from appliance.cli import admin
 from appliance.core import config as configuration
 from appliance.core import logs
-from appliance.core.config import Admin, ConfigInvalid
-from appliance.core.errors import ConfigError
 from appliance.daemon.child import leave, return_large_blocks, spare_the_collector
 from appliance.daemon.service import Daemon
 from appliance.media.images import ignore_warnings
@@ -57,28 +54,3 @@ def _allow_descriptors(connections: int) -> None:
             hard,
             connections,
         )
-
-
-@click.command()
-@click.pass_obj
-def reload(config_file: Path | None) -> None:
-    """Let the running daemon take over configuration, certificates, keys and bundles.
-
-    Exits non-zero, with the reason, when the daemon kept its last good state.
-    """
-    answer = admin.ask(_socket(config_file), "/reload", post=True)
-    if not answer.get("ok"):
-        raise ConfigError(f"The daemon kept its last good state: {answer.get('message')}")
-    if not logs.stderr_is_journal():  # there the daemon has said so itself
-        click.echo(answer["message"])
-
-
-def _socket(config_file: Path | None) -> Path:
-    """Where the daemon is asked. What is wrong with the configuration is the daemon's to say, and to count."""
-    try:
-        return configuration.load(config_file).config.admin.socket
-    except ConfigInvalid:
-        usual = Admin().socket
-        if config_file in (None, configuration.MAIN_FILE) and usual.exists():
-            return usual
-        raise

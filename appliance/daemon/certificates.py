@@ -26,7 +26,7 @@ from appliance.pki.files import MAX_FILE_BYTES
 from appliance.pki.revocation import MAX_LIST_BYTES, RevocationList, read_lists
 from appliance.pki.signing import certificate_pem
 from appliance.pki.trust import Trust
-from appliance.wire.grpcio import Credentials
+from appliance.wire.settings import Credentials
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from appliance.core.types import Endpoint
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.sockets import ListeningSockets, close_inherited, open_listening
 from appliance.wire.asgi import ASGIApp
-from appliance.wire.grpcio import GrpcioServer
 from appliance.wire.settings import WireSettings
 
 _log = logging.getLogger(__name__)
@@ -184,6 +183,8 @@ class _Grpcio:
     retires = False
 
     def __init__(self, config: Config, endpoints: Mapping[str, Endpoint], certificates: CertificateFiles) -> None:
+        from appliance.wire.grpcio import GrpcioServer  # takes a tenth of a second, for what hardly anybody chooses
+
         self._server = GrpcioServer(endpoints, wire_settings(config))
         self._server.listen("server.listen", config.server.listen, certificates.tls)
         if config.server.mtls_listen:

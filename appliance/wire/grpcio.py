@@ -7,7 +7,6 @@ model. Certificates are read again for each new handshake when they changed; liv
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -18,23 +17,9 @@ from appliance.core.errors import AddressError
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 from appliance.wire import sentences
 from appliance.wire.grpc import NO_MESSAGE, unforeseen
-from appliance.wire.settings import WireSettings
+from appliance.wire.settings import Credentials, WireSettings
 
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """What a port shows and trusts, PEM.
-
-    Attributes:
-        key: unencrypted private key.
-        client_ca: authorities for client certificates; None on the port that asks for none.
-    """
-
-    chain: bytes
-    key: bytes = field(repr=False)
-    client_ca: bytes | None
 
 
 class GrpcioServer:

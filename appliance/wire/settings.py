@@ -1,6 +1,6 @@
 """What the wire must know; the daemon fills it from the configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +32,17 @@ class WireSettings:
     streams: int = 256
     trusted_proxies: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a port shows and trusts, PEM.
+
+    Attributes:
+        key: unencrypted private key.
+        client_ca: authorities for client certificates; None on the port that asks for none.
+    """
+
+    chain: bytes
+    key: bytes = field(repr=False)
+    client_ca: bytes | None

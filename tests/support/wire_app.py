@@ -24,9 +24,9 @@ from appliance.api.reflection import reflection_endpoints
 from appliance.core.errors import Overloaded
 from appliance.core.memory import MemoryBudget
 from appliance.core.types import Call, Done, Endpoint, RpcAbort, RpcStatus
-from appliance.wire.grpcio import Credentials, GrpcioServer
+from appliance.wire.grpcio import GrpcioServer
 from appliance.wire.server import WireServer
-from appliance.wire.settings import WireSettings
+from appliance.wire.settings import Credentials, WireSettings
 
 BUDGET = 2**30
 
