@@ -35,7 +35,8 @@ install -m644 /own/packaging/stage/sitecustomize.py $site/sitecustomize.py
 # module has all of it inside.
 rm -rf $app/python/include $site/onnxruntime/{transformers,tools,quantization,datasets} $site/onnxruntime/capi/libonnxruntime.so* \
   $site/numpy/{f2py,_core/lib} $site/numpy/_core/_*_tests.*.so $site/appliance/wire/native \
-  $site/onnx/{reference,backend,fuzz,tools} $app/python/lib/python3.13/{_pyrepl,ctypes/macholib,curses,pydoc.py,venv}
+  $site/onnx/{reference,backend,fuzz,tools} $app/python/lib/python3.13/{_pyrepl,ctypes/macholib,curses,pydoc.py,venv} \
+  $app/python/lib/python3.13/_py{decimal,datetime,io}.py
 # Of Pillow only what reads the formats that appliance/media/images.py names, so that less code is in reach of strangers'
 # files: no AVIF, fonts, colour profiles, Tk.
 rm -f $site/PIL/_{avif,imagingft,imagingcms,imagingtk}.*.so \
