@@ -1,18 +1,25 @@
 """What an operator asks of a running appliance: doctor and support bundle see it as clients do."""
 
 import json
+import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.appliance import MODELS, Appliance, Pki, run
 
 
-@pytest.fixture(scope="session")
-def transport() -> str:
-    """The commands ask the daemon, whichever wire it has."""
-    return "native"
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Appliance]:
+    """One of our own, on the native wire: what is asked goes over HTTP."""
+    appliance = Appliance(tmp_path_factory.mktemp("operator"), pki, transport="native")
+    for bundle in ("digits", "ml-topics"):
+        shutil.copytree(MODELS / bundle, appliance.models / bundle)
+    appliance.key = appliance.new_key()
+    with appliance:
+        yield appliance
 
 
 def doctor(appliance: Appliance) -> tuple[int, dict[str, tuple[str, str]]]:

@@ -115,7 +115,8 @@ class TestPredict:
         assert answer.headers["www-authenticate"]
 
     def test_a_prediction_is_counted_once(self, http: httpx.Client, appliance: Appliance) -> None:
-        name = 'inference_appliance_request_seconds_count{method="PostModelOutputs"}'
+        labels = 'method="PostModelOutputs",model="ml-topics",version="1"'
+        name = f"inference_appliance_request_seconds_count{{{labels}}}"
         before = appliance.metric(name)
         http.post(OUTPUTS, json=BODY)
         assert appliance.metric(name) == before + 1

@@ -23,6 +23,10 @@ Code = status_code_pb2.StatusCode
 CONTROL = "control-"
 """What the runner id of a control stream begins with (PROTOCOL 5.3)."""
 
+_TOLD_S = 0.2
+"""Seconds in which gRPC tells that a stream whose last message seemed to be read was cancelled: the reader hears of the
+end first."""
+
 ATTEMPTS = 4
 """How often an item is handed out before its caller is told that it failed."""
 
@@ -285,6 +289,8 @@ class Work:
             while (message := await closed) is not None:
                 self._brought(item, stream, message)
                 closed = asyncio.ensure_future(call.read())
+            if item.method_type != resources_pb2.UNARY_UNARY:
+                await asyncio.sleep(_TOLD_S)
             self._brought_all(item, stream)
         finally:
             closed.cancel()
