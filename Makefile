@@ -94,7 +94,8 @@ e2e: $(VENV)/built $(CLIENTS)/sdk-12/ready ## deb and rpm on machines with a boo
 	  PYTHONPATH=tests $(BIN)/python -m support.machines.packages && \
 	  PYTHONPATH=tests $(BIN)/python -m support.machines.roots ;; esac
 	@mkdir -p build
-	@$(BIN)/python -m pytest tests/e2e/systemd $(ARGS); code=$$?; echo $$code > build/e2e-exit-code; exit $$code
+	@case "$$E2E_SYSTEMD" in skip*) ;; *) export PACKAGES=dist ;; esac; \
+	  $(BIN)/python -m pytest tests/e2e/systemd tests/packaging $(ARGS); code=$$?; echo $$code > build/e2e-exit-code; exit $$code
 
 format: $(VENV)/ready ## Put the code into shape.
 	$(BIN)/ruff format .
