@@ -56,6 +56,11 @@ class Installed:
         self.machine.run("systemctl", "start", SERVICE)
         return self.seconds_to_ready()
 
+    def start_again(self) -> float:
+        """Stop and start it. Returns: as `start`, with bundles at rest: what was just copied is let settle first."""
+        self.machine.run("systemctl", "stop", SERVICE)
+        return self.start()
+
     def seconds_to_ready(self) -> float:
         """How long the last start took: from the first process until READY."""
         begun = int(self.machine.show(SERVICE, "ExecMainStartTimestampMonotonic"))
