@@ -1,11 +1,13 @@
 """An API over real bundles, called as bytes: no sockets."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from google.protobuf import message_factory
 
@@ -18,6 +20,7 @@ from appliance.core.config import Auth, Catalog, Config, Limits, Principal
 from appliance.core.memory import MemoryBudget
 from appliance.core.metrics import Metrics
 from appliance.core.types import Call, RpcAbort
+from appliance.engine import worker
 from appliance.tasks import servable
 from appliance.tasks.servable import DecodePool, Servable
 from support import graphs, pictures
@@ -60,6 +63,18 @@ class World:
         graphs.write_raw(self.root / "gather", graphs.gather_model(), **QUICK)
         graphs.write_raw(self.root / "broken", graphs.string_model())
         await self.look()
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator["World"]:
+        """Open it for the block, tiny graphs inline however slow and busy this machine is now."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(worker, "LONGEST_RUN_S", 10)
+            patch.setattr(worker, "TURN_S", 10)
+            await self.open()
+        try:
+            yield self
+        finally:
+            await self.close()
 
     async def look(self) -> None:
         """Load what lies there now."""

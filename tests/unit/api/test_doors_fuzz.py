@@ -17,7 +17,6 @@ from appliance.api import inference_pb2 as pb
 from appliance.api.kserve_http import kserve_routes
 from appliance.api.openai import openai_routes
 from appliance.core.types import RpcAbort, RpcStatus
-from appliance.engine import worker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -40,12 +39,8 @@ async def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clie
     made = World(tmp_path_factory.mktemp("world"))
     graphs.write_text_embedder(made.root / "sentence", max_tokens=8)
     graphs.write_raw(made.root / "half", graphs.identity_model(("batch", 3), 10), **QUICK)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LONGEST_RUN_S", 10)
-        patch.setattr(worker, "TURN_S", 10)
-        await made.open()
-    yield made.api()
-    await made.close()
+    async with made.opened():
+        yield made.api()
 
 
 @st.composite

@@ -18,7 +18,6 @@ from appliance.api import inference_pb2 as pb
 from appliance.api import oip, status
 from appliance.core.config import Limits, Principal
 from appliance.core.types import RpcAbort, RpcStatus
-from appliance.engine import worker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -51,12 +50,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
     array = {"type": "ndarray"}
     same = {"name": "predict", "arguments": [{"name": "x", **array}], "returns": {"output": "y", **array}}
     graphs.write_raw(made.root / "declared", methods=[same], **QUICK)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LONGEST_RUN_S", 10)
-        patch.setattr(worker, "TURN_S", 10)
-        await made.open()
-    yield made
-    await made.close()
+    async with made.opened():
+        yield made
 
 
 async def ask(client: Client, rpc: str, request: Any = None, **call: Any) -> Any:

@@ -18,7 +18,6 @@ from support.http_client import http_client
 from appliance.api import oip
 from appliance.api.kserve_http import kserve_routes
 from appliance.core.config import Limits, Principal
-from appliance.engine import worker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -43,12 +42,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         graphs.write_raw(made.root / f"same-{name.lower()}", graphs.identity_model(("batch", 3), kind), **QUICK)
     graphs.write_raw(made.root / "cube", graphs.identity_model(("batch", 2, 2)), **QUICK)
     graphs.write_raw(made.root / "divide", graphs.nan_model(), **QUICK)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LONGEST_RUN_S", 10)
-        patch.setattr(worker, "TURN_S", 10)
-        await made.open()
-    yield made
-    await made.close()
+    async with made.opened():
+        yield made
 
 
 def browser(client: Client, key: str | None = "") -> httpx.AsyncClient:

@@ -18,7 +18,6 @@ from appliance.api.direct import ModelName
 from appliance.api.openai import openai_routes
 from appliance.core.config import Limits, Principal
 from appliance.core.errors import UnknownModel
-from appliance.engine import worker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -33,12 +32,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
     """The usual models, and `sentence`, which embeds texts of eight tokens at most."""
     made = World(tmp_path_factory.mktemp("world"))
     graphs.write_text_embedder(made.root / "sentence", max_tokens=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LONGEST_RUN_S", 10)
-        patch.setattr(worker, "TURN_S", 10)
-        await made.open()
-    yield made
-    await made.close()
+    async with made.opened():
+        yield made
 
 
 def browser(client: Client, key: str | None = "") -> httpx.AsyncClient:

@@ -22,7 +22,6 @@ from appliance.catalog.workflows import Workflows
 from appliance.core.config import Catalog, Limits, Placement, Principal
 from appliance.core.errors import Draining, Overloaded
 from appliance.core.types import RpcAbort, RpcStatus
-from appliance.engine import worker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -45,12 +44,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         "returns": {"type": "named_fields", "items": items},
     }
     graphs.write_raw(made.root / "both", graphs.two_in_two_out_model(), methods=[both])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LONGEST_RUN_S", 10)
-        patch.setattr(worker, "TURN_S", 10)
-        await made.open()
-    yield made
-    await made.close()
+    async with made.opened():
+        yield made
 
 
 def node(name: str, model: str, *inputs: str, **more: Any) -> dict[str, Any]:
