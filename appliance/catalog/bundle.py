@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from appliance.catalog.methods import MethodSection, place_of
 from appliance.catalog.sections import EmbeddingOutput, ImageInput, InsidePath, Part, ScoresOutput, TextInput
-from appliance.core.config import DEVICE_PATTERN, Name
+from appliance.core.config import DEVICE_PATTERN, Name, said
 from appliance.core.errors import BundleInvalid
 from appliance.core.files import printable
 from appliance.core.types import NAME_PATTERN, Concept, ModelKey
@@ -210,9 +210,7 @@ def read_config(
     try:
         file = _BundleFile.model_validate(raw)
     except ValidationError as error:
-        problems += [
-            f"{_place(entry['loc'], raw)}: {entry['msg'].removeprefix('Value error, ')}" for entry in error.errors()
-        ]
+        problems += [f"{_place(entry['loc'], raw)}: {said(entry)}" for entry in error.errors()]
         raise BundleInvalid(f"{path} has problems: {'; '.join(problems)}.") from error
     concepts = tuple(Concept(entry.id, entry.name or entry.id) for entry in file.concepts)
     if _NO_LABEL.search(file.model.name):

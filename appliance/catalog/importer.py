@@ -25,6 +25,7 @@ from appliance.catalog.bundle import (
     read_bytes,
 )
 from appliance.catalog.graph import axes, graph_inputs, read_graph
+from appliance.core.config import said
 from appliance.core.errors import BundleInvalid
 from appliance.core.types import NAME_PATTERN, Concept, ModelKey
 
@@ -69,7 +70,7 @@ def infer_config(
     try:
         section = OnnxSection.model_validate({"file": file, **finding.onnx})
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        reason = said(error.errors()[0])
         finding = _raw(graph, f"the files beside it ask for what cannot be done ({reason})")
         section = OnnxSection(file=file)
     return BundleConfig(

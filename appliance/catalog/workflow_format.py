@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from appliance.catalog.bundle import read_yaml, unshowable
-from appliance.core.config import Name
+from appliance.core.config import Name, said
 from appliance.core.errors import BundleInvalid, WorkflowInvalid
 from appliance.core.files import printable
 from appliance.core.types import ModelKey
@@ -215,7 +215,7 @@ def _sentence(entry: Any) -> str:
     where = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         return f"{printable(where)}: is not a key we know"
-    return f"{printable(where)}: {entry['msg'].removeprefix('Value error, ')}"
+    return f"{printable(where)}: {said(entry)}"
 
 
 def _node(section: _NodeSection, user_id: str, app_id: str) -> Node:

@@ -6,13 +6,11 @@ directions, so that what the service itself asks (a resolver, hosts of URL input
 
 import hashlib
 import ipaddress
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from appliance.core.errors import ConfigError
-from appliance.core.files import file_error
+from appliance.core.files import file_error, write_atomically
 from appliance.daemon.sockets import RULE_VARIABLE
 
 UNIT_FOLDER = Path("/etc/systemd/system")
@@ -99,24 +97,9 @@ def write(allowed: Sequence[str], folder: Path = UNIT_FOLDER) -> list[Path]:
             if content is None:
                 path.unlink()
             else:
-                _replace(path, content)
+                write_atomically(path, content, 0o644)
         except OSError as error:
             sentence = f"{path} cannot be written: {error.strerror}; run the command with sudo, or leave --clients out."
             raise file_error(error, sentence) from error
         changed.append(path)
     return changed
-
-
-def _replace(path: Path, content: str) -> None:
-    """A unit's file is nobody's secret: 0644, unlike what `write_atomically` writes."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

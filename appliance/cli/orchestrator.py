@@ -15,7 +15,7 @@ from appliance.cli import admin
 from appliance.core import config as configuration
 from appliance.core.config import MAIN_FILE, Config, Orchestrator
 from appliance.core.errors import ConfigError
-from appliance.core.files import file_error, printable, write_atomically
+from appliance.core.files import file_error, make_folder, printable, write_atomically
 from appliance.orchestrator.central import Central, CentralError, check_pat, read_pat
 from appliance.orchestrator.created import Created
 from appliance.orchestrator.desired import Desired, of_data
@@ -67,11 +67,11 @@ def enroll(config_file: Path | None, /, pat_file: Path | None, **given: Any) -> 
         )
     folder = (config_file or MAIN_FILE).parent / "conf.d"
     kept = {**_dropped_in(folder / DROP_IN), **said}
-    lines = [f"{name} = {json.dumps(str(value))}\n" for name, value in kept.items()]
+    lines = [f"{name} = {configuration.toml(value)}\n" for name, value in kept.items()]
     section = "".join(["# Written by `appliance orchestrator enroll`.\n[orchestrator]\n", *lines])
     try:
-        settings.pat_file.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
+        make_folder(settings.pat_file.parent)
+        make_folder(folder)
         write_atomically(settings.pat_file, f"{pat}\n")
         write_atomically(folder / DROP_IN, section)
     except OSError as error:
@@ -91,10 +91,9 @@ def status(config_file: Path | None, as_json: bool) -> None:
     if settings.api_base is None:
         click.echo(json.dumps({"enrolled": False}) if as_json else "not enrolled")
         return
-    created = Created(config.catalog.state_dir, settings.api_base, str(settings.user_id))
     shown: dict[str, object] = {"enrolled": True, "api_base": settings.api_base, "user_id": settings.user_id}
     try:
-        wanted, found = _reconciled(config, created, dry=True)
+        wanted, found = _reconciled(config, dry=True)
         shown |= {
             "answers": True,
             "compute_cluster": wanted.cluster.id,
@@ -118,7 +117,7 @@ def status(config_file: Path | None, as_json: bool) -> None:
 def plan(config_file: Path | None, as_json: bool) -> None:
     """Show what `sync` would create, change and delete; change nothing."""
     config = _enrolled(config_file)
-    wanted, found = _reconciled(config, _created(config), dry=True)
+    wanted, found = _reconciled(config, dry=True)
     _show(wanted, found, as_json, "nothing differs")
 
 
@@ -128,7 +127,7 @@ def plan(config_file: Path | None, as_json: bool) -> None:
 def sync(config_file: Path | None, as_json: bool) -> None:
     """Create, change and delete at the orchestrator until it knows what is here. A second time does nothing."""
     config = _enrolled(config_file)
-    wanted, found = _reconciled(config, _created(config), dry=False)
+    wanted, found = _reconciled(config, dry=False)
     _show(wanted, found, as_json, "nothing differed")
 
 
@@ -169,7 +168,7 @@ def _settings(given: dict[str, Any]) -> Orchestrator:
         lines = []
         for entry in error.errors():
             option = "".join(f"--{part}: " for part in entry["loc"]).replace("_", "-")
-            lines.append(option + entry["msg"].removeprefix("Value error, "))
+            lines.append(option + configuration.said(entry))
         raise ConfigError("; ".join(lines)) from error
 
 
@@ -204,13 +203,13 @@ def _created(config: Config) -> Created:
     return Created(config.catalog.state_dir, str(settings.api_base), str(settings.user_id))
 
 
-def _reconciled(config: Config, created: Created, *, dry: bool) -> tuple[Desired, Registered]:
+def _reconciled(config: Config, *, dry: bool) -> tuple[Desired, Registered]:
     """What the running daemon wants to be there, and what differs, or differed. Raises: ConfigError."""
+    settings, created = config.orchestrator, _created(config)
     answer = admin.ask(config.admin.socket, "/registration")
     if not answer.get("ok"):
         raise ConfigError(f"{answer.get('message')} (If you enrolled just now: `appliance reload`.)")
     wanted = of_data(answer["desired"])
-    settings = config.orchestrator
     if wanted.user_id != settings.user_id:
         raise ConfigError("The daemon runs with another [orchestrator] section than the one here: `appliance reload`.")
 

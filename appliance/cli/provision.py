@@ -19,7 +19,7 @@ from appliance.catalog import changes
 from appliance.core import config as configuration
 from appliance.core.config import BUILT_IN, DROP_INS, MAIN_FILE, Config, LoadedConfig
 from appliance.core.errors import CertificateError, ConfigError
-from appliance.core.files import file_error, service_group, write_atomically
+from appliance.core.files import file_error, make_folder, new_file, write_atomically
 from appliance.pki import inspect
 from appliance.pki.files import Layout, NewFile, exists, write_all
 from appliance.pki.importing import Installed, Sources, install
@@ -145,7 +145,7 @@ def _check(wanted: Tables) -> None:
     try:
         Config.model_validate(wanted)
     except ValidationError as error:
-        parts = [f"{'.'.join(map(str, e['loc']))} {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        parts = [f"{'.'.join(map(str, e['loc']))} {configuration.said(e)}" for e in error.errors()]
         raise ConfigError(f"Nothing was written: {'; '.join(parts)}.") from error
 
 
@@ -175,17 +175,6 @@ def _write(path: Path, content: str) -> None:
     except OSError as error:
         sentence = f"{path} cannot be written: {error.strerror}; run the command with sudo, or say --config elsewhere."
         raise file_error(error, sentence) from error
-
-
-def make_folder(folder: Path) -> None:
-    """A folder and those above it: where root makes them, 0750 with the service's group. Raises: OSError."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    group = service_group()
-    for path in reversed(missing):
-        path.mkdir(mode=0o700)
-        if group is not None:
-            os.chown(path, -1, group)
-            path.chmod(0o750)
 
 
 def _as_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
@@ -337,21 +326,14 @@ def first_key(config: Config, principal: str, file: Path | None) -> str | None:
         raise ConfigError(f"There is no [[principal]] {principal!r}; configured: {', '.join(sorted(known))}.")
     if file is None:
         return key_store.create_key(config.auth.keys_file, principal, "made by setup")[0]
-    try:
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        raise ConfigError(f"--pat-file {file} is there already; remove it, or name another.") from None
-    except OSError as error:
-        raise file_error(error, f"--pat-file {file} cannot be written: {error.strerror}.") from error
     entry = None
     try:
-        with os.fdopen(handle, "w", encoding="ascii") as stream:
+        with new_file(file) as stream:
             key, entry = key_store.create_key(config.auth.keys_file, principal, "made by setup")
-            stream.write(key + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+            stream.write(f"{key}\n".encode("ascii"))
+    except FileExistsError:
+        raise ConfigError(f"--pat-file {file} is there already; remove it, or name another.") from None
     except BaseException as error:
-        file.unlink(missing_ok=True)
         if entry is not None:  # nobody has read it, so nobody shall be able to use it
             key_store.revoke_key(config.auth.keys_file, entry.id)
         if isinstance(error, OSError):

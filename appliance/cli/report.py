@@ -22,6 +22,9 @@ class Line:
     what: str
     text: str
 
+    def __str__(self) -> str:
+        return f"{self.state:<5} {self.what:<14} {printable(self.text)}"
+
 
 class Report:
     """Lines, printed as they come unless they are kept for JSON."""
@@ -39,7 +42,7 @@ class Report:
         """Say one thing."""
         self.lines.append(Line(state, what, text))
         if not self._quiet:
-            click.echo(f"{state:<5} {what:<14} {printable(text)}")
+            click.echo(self.lines[-1])
 
     def ok(self, what: str, text: str) -> None:
         """Something is as it should be."""

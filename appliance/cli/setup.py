@@ -14,7 +14,7 @@ from appliance.cli import clients, provision
 from appliance.cli.provision import Place, Tables, Way
 from appliance.core import config as configuration
 from appliance.core.config import Config, LoadedConfig, parse_address
-from appliance.core.files import file_error
+from appliance.core.files import file_error, make_folder
 from appliance.pki.files import exists
 from appliance.pki.importing import Sources
 from appliance.pki.reading import read_passphrase
@@ -184,7 +184,7 @@ def _optional_file(what: str) -> Path | None:
 def _make_folders(config: Config) -> None:
     for folder in (config.catalog.root, config.catalog.state_dir):
         try:
-            provision.make_folder(folder)
+            make_folder(folder)
         except OSError as error:
             raise file_error(error, f"{folder} cannot be made: {error.strerror}; run the command with sudo.") from error
 

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-import os
 import platform
 import pwd
 import socket
@@ -26,7 +25,7 @@ from appliance.cli.report import Report
 from appliance.core import config as configuration
 from appliance.core.config import LoadedConfig
 from appliance.core.errors import ApplianceError, ConfigError
-from appliance.core.files import file_error, printable
+from appliance.core.files import file_error, new_file, printable
 from appliance.pki.files import Layout
 from appliance.pki.report import inspect_directory
 
@@ -59,21 +58,12 @@ def support_bundle(config_file: Path | None, output: Path | None, lines: int) ->
     clean = redact.of(loaded)
     readme = _README.format(version=__version__, host=host, now=f"{now:%Y-%m-%d %H:%M}")
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise file_error(error, f"{path} cannot be written: {error.strerror}; name another with --output.") from error
-    try:
-        with os.fdopen(handle, "wb") as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        with new_file(path) as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
             _add(archive, "README.txt", readme)
             for name, make in _parts(config_file, loaded, problem, lines):
                 _add(archive, name, clean(_said(make)))
-    except BaseException as error:
-        path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise file_error(
-                error, f"{path} cannot be written: {error.strerror}; name another with --output."
-            ) from error
-        raise
+    except OSError as error:
+        raise file_error(error, f"{path} cannot be written: {error.strerror}; name another with --output.") from error
     click.echo(f"wrote {path}")
 
 
@@ -139,7 +129,7 @@ def _effective(loaded: LoadedConfig) -> str:
 def _doctor(config_file: Path | None) -> str:
     report = Report(quiet=True)
     examine(config_file, report)
-    return "".join(f"{line.state:<5} {line.what:<14} {printable(line.text)}\n" for line in report.lines)
+    return "".join(f"{line}\n" for line in report.lines)
 
 
 def _certificates(folder: Path) -> str:

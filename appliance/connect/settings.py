@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 
-from appliance.core.config import ConfigInvalid, FilePath, Problem, Section, check_local
+from appliance.core.config import ConfigInvalid, FilePath, Problem, Section, check_local, said
 
 DEFAULT_FILE = Path("~/.config/inference-appliance/connect.toml")
 PASSPHRASE_VARIABLE = "INFERENCE_APPLIANCE_CONNECT_PASSPHRASE"  # noqa: S105  # where it is, not what it is
@@ -192,5 +192,5 @@ def _problem(entry: Any, merged: Mapping[str, Any], origins: Mapping[str, str]) 
     if entry["type"] == "missing":
         remedy = f"Give --{name.replace('_', '-')}, or the key {name} in {DEFAULT_FILE}: {description}"
         return Problem(key, None, "is missing", remedy)
-    reason = entry["msg"].removeprefix("Value error, ").rstrip(".")
+    reason = said(entry).rstrip(".")
     return Problem(key, merged.get(name), reason[:1].lower() + reason[1:], description, origin)

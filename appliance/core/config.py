@@ -942,13 +942,14 @@ def cross_problems(config: Config) -> list["Problem"]:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: which key, its value, why, and what to do."""
+    """One thing that is wrong: which key, its value, why, and what to do; and whether a file may not be read."""
 
     key: str
     value: object
     reason: str
     remedy: str
     origin: str = ""
+    unreadable: bool = False
 
     def __str__(self) -> str:
         shown = "" if self.value is None else f" = {_shown(self.value)}"
@@ -1019,7 +1020,7 @@ def load(main_file: Path | None = None, environ: Mapping[str, str] | None = None
             Problem(p.key, p.value, p.reason, p.remedy, origins.get(_unindexed(p.key), BUILT_IN))
             for p in cross_problems(config)
         ]
-    if any(problem.reason.startswith(_UNREADABLE) for problem in problems):
+    if any(problem.unreadable for problem in problems):
         raise ConfigUnreadable(problems)
     if problems or config is None:
         raise ConfigInvalid(problems)
@@ -1151,13 +1152,10 @@ def _drop_ins(folder: Path, problems: list[Problem]) -> list[Path]:
     return [folder / name for name in sorted(names) if name.endswith(".toml") and not name.startswith(".")]
 
 
-_UNREADABLE = "cannot be read: "
-
-
 def _unreadable(path: Path, error: OSError) -> Problem:
     mode = "0750" if path.is_dir() else "0640"
     remedy = f"Run the command with sudo; for the service: chgrp {SERVICE_GROUP} {path} && chmod {mode} {path}."
-    return Problem(str(path), None, f"{_UNREADABLE}{error.strerror}", remedy)
+    return Problem(str(path), None, f"cannot be read: {error.strerror}", remedy, unreadable=True)
 
 
 def _environment_tables(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -1201,6 +1199,11 @@ def _merge(into: dict[str, Any], origins: dict[str, str], layer: dict[str, Any],
             origins[section] = origin
 
 
+def said(entry: Mapping[str, Any]) -> str:
+    """What pydantic says is wrong, in our validators' own words. Args: entry: one of `ValidationError.errors()`."""
+    return str(entry["msg"]).removeprefix("Value error, ")
+
+
 def _problem(entry: Any, merged: dict[str, Any], origins: Mapping[str, str]) -> Problem:
     """One pydantic error as a sentence with the key, the value and what to do."""
     location = [str(part) for part in entry["loc"]]
@@ -1211,7 +1214,7 @@ def _problem(entry: Any, merged: dict[str, Any], origins: Mapping[str, str]) -> 
         close = difflib.get_close_matches(location[-1], known, n=1)
         remedy = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(sorted(known))}."
         return Problem(key, None, "is not a key we know", remedy, origin)
-    reason = entry["msg"].removeprefix("Value error, ")
+    reason = said(entry)
     reason = reason[:1].lower() + reason[1:]
     field = _field(location)
     description = field.description if field is not None and field.description else "See the example file."

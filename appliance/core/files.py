@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from appliance.core.errors import AccessRefused, ConfigError, DiskFull
 
@@ -83,18 +84,31 @@ def service_group() -> int | None:
         return None
 
 
-def write_atomically(path: Path, text: str) -> None:
+def make_folder(folder: Path) -> None:
+    """A folder and those above it: where root makes them, 0750 with the service's group. Raises: OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    group = service_group()
+    for path in reversed(missing):
+        path.mkdir(mode=0o700)
+        if group is not None:
+            os.chown(path, -1, group)
+            path.chmod(0o750)
+
+
+def write_atomically(path: Path, text: str, mode: int | None = None) -> None:
     """Replace a file as a whole: readers see the old content or the new, also after a crash.
 
-    Its mode is 0640 with the service group where root writes for that, else 0600. Raises: OSError.
+    Args:   mode: of what is nobody's secret; by default 0640 with the service group where root writes for that, else
+        0600.
+    Raises: OSError.
     """
-    group = service_group()
+    group = service_group() if mode is None else None
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             if group is not None:
                 os.fchown(file.fileno(), -1, group)
-            os.fchmod(file.fileno(), 0o600 if group is None else 0o640)
+            os.fchmod(file.fileno(), mode or (0o600 if group is None else 0o640))
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -108,6 +122,23 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file, 0600, for the block to write; it is removed again when that fails.
+
+    Raises: OSError: it cannot be made (FileExistsError: it is there), or not be written.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
