@@ -8,9 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
-import os
 import platform
-import shutil
 import socket
 import ssl
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from appliance.core import config as configuration
 from appliance.core.config import MAIN_FILE, Config, is_loopback, parse_address
 from appliance.core.errors import ApplianceError, CertificateError, ConfigError
 from appliance.core.files import one_line
+from appliance.core.machine import space
 from appliance.core.systemd import Notifier
 from appliance.daemon.sockets import open_listening
 from appliance.engine import libraries
@@ -248,12 +247,11 @@ def _disk(config: Config, report: Report) -> None:
         else:
             report.fail("disk", f"there is no {folder}; make it, or run: systemd-tmpfiles --create")
     for folder in places.values():
-        found = os.statvfs(folder)
-        free = shutil.disk_usage(folder).free
-        text = f"{free / 2**30:.1f} GiB free at {folder}"
-        if free < _FULL_BYTES or (found.f_files and not found.f_favail):
+        found = space(folder)
+        text = f"{found.free / 2**30:.1f} GiB free at {folder}"
+        if found.free < _FULL_BYTES or not found.more_files:
             report.fail("disk", f"{text}, or no more files; free some")
-        elif free < _SCARCE_BYTES:
+        elif found.free < _SCARCE_BYTES:
             report.warn("disk", f"{text}, which may be too little for a new model")
         else:
             report.ok("disk", text)

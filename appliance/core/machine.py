@@ -1,4 +1,4 @@
-"""What this machine lets us use: CPUs and memory, as the kernel's control groups bound them."""
+"""What this machine lets us use: CPUs and memory, as the kernel's control groups bound them, and disks."""
 
 import math
 import os
@@ -46,6 +46,28 @@ class GpuFile:
     minor: int
     name: str
     uuid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Of a file system.
+
+    Attributes:
+        free: bytes that are left for us, who are not root.
+        size: bytes in all.
+        more_files: whether one more file can be made.
+    """
+
+    free: int
+    size: int
+    more_files: bool
+
+
+def space(folder: Path) -> Space:
+    """What is left where a folder lies. May take as long as its file system likes. Raises: OSError."""
+    found = os.statvfs(folder)
+    more_files = not found.f_files or found.f_favail > 0
+    return Space(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize, more_files)
 
 
 def gpus() -> tuple[GpuFile, ...]:

@@ -1,10 +1,9 @@
 """What a configuration means for this machine, found out before anything of it is taken over."""
 
-import os
 from pathlib import Path
 
 from appliance.core.config import Config
-from appliance.core.machine import usable_memory
+from appliance.core.machine import space, usable_memory
 from appliance.media import fetch
 
 
@@ -26,10 +25,10 @@ FULL_BYTES = 1 << 20
 def space_warning(folder: Path) -> str:
     """A sentence when nothing more can be written where the state is kept, else "". That stops no answers."""
     try:
-        found = os.statvfs(folder)
+        found = space(folder)
     except OSError:
         return ""
-    if found.f_bavail * found.f_frsize >= FULL_BYTES and (not found.f_files or found.f_favail):
+    if found.free >= FULL_BYTES and found.more_files:
         return ""
     return (
         f"There is no space left at {folder} (catalog.state_dir): models are served, and what is measured or held back "

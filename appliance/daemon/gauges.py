@@ -1,15 +1,17 @@
-"""What the daemon's own process shows of itself: the catalog, certificates, disks, and counts that begin at nought."""
+"""What the daemon's own process shows: catalog, certificates, disks, GPUs, and counts that begin at nought."""
 
 import contextlib
-import os
 import time
+from collections.abc import Collection, Iterable, Mapping
 
 from appliance.catalog.bundle import graph_file
 from appliance.catalog.view import State, Version, View
 from appliance.core.config import Config
+from appliance.core.machine import Space, space
 from appliance.core.metrics import Metrics
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.staff import Loaded
+from appliance.engine.gpu import Reading
 
 
 def begin(metrics: Metrics) -> None:
@@ -58,12 +60,39 @@ def show_certificates(metrics: Metrics, files: CertificateFiles) -> None:
             gauge.labels(name).set(moment)
 
 
-def show_disks(metrics: Metrics, config: Config) -> None:
-    """Show the space where we read models and write state; a folder that cannot be looked at has no sample."""
-    for gauge in (metrics.disk_free, metrics.disk_size):
-        gauge.clear()
+def look_at_disks(config: Config) -> dict[str, Space]:
+    """The space where we read models and write state, for a thread to find; what cannot be looked at is left out."""
+    found = {}
     for name, path in (("models", config.catalog.root), ("state", config.catalog.state_dir)):
         with contextlib.suppress(OSError):
-            found = os.statvfs(path)
-            metrics.disk_free.labels(name).set(found.f_bavail * found.f_frsize)  # what is left for us, who are not root
-            metrics.disk_size.labels(name).set(found.f_blocks * found.f_frsize)
+            found[name] = space(path)
+    return found
+
+
+def show_disks(metrics: Metrics, disks: Mapping[str, Space]) -> None:
+    """Show these; one that cannot be looked at any more leaves no sample."""
+    for gauge in (metrics.disk_free, metrics.disk_size):
+        gauge.clear()
+    for name, found in disks.items():
+        metrics.disk_free.labels(name).set(found.free)
+        metrics.disk_size.labels(name).set(found.size)
+
+
+def show_gpus(metrics: Metrics, readings: Iterable[Reading], ours: Collection[str]) -> None:
+    """Show what the sensors of our GPUs say; one that is lost leaves no sample. Args: ours: UUIDs."""
+    shown = (
+        (metrics.gpu_utilization, "utilization"),
+        (metrics.gpu_memory_used, "memory_used"),
+        (metrics.gpu_memory_total, "memory_total"),
+        (metrics.gpu_temperature, "temperature"),
+        (metrics.gpu_power, "power"),
+        (metrics.gpu_clock, "clock"),
+    )
+    for gauge, _ in shown:
+        gauge.clear()
+    for reading in readings:
+        if reading.gpu.uuid in ours:
+            for gauge, name in shown:
+                value = getattr(reading, name)
+                if value is not None:
+                    gauge.labels(f"gpu:{reading.gpu.index}", reading.gpu.uuid).set(value)

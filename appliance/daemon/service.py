@@ -308,7 +308,7 @@ class Daemon:
             try:
                 await asyncio.to_thread(self._certificates.refresh)
                 gauges.show_certificates(self._metrics, self._certificates)
-                gauges.show_disks(self._metrics, self._config)
+                gauges.show_disks(self._metrics, await asyncio.to_thread(gauges.look_at_disks, self._config))
                 state = self._not_ready()
                 if state != healthy:
                     healthy = state

@@ -31,6 +31,7 @@ from appliance.core.machine import accelerators, usable_cpus, usable_memory
 from appliance.core.metrics import Metrics
 from appliance.core.shared import Segment
 from appliance.core.sharing import SharedLimits
+from appliance.daemon import gauges
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.checks import memory_for_requests
 from appliance.daemon.children import WHY, Child, EngineDied, NeverStarted, Restarts
@@ -759,32 +760,10 @@ class Supervisor:
 
     async def _look_at_gpus(self) -> None:
         """Show what the sensors of our GPUs say."""
-        metrics = self._metrics
         while True:
             readings = await asyncio.to_thread(gpu.readings)
             ours = {engine.gpu.uuid for engine in self._engines.values() if engine.gpu is not None}
-            for family in (
-                metrics.gpu_utilization,
-                metrics.gpu_memory_used,
-                metrics.gpu_memory_total,
-                metrics.gpu_temperature,
-                metrics.gpu_power,
-                metrics.gpu_clock,
-            ):
-                family.clear()  # a GPU that is lost leaves no sample
-            for reading in readings:
-                if reading.gpu.uuid not in ours:
-                    continue
-                for family, value in (
-                    (metrics.gpu_utilization, reading.utilization),
-                    (metrics.gpu_memory_used, reading.memory_used),
-                    (metrics.gpu_memory_total, reading.memory_total),
-                    (metrics.gpu_temperature, reading.temperature),
-                    (metrics.gpu_power, reading.power),
-                    (metrics.gpu_clock, reading.clock),
-                ):
-                    if value is not None:
-                        family.labels(f"gpu:{reading.gpu.index}", reading.gpu.uuid).set(value)
+            gauges.show_gpus(self._metrics, readings, ours)
             await asyncio.sleep(_GPU_LOOK_S)
 
     async def _run_canary(self, engine: Engine, child: Child) -> None:

@@ -86,17 +86,25 @@ class Reading:
 
     Attributes:
         utilization: part of the last moment in which it computed, 0 to 1.
-        memory_used, memory_total: bytes. temperature: degrees Celsius. power: watts.
-        clock: of its processors, hertz.
+        temperature: degrees Celsius. power: watts. clock: of its processors, hertz.
     """
 
     gpu: Gpu
     utilization: float | None
-    memory_used: float | None
-    memory_total: float | None
     temperature: float | None
     power: float | None
     clock: float | None
+
+    @property
+    def memory_total(self) -> int | None:
+        """Bytes."""
+        return self.gpu.memory_total
+
+    @property
+    def memory_used(self) -> int | None:
+        """Bytes, by anybody."""
+        total, free = self.gpu.memory_total, self.gpu.memory_free
+        return None if total is None or free is None else total - free
 
 
 def readings() -> list[Reading]:
@@ -116,17 +124,13 @@ def readings() -> list[Reading]:
 
         found = []
         for index, (handle, gpu) in enumerate(_handles(nvml)):
-            described = _described(nvml, index, handle, gpu)
-            total, free = described.memory_total, described.memory_free
             rates = told("nvmlDeviceGetUtilizationRates", handle)
             power = told("nvmlDeviceGetPowerUsage", handle)
             clock = told("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM)
             found.append(
                 Reading(
-                    described,
+                    _described(nvml, index, handle, gpu),
                     None if rates is None else rates.gpu / 100,
-                    None if total is None or free is None else total - free,
-                    total,
                     told("nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
                     None if power is None else power / 1000,
                     None if clock is None else clock * 1e6,
