@@ -264,7 +264,7 @@ class Api:
             except (AccessError, Overloaded) as error:
                 req_id = _request_id(call)
                 reply = self._refuse(rpc, call, req_id, error, None, b"")
-                self._record(rpc, None, self._counts(_NO_MODEL, rpc.name), reply.code, 0.0, req_id)
+                self._record(rpc, None, self._counts_of(rpc, None), reply.code, 0.0, req_id)
                 return reply.body
             return None
 
@@ -359,7 +359,7 @@ class Api:
             yield reply.body
         finally:
             now = time.monotonic()
-            counts = self._counts(context.model if context else _NO_MODEL, rpc.name)
+            counts = self._counts_of(rpc, context)
             counts.seconds.observe_for(now - begun, now, req_id)
             if context is not None and context.computed_at and encoded_at and counts.encode is not None:
                 counts.encode.observe(encoded_at - context.computed_at)
@@ -425,7 +425,7 @@ class Api:
     def _ended_in(self, rpc: _Form, error: Exception, req_id: str, context: Context | None) -> status.Refusal:
         """The status that ends a call; counted."""
         code = status.row_of(error).code
-        self._count(rpc, context, self._counts(context.model if context else _NO_MODEL, rpc.name), code, req_id)
+        self._count(rpc, context, self._counts_of(rpc, context), code, req_id)
         return status.Refusal(error, req_id)
 
     def _count(self, rpc: _Form, context: Context | None, counts: "_Counts", code: int, req_id: str) -> None:
@@ -439,6 +439,9 @@ class Api:
             self._metrics.principal_requests.labels(name, code).inc()
             if context.inputs:
                 self._metrics.principal_inputs.labels(name).inc(sum(context.inputs.values()))
+
+    def _counts_of(self, rpc: _Form, context: Context | None) -> "_Counts":
+        return self._counts(context.model if context else _NO_MODEL, rpc.name)
 
     def _make_counts(self, model: tuple[str, str], method: str) -> "_Counts":
         metrics, success = self._metrics, status.SUCCESS.code
