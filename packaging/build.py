@@ -164,7 +164,7 @@ def release(settings: Settings) -> list[Path]:
             for folder in settings.cache.glob(f"{name}-{settings.architecture}-*"):
                 shutil.copytree(folder, again.cache / folder.name)
         for one, other in zip(made, packages(again), strict=True):
-            if _sha256(one) != _sha256(other):
+            if sources.sha256(one) != sources.sha256(other):
                 kept = settings.out / f"{other.name}.again"
                 shutil.move(other, kept)
                 raise BuildError(f"two builds differ: {one} and {kept}; `diffoscope` shows where")
@@ -182,10 +182,10 @@ def _publish(settings: Settings, package: str, deb: Path, rpm: Path, staged: Pat
     sums = settings.out / "SHA256SUMS"
     # One list for all that lies there: the CUDA payload is made by a command of its own.
     kept = sorted(each for each in settings.out.iterdir() if each.suffix in (".deb", ".rpm", ".json"))
-    sums.write_text("".join(f"{_sha256(each)}  {each.name}\n" for each in kept))
+    sums.write_text("".join(f"{sources.sha256(each)}  {each.name}\n" for each in kept))
     _sign_sums(sums)
     for each in made:
-        _say(f"{each}: {each.stat().st_size / 1e6:.1f} MB, sha256 {_sha256(each)}")
+        _say(f"{each}: {each.stat().st_size / 1e6:.1f} MB, sha256 {sources.sha256(each)}")
     return made
 
 
@@ -399,7 +399,7 @@ def stage(settings: Settings) -> Path:
         _say(f"staged in {time.monotonic() - started:.0f} s")
 
     parts = [compiled.name, downloaded.name, settings.version, str(settings.epoch)]
-    parts += [f"{name} {_sha256(REPOSITORY / name)}" for name in _own_files()]
+    parts += [f"{name} {sources.sha256(REPOSITORY / name)}" for name in _own_files()]
     return _cached(settings, "stage", parts, make)
 
 
@@ -562,11 +562,6 @@ def _entries(lock: str) -> dict[str, str]:
     lines = [line for line in lock.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     entries = re.findall(r"^[^\s].*(?:\n[ ].*)*", "\n".join(lines), re.M)
     return {re.split(r"[=\[]", entry)[0]: entry for entry in entries}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _say(line: str) -> None:

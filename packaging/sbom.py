@@ -109,7 +109,7 @@ def of_packages(site: Path, wheels: Path, own_name: str) -> list[Component]:
                 version,
                 _license_of(metadata, texts),
                 f"pkg:pypi/{_normal(name)}@{version}",
-                {file.name: _sha256(file)},
+                {file.name: sources.sha256(file)},
                 inside=tuple(_brought_along(site, name)),
                 sboms=tuple(sorted(f"{about.name}/sboms/{each.name}" for each in about.glob("sboms/*"))),
                 license_files=texts,
@@ -130,7 +130,7 @@ def of_models(folder: Path) -> list[Component]:
                 version,
                 "LicenseRef-inference-appliance",
                 f"pkg:generic/{bundle.name}@{version}",
-                {f"{version}/model.onnx": _sha256(graph)},
+                {f"{version}/model.onnx": sources.sha256(graph)},
                 license_files=tuple(sorted(bundle.glob("LICENSE*"))),
             )
         )
@@ -251,13 +251,8 @@ def _license_files(about: Path, package: Path) -> Iterator[Path]:
 def _brought_along(site: Path, name: str) -> Iterator[tuple[str, str]]:
     """Libraries beside a package that auditwheel put there."""
     for each in sorted((site / f"{name.replace('-', '_').lower()}.libs").glob("*.so*")):
-        yield each.name, _sha256(each)
+        yield each.name, sources.sha256(each)
 
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -106,7 +106,7 @@ def _configured_mirrors() -> Iterator[str]:
 def fetch(source: Source, folder: Path) -> None:
     """Download one file into the folder, unless it is there. Raises: SourceError: it is not what the lock says."""
     target = folder / source.name
-    if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == source.sha256:
+    if target.exists() and sha256(target) == source.sha256:
         return
     main, security = mirrors()
     base = security if source.path.startswith("pool/updates/") else main
@@ -120,6 +120,12 @@ def fetch(source: Source, folder: Path) -> None:
             f"{source.name} cannot be downloaded with the hash that sources.lock has. When Debian has moved on, run "
             f"`make lock-sources` and commit what it writes. apt said: {(done.stderr or done.stdout).strip()}"
         )
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock() -> None:
