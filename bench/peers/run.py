@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import grpc
@@ -22,7 +22,7 @@ import grpc
 from bench import charts
 from bench.common import Bar, Run, names, number, numbers, parser, table
 from bench.cpu import pin_to
-from bench.generator import Job, generate, quantile
+from bench.generator import Job, Outcome, generate, quantile
 from bench.h2 import Target
 from bench.peers.models import MODELS, Model
 from bench.peers.servers import PEERS, Peer, Running, install, ours, peer
@@ -159,6 +159,19 @@ def _pair(chosen: Peer, model: Model, run: Run) -> Pair:
     return pair
 
 
+def _rate(outcome: Outcome, connections: int, seconds: float) -> float:
+    """Right answers a second of a closed loop.
+
+    Where a call takes a good part of the time there is, counting depends on where its ends lie, and on how many answers
+    come together: a server that answers eight at once looks better or worse than one that answers them in turn. What a
+    call takes does not depend on that. Source: Little 1961: calls in flight = rate × time in flight. Where some are
+    refused the others' number in flight is unknown: then those count that began within the time.
+    """
+    if outcome.problems or not outcome.latencies:
+        return outcome.right / seconds
+    return connections / mean(outcome.latencies)
+
+
 def _first(server: Running, surface: Surface, model: Model) -> int:
     """Wait for the first answer, which must be right. Returns: its length. Raises: RuntimeError."""
     give_up, last = time.monotonic() + _START_S, ""
@@ -222,7 +235,7 @@ class _Shot:
         share = span / (span + _WARM_UP_S)
         refused = sum(outcome.problems.values()) / every
         cpu_us = used * share / max(1, outcome.right)
-        return Cell(outcome.right / span, outcome.ms(50), outcome.ms(99), refused, cpu_us)
+        return Cell(_rate(outcome, connections, seconds), outcome.ms(50), outcome.ms(99), refused, cpu_us)
 
     def _by_h2load(self, connections: int, seconds: float) -> Cell:
         """h2load sees no gRPC status; but a refused call has no message, so that the bytes of all replies tell."""
