@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from typing import Protocol
 
 from appliance.api.keys import DEFAULT_PRINCIPAL, KeyEntry, KeyStore
 from appliance.core.config import Config, Principal
@@ -155,6 +156,16 @@ class Grant:
             self.leave()
 
 
+class Authentication(Protocol):
+    """Tells who is calling."""
+
+    def configure(self, config: Config) -> None:
+        """Take over a configuration."""
+
+    def grant(self, call: Call) -> Grant:
+        """Who that is. Raises: AccessError: nobody who may call."""
+
+
 class Authenticator:
     """Turns a call's credentials into a grant, by `[auth] require`."""
 
@@ -264,6 +275,37 @@ class Authenticator:
         problem = self._trust().problem(call.certificate or b"", call.chain, now) if self._trust else None
         if problem is not None:
             raise NotPermitted(problem)
+
+
+class OneCaller:
+    """Every call is of one principal, whom somebody else has let in; behind all others in every queue.
+
+    The principal is the configured one of that name, for its models, rate and concurrency; else it may use all of them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        clock: Callable[[], float] = time.monotonic,
+        limits: SharedLimits | None = None,
+    ) -> None:
+        """Args: limits: as for `Authenticator`."""
+        self._name, self._clock, self._limits = name, clock, limits
+        self._grant: Grant | None = None
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Take over the principal as it is configured now; unchanged, it keeps its counters."""
+        found = next((each for each in config.principal if each.name == self._name), Principal(name=self._name))
+        principal = found.model_copy(update={"priority": "low"})
+        if self._grant is None or self._grant.meters[0].principal != principal:
+            self._grant = Grant((Meter(principal, self._clock, self._limits),))
+
+    def grant(self, call: Call) -> Grant:
+        """The one there is."""
+        assert self._grant is not None, "configured"
+        return self._grant
 
 
 def _comparable(identity: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from appliance.api import inference_pb2
-from appliance.api.auth import Authenticator
+from appliance.api.auth import Authentication
 from appliance.core.errors import AccessError, NotPermitted
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 
@@ -26,7 +26,7 @@ def _servicer() -> Any:
     return reflection.ReflectionServicer(service_names=_SERVICES)
 
 
-def reflection_endpoints(authenticator: Authenticator) -> dict[str, Endpoint]:
+def reflection_endpoints(authenticator: Authentication) -> dict[str, Endpoint]:
     """Both versions of the service by full method name; their messages are the same."""
 
     async def reflect(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -23,7 +23,7 @@ from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 
 from appliance.api import direct, messages, methods, status
-from appliance.api.auth import Authenticator
+from appliance.api.auth import Authentication
 from appliance.api.catalogue import RPCS, Catalogue
 from appliance.api.compute import Compute
 from appliance.api.context import Context
@@ -104,7 +104,7 @@ class Api:
         self,
         config: Config,
         repository: View[Servable],
-        authenticator: Authenticator,
+        authenticator: Authentication,
         budget: MemoryBudget,
         metrics: Metrics,
         workflows: Workflows | None = None,

@@ -1,6 +1,7 @@
 """`appliance orchestrator enroll | status | plan | sync | leave`; exit statuses are those of `exits`."""
 
 import asyncio
+import contextlib
 import getpass
 import json
 import sys
@@ -16,8 +17,8 @@ from appliance.core import config as configuration
 from appliance.core.config import MAIN_FILE, Config, Orchestrator
 from appliance.core.errors import ConfigError
 from appliance.core.files import file_error, make_folder, printable, write_atomically
-from appliance.orchestrator.central import Central, CentralError, check_pat, read_pat
-from appliance.orchestrator.created import Created
+from appliance.orchestrator.central import Central, CentralError, Secrets, check_pat, read_pat
+from appliance.orchestrator.created import Created, registering
 from appliance.orchestrator.desired import Desired, of_data
 from appliance.orchestrator.reconcile import Registered, reconcile
 from appliance.orchestrator.reconcile import leave as leave_all
@@ -41,13 +42,14 @@ def orchestrator() -> None:
 @click.option("--key", type=click.Path(path_type=Path), help="PEM file: its private key.")
 @click.option("--app-id", help="The app there for all models; else each has one called like its app here.")
 @click.option("--site", help="Where this machine stands, as the orchestrator shows it.")
+@click.option("--agent/--no-agent", default=None, help="Whether to register and to take work by itself; else as it is.")
 @click.pass_obj
 def enroll(config_file: Path | None, /, pat_file: Path | None, **given: Any) -> None:
     """Check the PAT with the orchestrator, and write it and the [orchestrator] section.
 
     The PAT comes from a file or from stdin, never from the command line, where others could read it. What is not given
-    stays as it is configured, so that a new PAT needs no options. Nothing is registered yet: `plan` shows what would
-    be, `sync` does it.
+    stays as it is configured, so that a new PAT needs no options. With the agent everything is registered once the
+    service knows of it; without, `plan` shows what would be, and `sync` does it.
     """
     before = configuration.load(config_file).config.orchestrator
     said = {
@@ -78,7 +80,12 @@ def enroll(config_file: Path | None, /, pat_file: Path | None, **given: Any) -> 
         file = error.filename or folder
         raise file_error(error, f"{file} cannot be written ({error.strerror}); run this as root.") from error
     click.echo(f"enrolled with {settings.api_base} as {owner}; wrote {folder / DROP_IN} and {settings.pat_file}")
-    click.echo("Next: `appliance reload`, then `appliance orchestrator plan` and `sync`.", err=True)
+    click.echo(
+        "Next: restart the service; the agent does the rest."
+        if settings.agent
+        else "Next: `appliance reload`, then `appliance orchestrator plan` and `sync`.",
+        err=True,
+    )
 
 
 @orchestrator.command()
@@ -92,6 +99,7 @@ def status(config_file: Path | None, as_json: bool) -> None:
         click.echo(json.dumps({"enrolled": False}) if as_json else "not enrolled")
         return
     shown: dict[str, object] = {"enrolled": True, "api_base": settings.api_base, "user_id": settings.user_id}
+    shown |= _link(config)
     try:
         wanted, found = _reconciled(config, dry=True)
         shown |= {
@@ -136,25 +144,30 @@ def sync(config_file: Path | None, as_json: bool) -> None:
 def leave(config_file: Path | None) -> None:
     """Delete at the orchestrator what this appliance created there, nothing else, and forget the PAT."""
     config = _enrolled(config_file)
-    settings, created = config.orchestrator, _created(config)
+    settings = config.orchestrator
 
     async def work() -> Registered:
-        async with Central(settings, read_pat(settings.pat_file)) as central:
-            return await leave_all(central, created, str(settings.user_id))
+        async with Central(settings, Secrets.read(settings)) as central:
+            return await leave_all(central, _created(config), str(settings.user_id))
 
-    found = asyncio.run(work())
+    with registering(config.catalog.state_dir):
+        found = asyncio.run(work())
+        _forget(settings.pat_file)  # the agent, if it runs, would register all of it again
     for step in found.steps:
         click.echo(printable(step))
     for line in found.kept:
         click.echo(printable(f"still in use, kept: {line}"), err=True)
     drop_in = (config_file or MAIN_FILE).parent / "conf.d" / DROP_IN
-    for file in (settings.pat_file, drop_in):
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            raise file_error(error, f"{file} cannot be deleted ({error.strerror}); delete it, as root.") from error
+    _forget(drop_in)
     click.echo(f"left {settings.api_base}; deleted {settings.pat_file} and {drop_in}")
     click.echo("Next: `appliance reload`.", err=True)
+
+
+def _forget(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise file_error(error, f"{file} cannot be deleted ({error.strerror}); delete it, as root.") from error
 
 
 # ---- what the verbs share --------------------------------------------------------------------------------------------
@@ -187,7 +200,7 @@ def _stdin() -> str:
 
 
 async def _whose(settings: Orchestrator, pat: str) -> str:
-    async with Central(settings, pat) as central:
+    async with Central(settings, Secrets.read(settings, pat)) as central:
         return await central.whose()
 
 
@@ -205,7 +218,7 @@ def _created(config: Config) -> Created:
 
 def _reconciled(config: Config, *, dry: bool) -> tuple[Desired, Registered]:
     """What the running daemon wants to be there, and what differs, or differed. Raises: ConfigError."""
-    settings, created = config.orchestrator, _created(config)
+    settings = config.orchestrator
     answer = admin.ask(config.admin.socket, "/registration")
     if not answer.get("ok"):
         raise ConfigError(f"{answer.get('message')} (If you enrolled just now: `appliance reload`.)")
@@ -214,10 +227,11 @@ def _reconciled(config: Config, *, dry: bool) -> tuple[Desired, Registered]:
         raise ConfigError("The daemon runs with another [orchestrator] section than the one here: `appliance reload`.")
 
     async def work() -> Registered:
-        async with Central(settings, read_pat(settings.pat_file)) as central:
-            return await reconcile(central, wanted, created, dry=dry)
+        async with Central(settings, Secrets.read(settings)) as central:
+            return await reconcile(central, wanted, _created(config), dry=dry)
 
-    return wanted, asyncio.run(work())
+    with contextlib.nullcontext() if dry else registering(config.catalog.state_dir):
+        return wanted, asyncio.run(work())
 
 
 def _show(wanted: Desired, found: Registered, as_json: bool, nothing: str) -> None:
@@ -233,6 +247,17 @@ def _show(wanted: Desired, found: Registered, as_json: bool, nothing: str) -> No
         click.echo(printable(f"not registered: {model} ({why})"), err=True)
     for line in found.kept:
         click.echo(printable(f"still in use, kept: {line}"), err=True)
+
+
+def _link(config: Config) -> dict[str, object]:
+    """What the daemon's agent says of its link."""
+    if not config.orchestrator.has_agent:
+        return {"agent": False}
+    told = admin.ask(config.admin.socket, "/status").get("orchestrator")
+    if not told:
+        return {"agent": True, "connected": False, "trouble": "the agent does not run; restart the service"}
+    found = {"agent": True, "connected": told["connected"], "runners": told["runners"]}
+    return found | ({"trouble": told["problem"]} if told["problem"] else {})
 
 
 def _readable(value: object) -> str:

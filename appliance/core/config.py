@@ -513,6 +513,29 @@ class Orchestrator(Section):
         examples=["/etc/inference-appliance/tls/orchestrator.key"],
         description="PEM file: its private key.",
     )
+    agent: bool = Field(
+        True,
+        description="A process that registers whatever changes by itself, says how we are, and takes work from there, "
+        "behind everybody who calls here. false: `appliance orchestrator sync` registers, and no work is taken.",
+    )
+    streams: int = Field(
+        32,
+        ge=1,
+        le=256,
+        description="How many inputs of one version are taken at once: streams that wait for work there.",
+    )
+    keepalive_s: float = Field(
+        45.0,
+        ge=10,
+        le=3600,
+        description="Seconds without a word after which we ask whether the orchestrator is still there; it may be told "
+        "to hang up on those who ask often. An answer has 20 seconds.",
+    )
+
+    @property
+    def has_agent(self) -> bool:
+        """Whether there is an orchestrator, and a process of ours keeps in touch with it."""
+        return self.api_base is not None and self.agent
 
     @field_validator("api_base")
     @classmethod
@@ -539,8 +562,9 @@ class Processes(Section):
     mode: Literal["auto", "single", "processes"] = Field(
         "auto",
         description='"processes": fronts that talk to clients, and an engine for each device that runs models, so that '
-        'a model that crashes takes nothing down. "single": all in one process, for CPUs alone. "auto": single on a '
-        "machine with fewer than 4 CPUs and no GPU, else processes.",
+        'a model that crashes takes nothing down. "single": all in one process, for CPUs alone, and no work from an '
+        'orchestrator. "auto": single on a machine with fewer than 4 CPUs and no GPU that takes no such work, else '
+        "processes.",
         json_schema_extra={"restart": True},
     )
     fronts: int = Field(

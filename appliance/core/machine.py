@@ -39,6 +39,36 @@ def resident_memory() -> int:
     return int(_text(Path("/proc/self/statm")).split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+class Usage:
+    """What the whole machine does, whoever does it. Source: proc(5), `stat` and `meminfo`."""
+
+    def __init__(self) -> None:
+        self.all_cpus = os.cpu_count() or 1
+        self.all_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        """Bytes."""
+        self._before = self._times()
+
+    def cpus(self) -> float:
+        """CPUs' worth of work since the last call, or since this was made."""
+        busy, passed = self._times()
+        before, self._before = self._before, (busy, passed)
+        share = (busy - before[0]) / (passed - before[1]) if passed > before[1] else 0.0
+        return min(1.0, max(0.0, share)) * self.all_cpus
+
+    def memory(self) -> int:
+        """Bytes that are in use, and could not be given to somebody else."""
+        for line in _text(Path("/proc/meminfo")).splitlines():
+            if line.startswith("MemAvailable:"):
+                return max(0, self.all_memory - 1024 * int(line.split()[1]))
+        return 0
+
+    def _times(self) -> tuple[int, int]:
+        """Ticks of all CPUs: in which they worked, and in all."""
+        ticks = [int(field) for field in _text(Path("/proc/stat")).partition("\n")[0].split()[1:9]]
+        idle = sum(ticks[3:5])  # waiting for a disk is idleness too
+        return sum(ticks) - idle, sum(ticks)
+
+
 @dataclass(frozen=True, slots=True)
 class GpuFile:
     """An NVIDIA GPU that we may open, as the driver's files tell of it; "" for what they do not say."""

@@ -487,6 +487,24 @@ class Metrics:
             ("issuer",),
             shared=True,
         )
+        self._section = "Orchestrator"
+        self.orchestrator_connected = self._levels(
+            "orchestrator_connected",
+            "Whether it answers, and what is registered there is right: 1 or 0; only where the agent runs.",
+            ("api_base",),
+        )
+        self.orchestrator_silence = self._levels(
+            "orchestrator_heartbeat_age_seconds", "Since it last answered, or since the agent began.", ("api_base",)
+        )
+        self.orchestrator_streams = self._levels(
+            "orchestrator_streams", "Streams that wait for work, or have some (busy).", ("state",)
+        )
+        self.orchestrator_items = self._tallies(
+            "orchestrator_items", "Items of work taken, by what became of them.", (*model, "outcome")
+        )
+        self.orchestrator_registrations = self._tallies(
+            "orchestrator_registrations", "How often what is registered was compared, and mended.", ("result",)
+        )
         self._section = "The machine"
         self.disk_free = self._levels(
             "disk_free_bytes", "Free space where a folder of ours lies.", ("folder",), shared=True

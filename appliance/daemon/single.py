@@ -41,6 +41,7 @@ class Single:
 
     async def open(self) -> None:
         """See `Staff.open`."""
+        self._warn()
         self._engine = LocalEngine(self._config.engine, self._metrics, self._config.catalog.state_dir)
         _log.info("device %s: %s", self._engine.device, self._engine.device.reason)
 
@@ -80,8 +81,16 @@ class Single:
     async def configure(self, config: Config, keys: KeyStore) -> None:
         """See `Staff.configure`."""
         self._config = config
+        self._warn()
         if self._serving is not None:
             self._serving.configure(config, keys)
+
+    def _warn(self) -> None:
+        if self._config.orchestrator.has_agent:
+            _log.warning(
+                "one process does everything here: nothing is registered with the orchestrator by itself, and no work "
+                'comes from there; restart with processes.mode = "auto", or set orchestrator.agent = false'
+            )
 
     @property
     def in_flight(self) -> int:

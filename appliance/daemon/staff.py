@@ -99,7 +99,8 @@ def choose(config: Config, metrics: Metrics, changed: Callable[[], None]) -> Sta
             'processes.mode is "single" and engine.device takes a GPU: only the end of a process truly frees its '
             'memory. Set processes.mode = "auto", or engine.device = "cpu".'
         )
-    if mode == "single" or (mode == "auto" and not gpu and usable_cpus() < _SINGLE_BELOW):
+    alone = not gpu and not config.orchestrator.has_agent and usable_cpus() < _SINGLE_BELOW
+    if mode == "single" or (mode == "auto" and alone):
         from appliance.daemon.single import Single  # only a process that runs models loads onnxruntime
 
         return Single(config, metrics)

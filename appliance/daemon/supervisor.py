@@ -124,11 +124,12 @@ class Engine:
 
 
 class FrontChild:
-    """One front, over all the processes that it has been."""
+    """One front, over all the processes that it has been. The agent is one too, without sockets: the last."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, *, agent: bool = False) -> None:
         self.index = index
-        self.name = f"front {index}"
+        self.agent = agent
+        self.name = "agent" if agent else f"front {index}"
         self.child: Child | None = None
         self.next: Child | None = None
         """A process that was started ahead of time."""
@@ -157,7 +158,12 @@ class Supervisor:
         self._metrics = metrics
         self.fronts = how_many_fronts(config)
         self._fronts = [FrontChild(index) for index in range(self.fronts)]
-        self._limits = SharedLimits.create(self.fronts)
+        if config.orchestrator.has_agent:
+            self._fronts.append(FrontChild(self.fronts, agent=True))
+        self._limits = SharedLimits.create(self.fronts + 1)  # a reload may bring an agent
+        self._link: Body = {}
+        """How the agent says that the link to the orchestrator is."""
+        self._changing_agent = asyncio.Lock()
         self._engines: dict[str, Engine] = {}
         self._deployed: dict[int, Deployed] = {}
         self._early: dict[int, Body] = {}
@@ -210,7 +216,10 @@ class Supervisor:
         """See `Staff.serve`: fronts read workflows, certificates and keys for themselves."""
         self._catalog, self._readiness, self._sockets = catalog, readiness, sockets
         self._changed()
-        await asyncio.gather(*(_insisting(self._start_front, front) for front in self._fronts))
+        await asyncio.gather(*(_insisting(self._start_front, front) for front in self._fronts if not front.agent))
+        for front in self._fronts:
+            if front.agent:  # we serve with or without it
+                self._spawn(self._replace_front(front))
         ports: Mapping[str, int] = self._facts["ports"]
         return ports
 
@@ -229,10 +238,15 @@ class Supervisor:
 
     async def configure(self, config: Config, keys: KeyStore) -> None:
         """See `Staff.configure`."""
-        self._config = config
-        body = {"config": self._front_config()}
+        before, self._config = self._config, config
+        if (before.orchestrator, before.placement) != (config.orchestrator, config.placement):
+            self._spawn(self._change_agent())
         fronts = [front for front in self._fronts if front.child is not None and front.listens]
-        calls = [front.child.channel.call("configure", body) for front in fronts if front.child is not None]
+        calls = [
+            front.child.channel.call("configure", {"config": self._front_config(front)})
+            for front in fronts
+            if front.child is not None
+        ]
         for front, outcome in zip(fronts, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(outcome, ApplianceError):  # what it read a moment after us was not what we read
                 raise ConfigError(f"The {front.name} kept its last good state, reload again: {outcome}")
@@ -263,6 +277,7 @@ class Supervisor:
             "device": facts.get("device", ""),
             "device_reason": facts.get("reason", ""),
             "onnxruntime": facts.get("onnxruntime", ""),
+            "orchestrator": self._link,
             "processes": [
                 {
                     "name": member.name,
@@ -588,7 +603,7 @@ class Supervisor:
         front.prepared = set()
         try:
             front.slab = Segment.create(f"{front.name} slab", Slab.size_for(order))
-            body = {"config": self._front_config(), "index": front.index}
+            body = {"config": self._front_config(front), "index": front.index}
             await child.start(body, front.slab, self._limits.segment)
             front.child = child
             self._fold.attach(front.name, child.counts)
@@ -597,7 +612,7 @@ class Supervisor:
                 self._join(front, engine)
             while config is not self._config:  # it was reloaded meanwhile
                 config = self._config
-                await child.channel.call("configure", {"config": self._front_config()})
+                await child.channel.call("configure", {"config": self._front_config(front)})
             tried: set[int] = set()
             while missing := [each for number, each in self._deployed.items() if number not in tried]:
                 for deployed in missing:
@@ -617,8 +632,9 @@ class Supervisor:
                     front.tell("available", {"number": deployed.number})
             if self._news is not None:
                 front.tell("catalog", self._news)
-            names, sockets = self._own_sockets(front)
-            self._facts = await child.channel.call("listen", {"sockets": names}, [sock.fileno() for sock in sockets])
+            names, sockets = ([], []) if front.agent else self._own_sockets(front)
+            facts = await child.channel.call("listen", {"sockets": names}, [sock.fileno() for sock in sockets])
+            self._facts = facts or self._facts
             if front.child is not child:  # it ended in this very moment
                 raise ChannelClosed
         except (ApplianceError, ChannelClosed, OSError) as error:
@@ -633,20 +649,22 @@ class Supervisor:
             raise NeverStarted(f"The {front.name} did not start: its process {child.how_it_ended()}.") from error
         front.problem = None
 
-    def _front_config(self) -> Body:
+    def _front_config(self, front: FrontChild) -> Body:
         """The configuration for a front: of what each has for itself, its part."""
         config = self._config
         data = configuration.as_data(config)
-        data["cache"]["size"] = config.cache.size // self.fronts
+        data["cache"]["size"] = 0 if front.agent else config.cache.size // self.fronts
         data["connections"]["max"] = -(-config.connections.max // self.fronts)
         data["engine"]["decode_threads"] = config.engine.decode_threads or max(1, usable_cpus() // self.fronts)
         return data
 
     def _front_process(self, front: FrontChild) -> Child:
-        listeners = {"shut": lambda body, descriptors: self._front_shut(front)}
-        return Child(
-            front.name, "appliance.daemon.front_process", listeners, lambda gone: self._front_ended(front, gone)
-        )
+        listeners: dict[str, Callable[[Body, list[int]], None]] = {
+            "shut": lambda body, descriptors: self._front_shut(front),
+            "orchestrator": lambda body, descriptors: self._link_changed(body),
+        }
+        module = "appliance.daemon.agent_process" if front.agent else "appliance.daemon.front_process"
+        return Child(front.name, module, listeners, lambda gone: self._front_ended(front, gone))
 
     def _own_sockets(self, front: FrontChild) -> tuple[list[str], list[socket.socket]]:
         """The sockets that this front serves: of each port and address its own, or the one that all share."""
@@ -665,7 +683,8 @@ class Supervisor:
     def _front_shut(self, front: FrontChild) -> None:
         """It accepts no more; when none does, nobody shall wait in the ports' queues."""
         self._shut.add(front.index)
-        if self._sockets is not None and self._shut >= {each.index for each in self._fronts if each.child is not None}:
+        open_ones = {each.index for each in self._fronts if each.child is not None and not each.agent}
+        if self._sockets is not None and self._shut >= open_ones:
             self._sockets.close()
 
     def _front_ended(self, front: FrontChild, child: Child) -> None:
@@ -678,18 +697,20 @@ class Supervisor:
         if front.slab is not None:
             front.slab.close()
             front.slab = None
-        if self._stopping:
+        if self._stopping or front not in self._fronts:
             return
-        lost = int(gauges.get(("in_flight_requests", ()), 0))
+        # What the agent worked on is not lost: the orchestrator hands it out again.
+        lost = 0 if front.agent else int(gauges.get(("in_flight_requests", ()), 0))
         self._metrics.lost.inc(lost)
         self._metrics.worker_restarts.labels(front.name, child.why_it_ended()).inc()
         _log.critical("the %s %s", front.name, child.how_it_ended(), extra={"in_flight": lost})
         self._changed()
+        self._link = {} if front.agent else self._link
         if was_at_work and not self._draining:  # else whoever starts it goes on with that
             self._spawn(self._replace_front(front))
 
     async def _replace_front(self, front: FrontChild) -> None:
-        while not (self._stopping or self._draining):
+        while not (self._stopping or self._draining) and front in self._fronts:
             await asyncio.sleep(front.restarts.pause_s())
             try:
                 await self._start_front(front)
@@ -698,6 +719,27 @@ class Supervisor:
                 front.problem = f"cannot be started: {error}"
                 _log.critical("the %s cannot be started again: %s", front.name, error)
         self._changed()
+
+    # ---- the agent ----
+
+    async def _change_agent(self) -> None:
+        """Another orchestrator, or another place there: the agent ends as at a stop, and another one begins."""
+        async with self._changing_agent:
+            for front in [front for front in self._fronts if front.agent]:
+                self._fronts.remove(front)
+                if front.child is not None:
+                    child = front.child
+                    await self._drain_front(front)
+                    child.channel.close()  # it ends when it hears that
+                    await child.gone.wait()
+            if self._config.orchestrator.has_agent and not self._draining:
+                front = FrontChild(self.fronts, agent=True)
+                self._fronts.append(front)
+                self._spawn(self._replace_front(front))
+            self._changed()
+
+    def _link_changed(self, body: Body) -> None:
+        self._link = body
 
     def _join(self, front: FrontChild, engine: Engine) -> None:
         """A stream between a front and an engine, if both are there."""
@@ -737,7 +779,10 @@ class Supervisor:
     def _show(self, member: "Engine | FrontChild") -> None:
         """Have its process among the metrics."""
         metrics = self._metrics
-        metrics.watch(metrics.worker_up.labels(member.name), lambda: float(member.problem is None))
+        metrics.watch(
+            metrics.worker_up.labels(member.name),
+            lambda: float(member.problem is None) if member in self._members() else math.nan,  # an agent may be let go
+        )
         metrics.watch(
             metrics.worker_memory.labels(member.name),
             lambda: member.child.resident_bytes() if member.child is not None else math.nan,

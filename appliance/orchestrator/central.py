@@ -6,6 +6,7 @@ The PAT is read from its file, sent as metadata, and shown nowhere: not in a log
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,8 +44,14 @@ _REPEATABLE = ("PostNodepoolStatus", "PostComputePlaneMetrics")
 _OPTIONS = (
     ("grpc.max_receive_message_length", 2**30),
     ("grpc.max_send_message_length", 2**30),
-    ("grpc.keepalive_time_ms", 45_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # Streams that wait for work say nothing for hours.
+    ("grpc.http2.max_pings_without_data", 0),
+    # A connection for each channel: an orchestrator may bound the streams of one.
+    ("grpc.use_local_subchannel_pool", 1),
+    # When to try again is our own decision (`backoff`), not that of the library.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 )
 _PER_PAGE = 100
 
@@ -53,7 +60,7 @@ class CentralError(ConfigError):
     """The orchestrator cannot be reached, or does not do what it is asked.
 
     Attributes:
-        code: of the reply's status; 0 where there was no reply.
+        code: of the reply's status, NOT_IMPLEMENTED where there is no such RPC; 0 where there was no reply.
     """
 
     def __init__(self, sentence: str, code: int = 0) -> None:
@@ -83,20 +90,37 @@ def check_pat(text: str, where: str) -> str:
     return text
 
 
-class Central:
-    """A channel to the orchestrator. Used from one event loop."""
+@dataclass(frozen=True)
+class Secrets:
+    """What a connection is made with: the PAT, and what the files of TLS hold, PEM; None for those that are not set."""
 
-    def __init__(self, settings: Orchestrator, pat: str) -> None:
-        """Args: settings: with an api_base. Raises: ConfigError: a file that they name cannot be read."""
-        assert settings.api_base is not None, "it is enrolled"
-        self.base = settings.api_base
-        self.pat = pat
-        credentials = grpc.ssl_channel_credentials(
+    pat: str = field(repr=False)
+    root_ca: bytes | None
+    key: bytes | None = field(repr=False)
+    certificate: bytes | None
+
+    @classmethod
+    def read(cls, settings: Orchestrator, pat: str | None = None) -> Self:
+        """Args: pat: None: that of its file. Raises: ConfigError: a file cannot be read, or holds something else."""
+        return cls(
+            pat or read_pat(settings.pat_file),
             _content(settings.root_ca, "orchestrator.root_ca"),
             _content(settings.key, "orchestrator.key"),
             _content(settings.certificate, "orchestrator.certificate"),
         )
-        options: list[tuple[str, Any]] = [*_OPTIONS]
+
+
+class Central:
+    """A channel to the orchestrator. Used from one event loop."""
+
+    def __init__(self, settings: Orchestrator, secrets: Secrets) -> None:
+        """Args: settings: with an api_base."""
+        assert settings.api_base is not None, "it is enrolled"
+        self.base = settings.api_base
+        self.secrets = secrets
+        self.pat = pat = secrets.pat
+        credentials = grpc.ssl_channel_credentials(secrets.root_ca, secrets.key, secrets.certificate)
+        options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000))]
         # What the environment says about proxies is for other programs: the configuration alone decides.
         options += [("grpc.http_proxy", settings.proxy)] if settings.proxy else [("grpc.enable_http_proxy", 0)]
         self._channel = grpc.aio.secure_channel(self.base.removeprefix("https://"), credentials, options=options)
@@ -112,7 +136,7 @@ class Central:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._channel.close()
+        await self.close()
 
     async def call(self, rpc: str, **fields: Any) -> Any:
         """The reply to a unary RPC, which is a success.
@@ -128,7 +152,9 @@ class Central:
                 reply = await self._callable(rpc)(request, metadata=self._metadata, timeout=CALL_S)
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt >= attempts:
-                    raise CentralError(_unreachable(self.base, rpc, error)) from None
+                    unknown = error.code() is grpc.StatusCode.UNIMPLEMENTED
+                    code = status_code_pb2.NOT_IMPLEMENTED if unknown else 0
+                    raise CentralError(_unreachable(self.base, rpc, error), code) from None
             else:
                 if reply.status.code == status_code_pb2.SUCCESS:
                     return reply
@@ -158,6 +184,21 @@ class Central:
             if len(found) < _PER_PAGE:
                 return
             page += 1
+
+    def stream(self, rpc: str, request_id: str) -> Any:
+        """Begin a bidirectional RPC: an open call, to be read and written (`grpc.aio.StreamStreamCall`)."""
+        method = _SERVICE.methods_by_name[rpc]
+        if rpc not in self._calls:
+            self._calls[rpc] = self._channel.stream_stream(
+                f"/{_SERVICE.full_name}/{rpc}",
+                request_serializer=lambda message: message.SerializeToString(),
+                response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
+            )
+        return self._calls[rpc](metadata=(*self._metadata, ("x-request-id", request_id)))
+
+    async def close(self) -> None:
+        """Close the channel; open calls are cancelled."""
+        await self._channel.close()
 
     async def whose(self) -> str:
         """The id of the user that the PAT acts for. Raises: CentralError."""

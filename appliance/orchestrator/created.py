@@ -1,14 +1,16 @@
 """What we created at the orchestrator, kept over a restart: `leave` deletes that, and nothing else."""
 
+import contextlib
 import hashlib
 import json
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 from google.protobuf.struct_pb2 import Struct
 
 from appliance.core.errors import ConfigError
-from appliance.core.files import file_error, write_atomically
+from appliance.core.files import alone, file_error, make_folder, write_atomically
 
 ORDER = ("place", "deployment", "runner", "model_version", "model", "app", "nodepool", "compute_cluster")
 """Kinds in the order in which they can be deleted: nothing goes while something stands on it."""
@@ -17,6 +19,24 @@ ORDER = ("place", "deployment", "runner", "model_version", "model", "app", "node
 CREATOR = "appliance_creator"
 """The field of a version's or runner's metadata that tells which appliance made it: their ids are the orchestrator's,
 and the reply that brought one may have been lost."""
+
+
+@contextlib.contextmanager
+def registering(state_dir: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keep others from changing what is registered, and from noting it, meanwhile: the agent, and who calls a verb.
+
+    Raises: BlockingIOError: somebody does, and `wait` is not wanted. ConfigError: the state folder cannot be used.
+    """
+    folder = state_dir / "orchestrator.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            make_folder(folder)
+            stack.enter_context(alone(folder, wait=wait))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise file_error(error, f"{folder} cannot be used ({error.strerror}); run this as root.") from error
+        yield
 
 
 class Created:

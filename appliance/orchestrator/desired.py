@@ -22,6 +22,7 @@ from appliance.api.placement import Places
 from appliance.catalog.view import Version, View
 from appliance.core.config import Config
 from appliance.core.errors import ConfigError
+from appliance.core.types import ModelKey
 from appliance.tasks.servable import Servable
 
 DIGEST = "appliance_digest"
@@ -55,9 +56,11 @@ class WantedModel:
     """One model, the versions of it that answer, newest first, and its deployment, which runs the newest.
 
     Attributes:
+        key: its ids here.
         pinned: the local id of the version that the deployment runs.
     """
 
+    key: ModelKey
     message: resources_pb2.Model
     versions: tuple[WantedVersion, ...]
     deployment: resources_pb2.Deployment
@@ -180,6 +183,7 @@ def _models(
         chosen = next((each for each in its_own if each.ids.version_id in ("", *(v.id for v in ready))), its_own[-1])
         models.append(
             WantedModel(
+                key=key,
                 message=model,
                 versions=tuple(_version(version, model) for version in ready),
                 deployment=_deployment(chosen.id, model, here),
@@ -253,6 +257,7 @@ def as_data(wanted: Desired) -> dict[str, Any]:
         "apps": [_packed(app) for app in wanted.apps],
         "models": [
             {
+                "key": [model.key.user_id, model.key.app_id, model.key.model_id],
                 "message": _packed(model.message),
                 "versions": [
                     [version.local, version.digest, _packed(version.message), _packed(version.runner)]
@@ -280,6 +285,7 @@ def of_data(data: Mapping[str, Any]) -> Desired:
         apps=tuple(resources_pb2.App.FromString(unpack(app)) for app in data["apps"]),
         models=tuple(
             WantedModel(
+                key=ModelKey(*model["key"]),
                 message=resources_pb2.Model.FromString(unpack(model["message"])),
                 versions=tuple(
                     WantedVersion(

@@ -40,12 +40,13 @@ class Registered:
     """What the orchestrator knows now.
 
     Attributes:
-        runners: ids by (app, model, local version); those of versions that would only be created are missing.
+        runners, versions: ids by (app, model, local version); those of what would only be created are missing.
         kept: what we created, is not served here any more, and is in use by others.
     """
 
     steps: list[Step] = field(default_factory=list)
     runners: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    versions: dict[tuple[str, str, str], str] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
 
 
@@ -208,6 +209,8 @@ class _Walk:
         for version in wanted.versions:
             there = known.get(version.digest) or await self._post_version(ids, model, version)
             self._versions.add(there)
+            if there:
+                self.done.versions[model.app_id, model.id, version.local] = there
             if version.local == wanted.pinned:
                 runs = there
             await self._runner(model, version, there)

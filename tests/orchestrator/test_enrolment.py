@@ -49,7 +49,7 @@ def orchestrator(appliance: Appliance, *arguments: str, pat: str | None = None) 
 
 def enrolled(appliance: Appliance, centre: RunningCentre, base_url: str = "") -> None:
     """Enrol it before it starts; its PAT lies beside its configuration."""
-    appliance.write_config(orchestrator={"pat_file": appliance.home / "orchestrator.pat"})
+    appliance.write_config(orchestrator={"pat_file": appliance.home / "orchestrator.pat", "agent": False})
     where = ["--api-base", base_url or centre.base_url, "--user-id", USER, "--root-ca", str(centre.pki.ca)]
     done = orchestrator(appliance, "enroll", *where, pat=f"{PAT}\n")
     assert done.returncode == 0, done.stderr

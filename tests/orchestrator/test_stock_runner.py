@@ -97,6 +97,7 @@ def test_one_item_a_stream_and_a_fresh_stream_after_it(centre: RunningCentre, ru
     (item,) = next(event.content["runner_items"] for event in streams if event.what == "reply")
     said = [event.content for event in streams if event.call == served and event.what == "request"]
     assert [(message["runner_item_id"], message["status"]["code"]) for message in said] == [(item["id"], "SUCCESS")]
+    compare("stock-answers.json", [dict.fromkeys(said[0], "")])
     assert [event.content["outcome"] for event in streams if event.call == served and event.what == "end"] == ["OK"]
     assert sum(event.what == "open" for event in streams) == 1
 

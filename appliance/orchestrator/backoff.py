@@ -1,0 +1,56 @@
+"""When a link that broke is tried again."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+
+FIRST_S, MOST_S = 0.5, 60.0
+"""Seconds that the first wait is at most, and any."""
+
+_GOOD_S = 45.0
+"""Seconds without a failure after which the next one is a first one: longer than an attempt may take."""
+
+
+class Backoff:
+    """One for all that goes over a link: it breaks for all of them at once, and is tried again by all at once.
+
+    Waits are exponential with full jitter, so that appliances that lost their orchestrator together do not come back
+    together. Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        """Args: clock: seconds. uniform: a random number between two."""
+        self._clock, self._uniform = clock, uniform
+        self._failures = 0
+        self._failed_at = float("-inf")
+        self.until = float("-inf")
+        """By the clock, when the next attempt may begin."""
+
+    def begin(self) -> float:
+        """Now, to be given to `failed`."""
+        return self._clock()
+
+    def failed(self, begun: float, *, longest: bool = False) -> bool:
+        """What was begun then has failed.
+
+        Args:    longest: it will go on failing until somebody does something: wait long from the first time on.
+        Returns: whether that is news; what was begun before the last failure has failed of the same.
+        """
+        now = self._clock()
+        if begun <= self._failed_at:
+            return False
+        self._failures = 1 if now - self.until >= _GOOD_S else self._failures + 1
+        self._failed_at = now
+        most = MOST_S if longest else min(MOST_S, FIRST_S * 2.0 ** min(self._failures - 1, 16))
+        self.until = now + self._uniform(0.0, most)
+        return True
+
+    async def wait(self) -> None:
+        """Return when the next attempt may begin."""
+        while (pause_s := self.until - self._clock()) > 0:  # noqa: ASYNC110  # it is time that is waited for
+            await asyncio.sleep(pause_s)
