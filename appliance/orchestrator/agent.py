@@ -138,7 +138,7 @@ class Agent:
         """There is another PAT, or certificate: what is open has the old one."""
         assert self._central is not None, "there is one"
         await self._central.close()
-        self._central = None
+        self._central = self._registered = None
         for runner_id in list(self._work):
             self._end_work(runner_id)
 

@@ -35,10 +35,9 @@ class Backoff:
         """Now, to be given to `failed`."""
         return self._clock()
 
-    def failed(self, begun: float, *, longest: bool = False) -> bool:
+    def failed(self, begun: float) -> bool:
         """What was begun then has failed.
 
-        Args:    longest: it will go on failing until somebody does something: wait long from the first time on.
         Returns: whether that is news; what was begun before the last failure has failed of the same.
         """
         now = self._clock()
@@ -46,7 +45,7 @@ class Backoff:
             return False
         self._failures = 1 if now - self.until >= _GOOD_S else self._failures + 1
         self._failed_at = now
-        most = MOST_S if longest else min(MOST_S, FIRST_S * 2.0 ** min(self._failures - 1, 16))
+        most = min(MOST_S, FIRST_S * 2.0 ** min(self._failures - 1, 16))
         self.until = now + self._uniform(0.0, most)
         return True
 

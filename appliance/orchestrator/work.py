@@ -8,6 +8,7 @@ be answered now is given back; one that never can be is refused: none is dropped
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,9 +38,11 @@ _UNARY, _GENERATE, _STREAM = (
 _CLOSING_S = 30.0
 """Seconds in which the orchestrator must have taken an answer and closed its stream."""
 
-_HASTE_S = 0.2
-"""Seconds between two streams in the same place that brought nothing: one that is closed at once is not opened in a
-loop."""
+_AT_ONCE_S = 1.0
+"""Seconds within which a stream that is closed without a word has failed: such ones are not opened in a loop."""
+
+_LOOK_S = 0.2
+"""Seconds between two looks at whether there is room for more work."""
 
 _LATER = frozenset(
     {
@@ -99,6 +102,10 @@ class StreamRefused(Exception):
     def __init__(self, status: status_pb2.Status) -> None:
         super().__init__(printable(": ".join(part for part in (status.description, status.details) if part))[:300])
         self.code = status.code
+
+
+class StreamClosed(Exception):
+    """The orchestrator closed a stream as soon as it was open, without a word."""
 
 
 class _Left(Exception):
@@ -198,7 +205,7 @@ class Work:
                 await self._may_take()
                 begun = self._backoff.begin()
                 await self._take(task)
-            except (*_ENDED, StreamRefused) as error:
+            except (*_ENDED, StreamRefused, StreamClosed) as error:
                 self._failed(begun, error)
             except Exception as error:
                 # A stream that is not opened again would be missed by nobody, and work would stop one day.
@@ -212,16 +219,21 @@ class Work:
         await self._backoff.wait()
         await self._pressure.wait()
         while self._budget.taken > self._budget.limit // 2:  # noqa: ASYNC110  # nobody tells when memory is free again
-            await asyncio.sleep(_HASTE_S)
+            await asyncio.sleep(_LOOK_S)
 
     async def _take(self, task: "asyncio.Task[None]") -> None:
-        """Open a stream, take the item that comes on it, and answer it. Raises: StreamRefused, or one of _ENDED."""
+        """Open a stream, take the item that comes on it, if any, and answer it.
+
+        Raises: StreamRefused, StreamClosed, or one of _ENDED.
+        """
         call = self._central.stream("ProcessRunnerItems", f"runner-{uuid.uuid4().hex}")
         try:
             await call.write(self._hello(self.runner.id, "Success"))
+            opened = time.monotonic()
             message = await _first(call)
+            if message is None and time.monotonic() - opened < _AT_ONCE_S:
+                raise StreamClosed
             if message is None:
-                await asyncio.sleep(_HASTE_S)
                 return
             self._waiting.discard(task)
             for item in message.runner_items:
@@ -427,10 +439,12 @@ class Work:
             call = self._central.stream("ProcessRunnerItems", f"runner-control-{uuid.uuid4().hex}")
             try:
                 await call.write(self._hello(f"control-{self.runner.id}", "Control connection"))
+                opened = time.monotonic()
                 while (message := await call.read()) is not grpc.aio.EOF:
                     self._heard(message)
-                await asyncio.sleep(_HASTE_S)
-            except (*_ENDED, StreamRefused) as error:
+                if time.monotonic() - opened < _AT_ONCE_S:
+                    raise StreamClosed
+            except (*_ENDED, StreamRefused, StreamClosed) as error:
                 self._failed(begun, error)
             finally:
                 call.cancel()
@@ -468,7 +482,7 @@ class Work:
         """A stream ended in an error; of those that fail together one is told."""
         if self._draining:
             return
-        if self._backoff.failed(begun, longest=isinstance(error, StreamRefused)):
+        if self._backoff.failed(begun):
             self._on_trouble(error)
 
     def _count(self, outcome: str) -> None:
@@ -498,7 +512,7 @@ def problem_of(error: Exception) -> str:
         return printable(f"{error.code().name}: {error.details()}")[:300]
     if isinstance(error, StreamRefused):
         return f"it is refused with {error.code}: {error}"
-    return "it was closed" if isinstance(error, asyncio.InvalidStateError) else type(error).__name__
+    return type(error).__name__ if not isinstance(error, (StreamClosed, asyncio.InvalidStateError)) else "it was closed"
 
 
 async def _why(call: Any) -> str:

@@ -65,13 +65,6 @@ def test_after_a_good_while_the_next_failure_is_a_first_one(backoff: Backoff, ti
     assert time.most[-1] == FIRST_S
 
 
-def test_what_only_somebody_else_can_mend_is_tried_seldom(backoff: Backoff, time: Time) -> None:
-    begun = backoff.begin()
-    time.now += 0.1
-    backoff.failed(begun, longest=True)
-    assert time.most == [MOST_S]
-
-
 def test_waits_are_spread_over_the_whole_span(time: Time) -> None:
     """Full jitter: of a thousand appliances that lose their orchestrator, no tenth of the time sees a quarter."""
     waits = []
