@@ -72,14 +72,16 @@ def enroll(config_file: Path | None, /, pat_file: Path | None, **given: Any) -> 
     lines = [f"{name} = {configuration.toml(value)}\n" for name, value in kept.items()]
     section = "".join(["# Written by `appliance orchestrator enroll`.\n[orchestrator]\n", *lines])
     try:
-        make_folder(settings.pat_file.parent)
+        if not _is_credential(settings.pat_file):
+            make_folder(settings.pat_file.parent)
+            write_atomically(settings.pat_file, f"{pat}\n")
         make_folder(folder)
-        write_atomically(settings.pat_file, f"{pat}\n")
         write_atomically(folder / DROP_IN, section)
     except OSError as error:
         file = error.filename or folder
         raise file_error(error, f"{file} cannot be written ({error.strerror}); run this as root.") from error
-    click.echo(f"enrolled with {settings.api_base} as {owner}; wrote {folder / DROP_IN} and {settings.pat_file}")
+    wrote = f"{folder / DROP_IN}" + ("" if _is_credential(settings.pat_file) else f" and {settings.pat_file}")
+    click.echo(f"enrolled with {settings.api_base} as {owner}; wrote {wrote}")
     click.echo(
         "Next: restart the service; the agent does the rest."
         if settings.agent
@@ -163,7 +165,15 @@ def leave(config_file: Path | None) -> None:
     click.echo("Next: `appliance reload`.", err=True)
 
 
+def _is_credential(file: Path) -> bool:
+    """Whether systemd brings this file, from where its operator keeps it."""
+    return file.is_relative_to("/run/credentials")
+
+
 def _forget(file: Path) -> None:
+    if _is_credential(file):
+        click.echo(f"{file} is a credential of systemd's: take it out of the unit's drop-in.", err=True)
+        return
     try:
         file.unlink(missing_ok=True)
     except OSError as error:
