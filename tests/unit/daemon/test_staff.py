@@ -23,6 +23,9 @@ def config(**sections: object) -> Config:
     return Config.model_validate(sections)
 
 
+ENROLLED = {"api_base": "https://api.example.com", "user_id": "acme"}
+
+
 @pytest.mark.parametrize(
     ("cpus", "gpus", "sections", "kind"),
     [
@@ -34,12 +37,16 @@ def config(**sections: object) -> Config:
         (2, 0, {"engine": {"device": "gpu:1"}}, Supervisor),
         (16, 0, {"processes": {"mode": "single"}}, Single),
         (2, 0, {"processes": {"mode": "processes"}}, Supervisor),
+        (2, 0, {"orchestrator": ENROLLED}, Supervisor),
+        (2, 0, {"orchestrator": ENROLLED | {"agent": False}}, Single),
+        (2, 0, {"orchestrator": ENROLLED, "processes": {"mode": "single"}}, Single),
     ],
 )
 async def test_the_machine_decides_who_does_the_work(
     monkeypatch: pytest.MonkeyPatch, cpus: int, gpus: int, sections: dict[str, object], kind: type
 ) -> None:
-    """One process on small machines without a GPU, several on all others, and what is configured anywhere."""
+    """One process on small machines without a GPU, several on all others and where there is an agent, and what is
+    configured anywhere."""
     machine(monkeypatch, cpus, gpus)
     assert isinstance(staff.choose(config(**sections), Metrics(), lambda: None), kind)
 
