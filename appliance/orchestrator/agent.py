@@ -231,11 +231,9 @@ class Agent:
             metrics.orchestrator_silence.labels(base),
             lambda: time.monotonic() - (begun if math.isnan(self._heard_at) else self._heard_at),
         )
-        for state in ("waiting", "busy"):
-            metrics.watch(
-                metrics.orchestrator_streams.labels(state),
-                lambda state=state: float(sum(getattr(work, state) for work in self._work.values())),
-            )
+        streams, works = metrics.orchestrator_streams, self._work
+        metrics.watch(streams.labels("waiting"), lambda: float(sum(work.waiting for work in works.values())))
+        metrics.watch(streams.labels("busy"), lambda: float(sum(work.busy for work in works.values())))
         for result in ("ok", "failed"):
             metrics.orchestrator_registrations.labels(result)
 

@@ -8,6 +8,7 @@ be answered now is given back; one that never can be is refused: none is dropped
 import asyncio
 import contextlib
 import logging
+import random
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
@@ -41,8 +42,11 @@ _CLOSING_S = 30.0
 _AT_ONCE_S = 1.0
 """Seconds within which a stream that is closed without a word has failed: such ones are not opened in a loop."""
 
+_KEPT_S = 5.0
+"""Seconds for which an item is tried again that cannot be answered now."""
+
 _LOOK_S = 0.2
-"""Seconds between two looks at whether there is room for more work."""
+"""Seconds between two looks at whether there is room for more work; the least between two tries of an item."""
 
 _LATER = frozenset(
     {
@@ -319,10 +323,23 @@ class Work:
         self._count("answered")
 
     async def _outputs(self, item: service_pb2.RunnerItem, call: Any) -> tuple[int, str]:
-        """Bring an item's outputs.
+        """Bring an item's outputs. What cannot be answered now is kept for some seconds before it is given back: given
+        back at once, it would come back at once on the next stream.
 
         Returns: SUCCESS, or the code of a refusal, and why. Raises: RpcAbort, DecodeError, or one of _ENDED.
         """
+        until = time.monotonic() + _KEPT_S
+        while True:
+            code, sentence = await self._try(item, call)
+            again = code == codes.RUNNER_NEEDS_RETRY and not self._draining
+            if not again or item.processing_info.runner_method_type == resources_pb2.STREAMING_STREAMING:
+                return code, sentence
+            if time.monotonic() >= until:
+                return code, sentence
+            await asyncio.sleep(random.uniform(_LOOK_S, 2 * _LOOK_S))  # noqa: S311  # not a secret
+
+    async def _try(self, item: service_pb2.RunnerItem, call: Any) -> tuple[int, str]:
+        """See `_outputs`."""
         if not item.HasField("post_model_outputs_request"):
             return codes.RUNNER_PROCESSING_FAILED, "This appliance answers predictions only."
         match item.processing_info.runner_method_type:

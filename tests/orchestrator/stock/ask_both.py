@@ -1,6 +1,6 @@
 """Runs inside an environment with the stock Clarifai SDK 12: the same questions of an appliance, or of a centre.
 
-Usage: ask_both.py BASE_URL ROOT_CERTIFICATE PICTURE PICTURE; the key is in CLARIFAI_PAT. Prints what came as JSON.
+Usage: ask_both.py BASE_URL ROOT_CERTIFICATE USER PICTURE PICTURE; the key is in CLARIFAI_PAT. Prints what came as JSON.
 """
 
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 from clarifai.client.model import Model
 from clarifai.runners.utils.data_types import Image
 
-base_url, root = sys.argv[1:3]
-pictures = [Image(bytes=Path(file).read_bytes()) for file in sys.argv[3:]]
+base_url, root, user = sys.argv[1:4]
+pictures = [Image(bytes=Path(file).read_bytes()) for file in sys.argv[4:]]
 HERE = {"base_url": base_url, "root_certificates_path": root}
 
 
@@ -24,8 +24,8 @@ def failure(call):
         return text.split("req_id")[0]
 
 
-digits = Model(url="https://clarifai.com/acme/main/models/digits", deployment_id="digits", **HERE)
-many = Model(url="https://clarifai.com/acme/main/models/many", deployment_id="many", **HERE)
+digits = Model(url=f"https://clarifai.com/{user}/main/models/digits", deployment_id="digits", **HERE)
+many = Model(url=f"https://clarifai.com/{user}/main/models/many", deployment_id="many", **HERE)
 results = {
     "methods": sorted(many.available_methods()),
     "digits": [digits.predict(image=picture)[0].name for picture in pictures],

@@ -509,11 +509,8 @@ TAKEN_OVER_LIVE = {
     "cache.size": "PredictCache.configure",
     "cache.ttl_s": "PredictCache.configure",
     **dict.fromkeys(
-        (
-            f"orchestrator.{key}"
-            for key in (["api_base", "user_id", "app_id", "site", "pat_file", "root_ca", "proxy", "certificate", "key"])
-        ),
-        "read for every plan and sync",
+        (f"orchestrator.{key}" for key in configuration.Orchestrator.model_fields),
+        "read for every plan and sync; another agent takes the place of the one that runs",
     ),
     "log.level": "logs.set_level",
     "log.sample": "read for every request",
