@@ -23,22 +23,24 @@ def _serving(machine: Machine, installed: Installed, packages: Packages) -> None
     installed.start()
 
 
+@pytest.fixture(scope="class")
+def _passphrase(machine: Machine, installed: Installed) -> Iterator[None]:
+    """One on the TLS key."""
+    key = f"{ETC}/tls/server.key"
+    machine.write("/root/passphrase", _PASSPHRASE, 0o600)
+    machine.shell(
+        f"cp -a {key} /root/plain.key\n"
+        f"openssl pkey -in /root/plain.key -aes256 -passout file:/root/passphrase -out /root/locked.key\n"
+        f"cat /root/locked.key > {key}; rm /root/passphrase /root/locked.key"
+    )
+    yield
+    installed.drop_in("")
+    machine.shell(f"cp -a /root/plain.key {key}; systemctl restart {SERVICE}")
+
+
+@pytest.mark.usefixtures("_passphrase")
 class TestCredential:
     """As inference-appliance(8) says, "Secrets"."""
-
-    @pytest.fixture(scope="class", autouse=True)
-    def _passphrase(self, machine: Machine, installed: Installed) -> Iterator[None]:
-        """Put one on the TLS key."""
-        key = f"{ETC}/tls/server.key"
-        machine.write("/root/passphrase", _PASSPHRASE, 0o600)
-        machine.shell(
-            f"cp -a {key} /root/plain.key\n"
-            f"openssl pkey -in /root/plain.key -aes256 -passout file:/root/passphrase -out /root/locked.key\n"
-            f"cat /root/locked.key > {key}; rm /root/passphrase /root/locked.key"
-        )
-        yield
-        installed.drop_in("")
-        machine.shell(f"cp -a /root/plain.key {key}; systemctl restart {SERVICE}")
 
     def test_without_it_the_key_is_of_no_use(self, machine: Machine) -> None:
         assert machine.run("systemctl", "restart", SERVICE, check=False).returncode != 0
