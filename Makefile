@@ -54,9 +54,17 @@ packages: $(VENV)/ready ## deb, rpm, SBOM and checksums into dist/, as root; ten
 packages-cuda: $(VENV)/ready ## The same of inference-appliance-cuda13, the libraries for NVIDIA GPUs: 1.5 GB.
 	$(PACKAGES) cuda --version "$(VERSION)" $(ARGS)
 
-release: $(VENV)/ready ## Packages at their smallest, made twice and compared, and looked through.
+release: $(VENV)/built ## Packages at their smallest, made twice and compared, looked through, and run in a virtual machine.
 	$(PACKAGES) release --version "$(VERSION)" $(ARGS)
 	PACKAGES=dist RELEASE=1 $(BIN)/python -m pytest tests/packaging
+	@$(MAKE) --no-print-directory limits
+
+# Emulated, so that it needs no /dev/kvm: some minutes.
+LIMITS_APT := qemu-system-x86 cpio mmdebstrap debian-archive-keyring
+.PHONY: limits
+limits: $(VENV)/built ## dist/ in a virtual machine with an old CPU: limits of memory, tasks and CPU time, as root.
+	@$(MAKE) --no-print-directory system APT="$(LIMITS_APT)"
+	PACKAGES=dist $(BIN)/python -m pytest tests/e2e/limits $(ARGS)
 
 # clang, with its runtime for fuzzers, is asked for here only: apt-get install clang-14 libclang-rt-14-dev
 FUZZ := -g -O1 -std=gnu11 -DH2_FAULTS -Iappliance/wire/native -fno-sanitize-recover=all
@@ -96,6 +104,12 @@ e2e: $(VENV)/built $(CLIENTS)/sdk-12/ready ## deb and rpm on machines with a boo
 	@mkdir -p build
 	@case "$$E2E_SYSTEMD" in skip*) ;; *) export PACKAGES=dist ;; esac; \
 	  $(BIN)/python -m pytest tests/e2e/systemd tests/packaging $(ARGS); code=$$?; echo $$code > build/e2e-exit-code; exit $$code
+
+.PHONY: e2e-cold
+e2e-cold: $(VENV)/built $(CLIENTS)/sdk-12/ready ## The same with nothing in the cache, and how long that took: the most that CI pays.
+	@rm -rf build/cold build/e2e; begun=$$(date +%s); \
+	APPLIANCE_CACHE=$(CURDIR)/build/cold $(MAKE) --no-print-directory e2e; code=$$?; rm -rf build/cold; \
+	echo "packages and e2e tests from nothing: $$(($$(date +%s) - begun)) s on $$(nproc) CPUs" | tee build/e2e-cold; exit $$code
 
 format: $(VENV)/ready ## Put the code into shape.
 	$(BIN)/ruff format .

@@ -18,7 +18,7 @@ from appliance.catalog import bundle as bundles
 from appliance.catalog import importer
 from appliance.catalog.bundle import CONFIG_FILE, REPLACED, BundleConfig, VersionFolder
 from appliance.catalog.graph import read_graph
-from appliance.catalog.state import read_held, write_held
+from appliance.catalog.state import read_held, write_held, write_published
 from appliance.core.config import Catalog
 from appliance.core.errors import BundleInvalid, ConfigError
 from appliance.core.files import alone, file_error, printable
@@ -188,6 +188,8 @@ def _hand_over(folder: Path, root: Path) -> None:
 def _publish(folder: Path, target: Path, replace: bool, settings: Catalog) -> list[str]:
     """Rename the staged bundle, or its versions, into place. Returns: the versions added to a bundle that was there."""
     if not target.exists():
+        with contextlib.suppress(OSError, ConfigError):  # without the note it is loaded settle_s later
+            write_published(settings.state_dir, target.name, bundles.signature(folder))
         os.rename(folder, target)
         return []
     versions = bundles.find_versions(folder, _file(folder, settings))

@@ -1,6 +1,7 @@
 """The repository: what lies under the root becomes what is served, and stays in step with it.
 
-A look at the root every `scan_interval_s`; a bundle is read once its files have settled. A new or changed version is
+A look at the root every `scan_interval_s`; a bundle is read once its files have settled, or at once when it was put
+there as a whole. A new or changed version is
 loaded and warmed aside, switched to in one step, and the one it replaces is drained. A bundle that cannot be read or
 loaded has its reason shown and hurts nobody; what it served before goes on.
 """
@@ -17,7 +18,7 @@ from typing import TypeAlias
 from appliance.catalog import bundle as bundles
 from appliance.catalog import changes, importer
 from appliance.catalog.bundle import BundleConfig, VersionFolder
-from appliance.catalog.state import Memory, read_held
+from appliance.catalog.state import Memory, read_held, was_published
 from appliance.catalog.view import Bundle, Running, S, Signature, State, Version, View
 from appliance.core.config import Catalog
 from appliance.core.errors import BundleInvalid, ConfigError, ModelError
@@ -149,7 +150,7 @@ class Repository(View[S]):
         for name, path in sorted(paths.items()):
             bundle = self._bundles[name]
             try:
-                signature, changed_at = await asyncio.to_thread(_look_at, path)
+                looks, changed_at = await asyncio.to_thread(_look_at, path)
             except FileNotFoundError:
                 continue  # removed meanwhile: the next look tells
             except OSError as error:
@@ -157,12 +158,16 @@ class Repository(View[S]):
                 if printable(error) != bundle.problem:
                     self._unreadable(bundle, str(error))
                 continue
-            signature = (path, *signature, held.get(name, frozenset()))
+            signature = (path, *looks, held.get(name, frozenset()))
             now = time.monotonic()
             if signature != bundle.seen:
                 bundle.seen, bundle.seen_since = signature, now
             quiet = max(now - bundle.seen_since, time.time() - changed_at)
-            bundle.settling = signature != bundle.done and quiet < self.settings.settle_s
+            bundle.settling = (
+                signature != bundle.done
+                and quiet < self.settings.settle_s
+                and not await asyncio.to_thread(was_published, self.settings.state_dir, name, looks)
+            )
             if signature != bundle.done and not bundle.settling:
                 await self._read_bundle(bundle, held.get(name, frozenset()))
                 bundle.done = signature

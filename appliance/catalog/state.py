@@ -1,9 +1,11 @@
-"""What the catalog remembers over a restart, in two small files with one writer each.
+"""What the catalog remembers over a restart, in small files with one writer each, which are replaced atomically.
 
 `catalog.json` is the daemon's: when each version was first seen, and its checksums. `wanted.json` is the operator's,
-written by `appliance models rollback`: versions that are held back. Both are replaced atomically.
+written by `appliance models rollback`: versions that are held back. `published.json` is written by `changes.add`: how a
+bundle looks that it put under the root in one step, so that nobody waits for more of it.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,3 +85,23 @@ def write_held(state_dir: Path, held: Mapping[str, frozenset[str]]) -> None:
     """Replace the versions held back. Raises: OSError."""
     content = {bundle: {"held": sorted(versions)} for bundle, versions in sorted(held.items()) if versions}
     write_atomically(state_dir / "wanted.json", json.dumps(content, indent=1))
+
+
+def write_published(state_dir: Path, bundle: str, signature: object) -> None:
+    """Note how a bundle looks that is about to appear as a whole (`bundle.signature`). Raises: OSError, ConfigError."""
+    path = state_dir / "published.json"
+    content = {**_read(path), bundle: {"signature": _digest(signature)}}
+    write_atomically(path, json.dumps(content, indent=1, sort_keys=True))
+
+
+def was_published(state_dir: Path, bundle: str, signature: object) -> bool:
+    """Whether a bundle that looks so was put there as a whole, and has not been touched since."""
+    try:
+        entry = _read(state_dir / "published.json").get(bundle, {})
+    except ConfigError:
+        return False  # then it is waited for, as for any other
+    return bool(entry.get("signature") == _digest(signature))
+
+
+def _digest(signature: object) -> str:
+    return hashlib.sha256(repr(signature).encode()).hexdigest()

@@ -1,23 +1,27 @@
 """Who may connect: the networks that systemd lets through to the service and to its socket unit.
 
 The unit denies every address but this machine's own. A drop-in for both units names more; it is one rule for both
-directions, so that what the service itself asks (a resolver, hosts of URL inputs) stands in it too.
+directions, so that whom the service itself asks (a resolver, the orchestrator, hosts of URL inputs) stands in it too.
 """
 
 import hashlib
 import ipaddress
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from appliance.cli import units
+from appliance.core.config import MAIN_FILE, Orchestrator
 from appliance.core.errors import ConfigError
 from appliance.core.files import file_error, write_atomically
 from appliance.daemon.sockets import RULE_VARIABLE
+from appliance.orchestrator import reach
 
 UNIT_FOLDER = Path("/etc/systemd/system")
 DROP_IN = "20-clients.conf"
 ANY = "any"
 NONE = "none"
-_SECTIONS = {"inference-appliance.service": "Service", "inference-appliance.socket": "Socket"}
+_SECTIONS = {units.SERVICE: "Service", units.SOCKET: "Socket"}
 _RESOLVERS = Path("/etc/resolv.conf")
 
 
@@ -62,34 +66,72 @@ def resolvers(file: Path = _RESOLVERS) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def text(unit: str, allowed: Sequence[str], name_servers: Sequence[str]) -> str:
+def text(unit: str, allowed: Sequence[str], outgoing: Mapping[str, Sequence[str]]) -> str:
     """The drop-in of one unit.
 
     The service is told which rule it is (daemon/sockets), so that a restart leaves sockets of another rule behind.
+
+    Args: outgoing: addresses that the service itself connects to, by what they are.
     """
     lines = [
         "# Written by `appliance setup --clients`; run it again to change it. It counts in both directions.",
         f"[{_SECTIONS[unit]}]",
         *(f"IPAddressAllow={network}" for network in allowed),
     ]
-    if name_servers and ANY not in allowed and unit.endswith(".service"):
-        lines += ["# name servers of this machine", *(f"IPAddressAllow={address}" for address in name_servers)]
-    if unit.endswith(".service"):
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    if unit.endswith(".socket"):
+        return "\n".join(lines) + "\n"
+    if ANY not in allowed:
+        for what, addresses in outgoing.items():
+            if addresses:
+                lines += [f"# {what}", *(f"IPAddressAllow={address}" for address in addresses)]
+    if allowed:
+        digest = hashlib.sha256("\n".join(allowed).encode()).hexdigest()[:12]
         lines += ["# so that a restart gives up listening sockets that were opened under another rule"]
         lines += [f"Environment={RULE_VARIABLE}={digest}"]
     return "\n".join(lines) + "\n"
 
 
-def write(allowed: Sequence[str], folder: Path = UNIT_FOLDER) -> list[Path]:
-    """Write the drop-ins of both units, each as a whole; remove them when nobody is allowed. Returns: what changed.
+def standing(folder: Path = UNIT_FOLDER) -> tuple[str, ...]:
+    """The networks that clients are let in from now. Raises: ConfigError: the drop-in cannot be read."""
+    path = folder / f"{units.SERVICE}.d" / DROP_IN
+    try:
+        _, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise file_error(error, f"{path} cannot be read: {error.strerror}; run the command with sudo.") from error
+    named = itertools.takewhile(lambda line: not line.startswith("#"), lines)
+    return tuple(line.removeprefix("IPAddressAllow=") for line in named if line.startswith("IPAddressAllow="))
 
-    Raises: ConfigError: they cannot be written.
+
+def govern(config_file: Path | None, folder: Path = UNIT_FOLDER) -> bool:
+    """Whether the units are those of this configuration: the machine's own, under systemd; or in a folder by choice."""
+    return folder != UNIT_FOLDER or (config_file in (None, MAIN_FILE) and units.systemd_runs())
+
+
+def write(allowed: Sequence[str] | None, orchestrator: Orchestrator, folder: Path = UNIT_FOLDER) -> list[str]:
+    """Write the drop-ins of both units, each as a whole, and have systemd read them; remove those that let nobody in.
+
+    Args:    allowed: networks of clients; None: those that are let in now.
+             orchestrator: whom the service connects to by itself.
+    Returns: sentences on what was done, none when everything is so already.
+    Raises:  ConfigError: they cannot be written.
     """
-    changed = []
+    said = []
+    try:
+        central = reach.all_addresses(orchestrator)
+    except OSError as error:
+        said = [f"note: the orchestrator is not let through, as it cannot be looked up: {error.strerror}"]
+        if allowed is None:
+            return said
+        central = ()
+    allowed = standing(folder) if allowed is None else allowed
+    outgoing = {"name servers of this machine": resolvers(), "the orchestrator, or the proxy on the way": central}
+    changed = False
     for unit in _SECTIONS:
         path = folder / f"{unit}.d" / DROP_IN
-        content = text(unit, allowed, resolvers()) if allowed else None
+        wanted = allowed or (central and unit == units.SERVICE)
+        content = text(unit, allowed, outgoing) if wanted else None
         try:
             if content == (path.read_text(encoding="utf-8") if path.is_file() else None):
                 continue
@@ -101,5 +143,8 @@ def write(allowed: Sequence[str], folder: Path = UNIT_FOLDER) -> list[Path]:
         except OSError as error:
             sentence = f"{path} cannot be written: {error.strerror}; run the command with sudo, or leave --clients out."
             raise file_error(error, sentence) from error
-        changed.append(path)
-    return changed
+        changed = True
+        said.append(f"{'wrote' if content else 'removed'} {path}")
+    if changed and folder == UNIT_FOLDER and not units.read_anew():
+        said.append("note: systemd could not be told; run: systemctl daemon-reload")
+    return said

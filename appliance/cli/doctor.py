@@ -4,6 +4,7 @@ What `appliance check` looks at is looked at by the same code; bundles are left 
 a running daemon needs.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import dataclasses
@@ -11,6 +12,7 @@ import json
 import platform
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -25,13 +27,15 @@ from appliance.cli import admin, clients, exits, rights, units
 from appliance.cli.check import look_at_certificates, look_at_configuration, look_at_device, look_at_keys
 from appliance.cli.report import Report
 from appliance.core import config as configuration
-from appliance.core.config import MAIN_FILE, Config, is_loopback, parse_address
+from appliance.core.config import MAIN_FILE, Config, Orchestrator, is_loopback, parse_address
 from appliance.core.errors import ApplianceError, CertificateError, ConfigError
 from appliance.core.files import one_line
 from appliance.core.machine import space
 from appliance.core.systemd import Notifier
 from appliance.daemon.sockets import open_listening
 from appliance.engine import libraries
+from appliance.orchestrator import reach
+from appliance.orchestrator.central import Central, CentralError, Secrets
 from appliance.pki import chain, inspect
 from appliance.pki.importing import SOON_DAYS
 from appliance.pki.reading import read_certificates
@@ -40,13 +44,15 @@ _SCARCE_BYTES, _FULL_BYTES = 2**30, 64 * 2**20
 """Free bytes of a file system below which a new model may not fit, and below which nothing does."""
 
 _HANDSHAKE_S = 5.0
+_CLOCKS_S = 30.0
+"""How far two clocks may be apart before it is worth a line: certificates, logs and reports are compared."""
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Look at everything around the daemon: driver, ports, certificates, clock, disk, permissions, unit, network.
+    """Look at everything around the daemon: driver, ports, certificates, clock, disk, rights, unit, orchestrator.
 
     Each line says ok, warn or fail; those that are not ok say what to do. Exits with 1 when any says fail. Run it with
     sudo: the service's files are not for everybody to read.
@@ -81,6 +87,7 @@ def examine(config_file: Path | None, report: Report) -> None:
         lambda: _disk(config, report),
         lambda: _permissions(config, config_file or MAIN_FILE, standard, report),
         lambda: _names(config, report),
+        lambda: _orchestrator(config.orchestrator, report),
         lambda: _unit(config, running, report) if standard else None,
     )
     for look in looks:
@@ -269,16 +276,93 @@ def _permissions(config: Config, main: Path, standard: bool, report: Report) -> 
 def _names(config: Config, report: Report) -> None:
     host = urlsplit(config.server.base_url).hostname or ""
     try:
-        found = _addresses(host)
+        found = reach.addresses(config.server.base_url)
     except OSError as error:
         report.warn("base url", f"{host} cannot be looked up here ({error.strerror}); clients need it in their DNS")
     else:
         report.ok("base url", f"{config.server.base_url}, which is {', '.join(found)}")
 
 
-def _addresses(host: str) -> list[str]:
-    """Raises: OSError: it cannot be looked up here."""
-    return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+# ---- the orchestrator ------------------------------------------------------------------------------------------------
+
+
+def _orchestrator(settings: Orchestrator, report: Report) -> None:
+    """The way there, step by step: after the first that fails there is no next one."""
+    for url in reach.called(settings):
+        host = urlsplit(url).hostname
+        try:
+            report.ok("orchestrator", f"{host} is {', '.join(reach.addresses(url))}")
+        except OSError as error:
+            report.fail(
+                "orchestrator",
+                f"{host} cannot be looked up here ({error.strerror}); mend the name servers, or name another: "
+                "appliance orchestrator enroll",
+            )
+            return
+    tls = _way_to(settings, report) if settings.api_base is not None else None
+    if tls is not None:
+        report.ok("orchestrator", f"{settings.api_base} can be reached, with {tls}")
+        try:
+            _accepted(settings, report)
+        except ConfigError as error:
+            refused = isinstance(error, CentralError) and error.code
+            remedy = "; give it another PAT: appliance orchestrator enroll" if refused else ""
+            report.fail("orchestrator", one_line(error) + remedy)
+
+
+def _way_to(settings: Orchestrator, report: Report) -> str | None:
+    """The version of TLS that is spoken; None and a line when there is no way."""
+    way = f"through {settings.proxy}" if settings.proxy else "from here"
+    try:
+        raw = reach.connect(settings)
+    except OSError as error:
+        report.fail(
+            "orchestrator",
+            f"{settings.api_base} cannot be connected to {way} ({error}); open that in firewall or proxy, or name "
+            "another proxy: appliance orchestrator enroll --proxy URL",
+        )
+        return None
+    try:
+        with raw, reach.handshake(settings, raw) as tls:
+            return str(tls.version())
+    except ssl.SSLCertVerificationError as error:
+        trusted = settings.root_ca or "the public authorities"
+        report.fail(
+            "orchestrator",
+            f"{settings.api_base} shows a certificate that {trusted} cannot vouch for ({error.verify_message}); mend "
+            "the clock, or name its authorities: appliance orchestrator enroll --root-ca FILE",
+        )
+    except OSError as error:
+        report.fail("orchestrator", f"there is no TLS with {settings.api_base} {way}: {error}; see orchestrator.*")
+    return None
+
+
+def _accepted(settings: Orchestrator, report: Report) -> None:
+    """Whether the PAT is taken, and what the time is there. Raises: ConfigError."""
+    secrets = Secrets.read(settings)
+
+    async def ask() -> tuple[str, float | None]:
+        async with Central(settings, secrets) as central:
+            return await central.whose(), central.clock
+
+    owner, clock = asyncio.run(ask())
+    if owner != settings.user_id:
+        report.fail(
+            "orchestrator",
+            f"its PAT acts for {owner!r}, and orchestrator.user_id is {settings.user_id!r}; make them one: "
+            "appliance orchestrator enroll",
+        )
+    else:
+        report.ok("orchestrator", f"takes the PAT, which acts for {owner}")
+    if clock is not None:
+        ahead_s = clock - time.time()
+        far = abs(ahead_s) > _CLOCKS_S
+        report.line(
+            "warn" if far else "ok",
+            "orchestrator",
+            f"its clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this one"
+            + ("; run chrony or systemd-timesyncd here" if far else ""),
+        )
 
 
 # ---- systemd ---------------------------------------------------------------------------------------------------------
@@ -336,9 +420,11 @@ def _network(config: Config, service: dict[str, str], report: Report) -> None:
     socket_unit = units.show(units.SOCKET)
     if socket_unit.get("ActiveState") == "active":
         names["socket"] = socket_unit
+    outgoing = [*clients.resolvers(), *_outgoing(config.orchestrator)]
+    no_clients = () if clients.standing() else outgoing
     for what, found in names.items():
         rule = f"IPAddressDeny= of the {what}"
-        if units.only_this_machine(found):
+        if units.only_this_machine(found, no_clients):
             remote = not is_loopback(config.server.listen)
             report.line(
                 "warn" if remote else "ok",
@@ -353,11 +439,20 @@ def _network(config: Config, service: dict[str, str], report: Report) -> None:
                 "clients", f"the {what} lets in {found.get('IPAddressAllow')}; all others see a time-out ({rule})"
             )
     with contextlib.suppress(OSError):  # said elsewhere
-        for address in _addresses(urlsplit(config.server.base_url).hostname or ""):
+        for address in reach.addresses(config.server.base_url):
             if not units.lets_in(service, address):
                 report.warn(
                     "clients",
                     f"{address} of server.base_url is not let in: programs on this machine that call it see a time-out",
+                )
+    if reach.called(config.orchestrator):
+        for address in outgoing:
+            if not units.lets_in(service, address):
+                report.fail(
+                    "clients",
+                    f"{address}, a name server or on the way to the orchestrator, is not let through either "
+                    "(IPAddressDeny= of the service); run: appliance setup --yes --no-samples; systemctl restart "
+                    f"{units.SERVICE}",
                 )
     if config.urls.hosts and not units.lets_all_in(service):
         report.warn(
@@ -367,3 +462,11 @@ def _network(config: Config, service: dict[str, str], report: Report) -> None:
     dropped = clients.UNIT_FOLDER / f"{units.SERVICE}.d" / clients.DROP_IN
     if dropped.exists() and str(dropped) not in service.get("DropInPaths", ""):
         report.warn("clients", f"{dropped} is not in force yet; run: systemctl daemon-reload")
+
+
+def _outgoing(settings: Orchestrator) -> tuple[str, ...]:
+    """Addresses on the way to the orchestrator; that they cannot be looked up is said elsewhere."""
+    try:
+        return reach.all_addresses(settings)
+    except OSError:
+        return ()

@@ -6,13 +6,15 @@ import getpass
 import json
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 from pydantic import ValidationError
 
-from appliance.cli import admin
+from appliance.cli import admin, clients
+from appliance.cli.clients import UNIT_FOLDER
 from appliance.core import config as configuration
 from appliance.core.config import MAIN_FILE, Config, Orchestrator
 from appliance.core.errors import ConfigError
@@ -51,41 +53,14 @@ def enroll(config_file: Path | None, /, pat_file: Path | None, **given: Any) -> 
     stays as it is configured, so that a new PAT needs no options. With the agent everything is registered once the
     service knows of it; without, `plan` shows what would be, and `sync` does it.
     """
-    before = configuration.load(config_file).config.orchestrator
-    said = {
-        name: value.absolute() if isinstance(value, Path) else value
-        for name, value in given.items()
-        if value is not None
-    }
-    settings = _settings({**before.model_dump(), **said})
-    if settings.api_base is None:
-        raise ConfigError("Name the central API and the user there: --api-base and --user-id.")
-    pat = read_pat(pat_file) if pat_file else check_pat(_stdin(), "stdin")
-    owner = asyncio.run(_whose(settings, pat))
-    if owner != settings.user_id:
-        raise ConfigError(
-            f"That PAT acts for the user {owner!r}, and --user-id is {settings.user_id!r}: name that user, or take a "
-            "PAT of the other one."
-        )
-    folder = (config_file or MAIN_FILE).parent / "conf.d"
-    kept = {**_dropped_in(folder / DROP_IN), **said}
-    lines = [f"{name} = {configuration.toml(value)}\n" for name, value in kept.items()]
-    section = "".join(["# Written by `appliance orchestrator enroll`.\n[orchestrator]\n", *lines])
-    try:
-        if not _is_credential(settings.pat_file):
-            make_folder(settings.pat_file.parent)
-            write_atomically(settings.pat_file, f"{pat}\n")
-        make_folder(folder)
-        write_atomically(folder / DROP_IN, section)
-    except OSError as error:
-        file = error.filename or folder
-        raise file_error(error, f"{file} cannot be written ({error.strerror}); run this as root.") from error
-    wrote = f"{folder / DROP_IN}" + ("" if _is_credential(settings.pat_file) else f" and {settings.pat_file}")
-    click.echo(f"enrolled with {settings.api_base} as {owner}; wrote {wrote}")
+    settings = settings_of(configuration.load(config_file).config.orchestrator, given)  # before anybody asks for a PAT
+    written, *rule = enrol(config_file, given, given_pat(pat_file))
+    for line in (written, *rule):
+        click.echo(line)
     click.echo(
         "Next: restart the service; the agent does the rest."
         if settings.agent
-        else "Next: `appliance reload`, then `appliance orchestrator plan` and `sync`.",
+        else f"Next: `{_take_over(rule)}`, then `appliance orchestrator plan` and `sync`.",
         err=True,
     )
 
@@ -162,7 +137,69 @@ def leave(config_file: Path | None) -> None:
     drop_in = (config_file or MAIN_FILE).parent / "conf.d" / DROP_IN
     _forget(drop_in)
     click.echo(f"left {settings.api_base}; deleted {settings.pat_file} and {drop_in}")
-    click.echo("Next: `appliance reload`.", err=True)
+    now = configuration.load(config_file).config.orchestrator
+    rule = clients.write(None, now) if clients.govern(config_file) else []
+    for line in rule:
+        click.echo(line)
+    click.echo(f"Next: `{_take_over(rule)}`.", err=True)
+
+
+# ---- enrolment, for `appliance setup` too ----------------------------------------------------------------------------
+
+
+def settings_of(before: Orchestrator, given: Mapping[str, Any], flag: str = "--") -> Orchestrator:
+    """The section as it will be. Raises: ConfigError: it cannot be, or names no orchestrator.
+
+    Args: given: what is to be otherwise than before; None is nothing. flag: how the options for it begin.
+    """
+    try:
+        settings = Orchestrator.model_validate({**before.model_dump(), **_said(given)})
+    except ValidationError as error:
+        lines = []
+        for entry in error.errors():
+            option = "".join(f"{flag}{part}: " for part in entry["loc"]).replace("_", "-")
+            lines.append(option + configuration.said(entry))
+        raise ConfigError("; ".join(lines)) from error
+    if settings.api_base is None:
+        raise ConfigError(f"Name the central API and the user there: {flag}api-base and {flag}user-id.")
+    return settings
+
+
+def given_pat(file: Path | None) -> str:
+    """The PAT of a file, else of stdin. Raises: ConfigError: there is none."""
+    return read_pat(file) if file else check_pat(_stdin(), "stdin")
+
+
+def enrol(config_file: Path | None, given: Mapping[str, Any], pat: str, unit_folder: Path = UNIT_FOLDER) -> list[str]:
+    """Check the PAT with the orchestrator; then write it, the section, and who the unit lets through.
+
+    Args:    given: as for `settings_of`.
+    Returns: sentences on what was done.
+    Raises:  ConfigError: the orchestrator cannot be asked, or does not take the PAT: nothing was written.
+    """
+    settings = settings_of(configuration.load(config_file).config.orchestrator, given)
+    owner = asyncio.run(_whose(settings, pat))
+    if owner != settings.user_id:
+        raise ConfigError(
+            f"That PAT acts for the user {owner!r}, and named was {settings.user_id!r}: name the first, or take a PAT "
+            "of the second."
+        )
+    folder = (config_file or MAIN_FILE).parent / "conf.d"
+    kept = {**_dropped_in(folder / DROP_IN), **_said(given)}
+    lines = [f"{name} = {configuration.toml(value)}\n" for name, value in kept.items()]
+    section = "".join(["# Written by `appliance orchestrator enroll`.\n[orchestrator]\n", *lines])
+    try:
+        if not _is_credential(settings.pat_file):
+            make_folder(settings.pat_file.parent)
+            write_atomically(settings.pat_file, f"{pat}\n")
+        make_folder(folder)
+        write_atomically(folder / DROP_IN, section)
+    except OSError as error:
+        file = error.filename or folder
+        raise file_error(error, f"{file} cannot be written ({error.strerror}); run this as root.") from error
+    wrote = f"{folder / DROP_IN}" + ("" if _is_credential(settings.pat_file) else f" and {settings.pat_file}")
+    said = [f"enrolled with {settings.api_base} as {owner}; wrote {wrote}"]
+    return said + (clients.write(None, settings, unit_folder) if clients.govern(config_file, unit_folder) else [])
 
 
 def _is_credential(file: Path) -> bool:
@@ -183,16 +220,18 @@ def _forget(file: Path) -> None:
 # ---- what the verbs share --------------------------------------------------------------------------------------------
 
 
-def _settings(given: dict[str, Any]) -> Orchestrator:
-    """The section of these values. Raises: ConfigError: one of them cannot be."""
-    try:
-        return Orchestrator.model_validate(given)
-    except ValidationError as error:
-        lines = []
-        for entry in error.errors():
-            option = "".join(f"--{part}: " for part in entry["loc"]).replace("_", "-")
-            lines.append(option + configuration.said(entry))
-        raise ConfigError("; ".join(lines)) from error
+def _take_over(rule: list[str]) -> str:
+    """The command after a change: a rule for packets counts from the start of the unit on."""
+    return "systemctl restart inference-appliance" if rule else "appliance reload"
+
+
+def _said(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said: files as whole paths, for whoever reads the configuration stands elsewhere."""
+    return {
+        name: value.absolute() if isinstance(value, Path) else value
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 def _dropped_in(file: Path) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def own_folders(place: Place, loaded: LoadedConfig) -> Tables:
         "auth": {"keys_file": home / "keys.json"},
         "catalog": {"root": home / "models", "state_dir": home / "state"},
         "admin": {"socket": home / "admin.sock"},
+        "orchestrator": {"pat_file": home / "orchestrator.pat"},
     }
     return {
         section: found

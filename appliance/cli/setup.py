@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import click
 
-from appliance.cli import clients, provision
+from appliance.cli import clients, orchestrator, provision
 from appliance.cli.provision import Place, Tables, Way
 from appliance.core import config as configuration
-from appliance.core.config import Config, LoadedConfig, parse_address
+from appliance.core.config import Config, LoadedConfig, Orchestrator, parse_address
 from appliance.core.files import file_error, make_folder
 from appliance.pki.files import exists
 from appliance.pki.importing import Sources
@@ -59,6 +59,13 @@ _SERVICE = "inference-appliance"
 @click.option("--principal", default="default", show_default=True, help="Whose the first key (PAT) is.")
 @click.option("--pat-file", type=_FILE, help="Write the first key to this new file, 0600, instead of showing it once.")
 @click.option("--no-pat", is_flag=True, help="Make no key.")
+@click.option(
+    "--orchestrator-api-base", metavar="URL", help="Enrol with this central orchestrator: https://HOST[:PORT]."
+)
+@click.option("--orchestrator-user-id", help="The user there who shall own what is registered.")
+@click.option("--orchestrator-pat-file", type=_FILE, help="Read that user's PAT from this file; else from stdin.")
+@click.option("--orchestrator-root-ca", type=_FILE, help="PEM file of a private orchestrator's authorities.")
+@click.option("--orchestrator-proxy", help='HTTP proxy on the way there: "http://host:port".')
 @click.option("--force", is_flag=True, help="Replace certificates that are there.")
 @click.option("-y", "--yes", is_flag=True, help="Ask nothing: what no flag says has its default.")
 @click.option(
@@ -73,14 +80,14 @@ _SERVICE = "inference-appliance"
 )
 @click.pass_obj
 def setup(config_file: Path | None, /, **given: Any) -> None:
-    """Provision this appliance: certificates, base URL, first key, device, bundles, who may connect.
+    """Provision this appliance: certificates, base URL, first key, device, bundles, who may connect, orchestrator.
 
     Asks for what no flag says when it runs in a terminal. It can be run again at any time: what is there is kept, what
     is given is changed. Secrets are read from files and shown once; none is ever an argument.
 
     Everything goes into conf.d/10-setup.toml beside the configuration, the folders of certificates and keys, and, with
-    --clients, drop-ins of the units. With --config FILE elsewhere, all files of that appliance lie beside FILE, and no
-    privileges are needed.
+    --clients or an orchestrator, drop-ins of the units. With --config FILE elsewhere, all files of that appliance lie
+    beside FILE, and no privileges are needed.
     """
     place = provision.place_of(config_file)
     loaded = provision.load(place)
@@ -94,6 +101,7 @@ def setup(config_file: Path | None, /, **given: Any) -> None:
     if device := answers.device(loaded.config):
         wanted.setdefault("engine", {})["device"] = device
     samples = answers.samples(given["samples_from"])
+    enrolment = answers.enrolment(loaded.config.orchestrator)
 
     # From here on things are written, those first that are refused most easily.
     loaded, changed = provision.configure(place, wanted)
@@ -102,12 +110,14 @@ def setup(config_file: Path | None, /, **given: Any) -> None:
     _say([f"note: {sentence}" for sentence in provision.overridden(loaded, wanted, place)])
     _make_folders(config)
     _say(_certificates(way, config, given, sources))
-    _let_in(allowed, given["unit_folder"])
+    _let_in(allowed, config, place, given["unit_folder"])
     if samples:
         _say(provision.add_shipped(config, given["samples_from"]))
     if not given["no_pat"]:
         _first_key(config, given["principal"], given["pat_file"])
-    _say_next(place, config, way, given["unit_folder"])
+    if enrolment is not None:
+        _say(orchestrator.enrol(place.named, *enrolment, given["unit_folder"]))
+    _say_next(place, config, way, given["unit_folder"], by_hand=enrolment is not None and not config.orchestrator.agent)
 
 
 class _Answers:
@@ -175,6 +185,22 @@ class _Answers:
             values = (click.prompt(question, default="", show_default=False),)
         return clients.networks(values) if any(values) else None
 
+    def enrolment(self, before: Orchestrator) -> tuple[dict[str, Any], str] | None:
+        """What is said of an orchestrator, and the PAT; None: it is as it is."""
+        given = {name: self._given[f"orchestrator_{name}"] for name in ("api_base", "user_id", "root_ca", "proxy")}
+        pat_file = self._given["orchestrator_pat_file"]
+        if pat_file is None and not any(given.values()):
+            if not self._ask or before.api_base is not None:
+                return None
+            question = "Central orchestrator to enrol with, https://HOST (empty: none)"
+            given["api_base"] = click.prompt(question, default="", show_default=False) or None
+            if given["api_base"] is None:
+                return None
+            given["user_id"] = click.prompt("User there")
+            given["root_ca"] = _optional_file("A private orchestrator's authorities")
+        orchestrator.settings_of(before, given, "--orchestrator-")  # before anybody is asked for a PAT
+        return given, orchestrator.given_pat(pat_file)
+
 
 def _optional_file(what: str) -> Path | None:
     text = click.prompt(f"{what} file (empty: none)", default="", show_default=False)
@@ -203,17 +229,12 @@ def _certificates(way: Way, config: Config, given: dict[str, Any], sources: Sour
     return provision.import_certificates(layout, sources, force=given["force"])
 
 
-def _let_in(allowed: tuple[str, ...] | None, folder: Path) -> None:
-    """Write who may connect, and have systemd read it; None: as it is."""
-    if allowed is None:
+def _let_in(allowed: tuple[str, ...] | None, config: Config, place: Place, folder: Path) -> None:
+    """Write who may connect; None: as it is, with the addresses that name servers and orchestrator have now."""
+    if allowed is None and not clients.govern(place.named, folder):
         return
-    changed = clients.write(allowed, folder)
-    verb = "wrote" if allowed else "removed"
-    _say([f"{verb} {path}" for path in changed] or [f"kept {clients.DROP_IN} of service and socket"])
-    if changed and folder == clients.UNIT_FOLDER and Path("/run/systemd/system").is_dir():
-        systemctl = shutil.which("systemctl")
-        if systemctl is None or subprocess.run([systemctl, "daemon-reload"], check=False).returncode:  # noqa: S603
-            click.echo("note: systemd could not be told; run: systemctl daemon-reload", err=True)
+    said = clients.write(allowed, config.orchestrator, folder)
+    _say(said or ([f"kept {clients.DROP_IN} of service and socket"] if allowed is not None else []))
 
 
 def _first_key(config: Config, principal: str, file: Path | None) -> None:
@@ -227,7 +248,7 @@ def _first_key(config: Config, principal: str, file: Path | None) -> None:
         click.echo("That is the first key (PAT), and it is not shown again. SDKs take it as CLARIFAI_PAT.", err=True)
 
 
-def _say_next(place: Place, config: Config, way: Way, unit_folder: Path) -> None:
+def _say_next(place: Place, config: Config, way: Way, unit_folder: Path, *, by_hand: bool) -> None:
     flag = f" --config {place.main}" if place.named else ""
     lines = []
     if way == "csr":
@@ -239,12 +260,14 @@ def _say_next(place: Place, config: Config, way: Way, unit_folder: Path) -> None
         lines.append(f"systemctl restart {_SERVICE}")
     else:
         lines.append(f"systemctl enable --now {_SERVICE}")
+    if by_hand:  # what the agent does by itself
+        lines += [f"appliance{flag} orchestrator plan", f"appliance{flag} orchestrator sync"]
     lines.append(f"appliance{flag} doctor")
     click.echo("\nNext:")
     _say([f"  {line}" for line in lines])
     address = urlsplit(config.server.base_url)
     click.echo(f"\nClients call {config.server.base_url} and trust {config.tls.client_ca}.")
-    if not place.named and not (unit_folder / f"{_SERVICE}.service.d" / clients.DROP_IN).exists():
+    if not place.named and not clients.standing(unit_folder):
         click.echo("Only programs on this machine may connect, until: appliance setup --clients 10.0.0.0/8 (or any)")
     if (address.port or 443) == 443 and not place.named:
         click.echo(f"Port 443 needs the socket unit: systemctl enable {_SERVICE}.socket (see inference-appliance(8))")

@@ -3,7 +3,7 @@
 import ipaddress
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 SERVICE = "inference-appliance.service"
@@ -40,14 +40,25 @@ def show(unit: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
 
 
-def only_this_machine(properties: Mapping[str, str]) -> bool:
+def read_anew() -> bool:
+    """Have systemd read changed files of units. Returns: whether it has, or does not run and need not."""
+    if not systemd_runs():
+        return True
+    command = ["systemctl", "daemon-reload"]
+    return subprocess.run(command, timeout=60, check=False).returncode == 0  # noqa: S603
+
+
+def only_this_machine(properties: Mapping[str, str], outgoing: Collection[str] = ()) -> bool:
     """Whether every other address is denied by IPAddressDeny= and IPAddressAllow= of a unit.
 
-    Args: properties: as `show` gives them: networks with spaces between them.
+    Args:
+        properties: as `show` gives them: networks with spaces between them.
+        outgoing: addresses that are let through for the service's own calls, and are no clients.
     """
     if not _networks(properties.get("IPAddressDeny", "")):
         return False
-    return all(network.is_loopback for network in _networks(properties.get("IPAddressAllow", "")))
+    own = {ipaddress.ip_network(address) for address in outgoing}
+    return all(network.is_loopback or network in own for network in _networks(properties.get("IPAddressAllow", "")))
 
 
 def lets_all_in(properties: Mapping[str, str]) -> bool:

@@ -413,7 +413,11 @@ class Catalog(Section):
     )
     scan_interval_s: float = Field(1.0, gt=0, le=3600, description="Seconds between two looks at the root.")
     settle_s: float = Field(
-        2.0, ge=0, le=3600, description="Seconds a bundle's files must stay unchanged before they are loaded."
+        2.0,
+        ge=0,
+        le=3600,
+        description="Seconds a bundle's files must stay unchanged before they are loaded, unless `appliance models "
+        "add` or `appliance setup` put it there as a whole.",
     )
     start_wait_s: float = Field(
         60.0, ge=0, le=3600, description="Seconds that start waits for bundles to load before it says ready."

@@ -5,8 +5,9 @@ The PAT is read from its file, sent as metadata, and shown nowhere: not in a log
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -111,7 +112,11 @@ class Secrets:
 
 
 class Central:
-    """A channel to the orchestrator. Used from one event loop."""
+    """A channel to the orchestrator. Used from one event loop.
+
+    Attributes:
+        clock: Unix time that the last reply bore as its `date` (RFC 9110, 6.6.1), to the second; None: it bore none.
+    """
 
     def __init__(self, settings: Orchestrator, secrets: Secrets) -> None:
         """Args: settings: with an api_base."""
@@ -119,6 +124,7 @@ class Central:
         self.base = settings.api_base
         self.secrets = secrets
         self.pat = pat = secrets.pat
+        self.clock: float | None = None
         credentials = grpc.ssl_channel_credentials(secrets.root_ca, secrets.key, secrets.certificate)
         options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000))]
         # What the environment says about proxies is for other programs: the configuration alone decides.
@@ -148,8 +154,10 @@ class Central:
         attempts = _ATTEMPTS if rpc in _REPEATABLE or not rpc.startswith("Post") else 1
         request = message_factory.GetMessageClass(_SERVICE.methods_by_name[rpc].input_type)(**fields)
         for attempt in range(1, _ATTEMPTS + 1):
+            sent = self._callable(rpc)(request, metadata=self._metadata, timeout=CALL_S)
             try:
-                reply = await self._callable(rpc)(request, metadata=self._metadata, timeout=CALL_S)
+                reply = await sent
+                self.clock = _date(await sent.initial_metadata())
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt >= attempts:
                     unknown = error.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -215,6 +223,14 @@ class Central:
                 response_deserializer=reply.FromString,
             )
         return self._calls[rpc]
+
+
+def _date(metadata: Iterable[tuple[str, str | bytes]]) -> float | None:
+    text = next((str(value) for name, value in metadata if name == "date"), "")
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except ValueError:
+        return None
 
 
 def _content(path: Path | None, key: str) -> bytes | None:

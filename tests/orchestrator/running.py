@@ -24,6 +24,7 @@ class RunningCentre:
 
     Attributes:
         port: where it listens; the same after a restart.
+        prefix: a command that runs it elsewhere, in another network.
         settings: more of `orchestrator.centre.__main__.Settings`.
     """
 
@@ -31,6 +32,7 @@ class RunningCentre:
     pki: Pki
     settings: dict[str, Any] = field(default_factory=dict)
     port: int = 0
+    prefix: tuple[str, ...] = ()
     process: "subprocess.Popen[str] | None" = None
 
     @property
@@ -66,7 +68,7 @@ class RunningCentre:
         file.write_text(json.dumps(settings | self.settings), encoding="utf-8")
         with (self.home / "centre.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator.centre", str(file)],
+                [*self.prefix, sys.executable, "-m", "orchestrator.centre", str(file)],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -38,7 +38,7 @@ ONLY_IN = {
     "requests": (),
     "urllib.request": (),
     "urllib3": (),
-    "http.client": (),
+    "http.client": ("orchestrator/reach.py",),
     "pickle": (),
 }
 """Library → the only places that may import it."""

@@ -28,8 +28,7 @@ def test_it_installs_and_serves(machine: Machine, installed: Installed, packages
     row = describe(machine, packages, Deb(machine, reads_zstd=not machine.name.endswith("11")), measured)
     assert machine.state() == "running"
     installed.set_up()
-    installed.start()
-    row.ready_s = installed.start_again()
+    row.ready_s = installed.start()
     assert installed.predict() == "two"
 
 

@@ -186,3 +186,21 @@ class TestPorts:
         machine.run("systemctl", "start", SERVICE, check=False)
         machine.run("systemctl", "stop", "other.socket")
         machine.wait(lambda: installed.active() == "active", "the service starts by itself")
+
+
+class TestNothingToServe:
+    def test_an_empty_catalog_is_no_reason_for_the_watchdog(self, machine: Machine, installed: Installed) -> None:
+        """Three periods of a watchdog that is more impatient than ours."""
+        machine.shell(f"mv {STATE}/models {STATE}/kept; install -d -o inference-appliance -m 750 {STATE}/models")
+        installed.drop_in("[Service]\nWatchdogSec=2\n")
+        try:
+            installed.start()
+            fed = int(machine.show(SERVICE, "WatchdogTimestampMonotonic"))
+            machine.wait(
+                lambda: int(machine.show(SERVICE, "WatchdogTimestampMonotonic")) > fed + 6_000_000,
+                "it goes on being fed",
+            )
+            assert (installed.active(), installed.restarts(), installed.ready()) == ("active", 0, [])
+        finally:
+            installed.drop_in("")
+            machine.shell(f"systemctl stop {SERVICE}; rmdir {STATE}/models; mv {STATE}/kept {STATE}/models")

@@ -64,7 +64,7 @@ def test_it_is_installed_and_set_up(
     assert machine.state() == "running"
     installed.set_up()
     machine.run("systemctl", "enable", "--now", SERVICE)
-    row.ready_s = installed.start_again()
+    row.ready_s = installed.seconds_to_ready()
     assert installed.predict() == "two"
 
 

@@ -34,6 +34,7 @@ class Settings:
         patience_s, queue_s: see `Work`.
         keepalive_s: how often it pings its clients, which is how it notices those that are gone; 0: never.
         pings_apart_s: clients that ping more often are sent away (gRPC's own default is 300 s).
+        clock_ahead_s: how much later it is there than here.
     """
 
     listen: str
@@ -47,6 +48,7 @@ class Settings:
     queue_s: float = 30.0
     keepalive_s: float = 0.0
     pings_apart_s: float = 10.0
+    clock_ahead_s: float = 0.0
 
 
 class Control:
@@ -112,6 +114,7 @@ async def run(settings: Settings) -> None:
     """Serve until SIGTERM."""
     store, recorder = Store(Path(settings.state)), Recorder(Path(settings.record))
     centre = Centre(store, recorder, settings.patience_s, settings.queue_s)
+    centre.clock_ahead_s = settings.clock_ahead_s
     options = [
         ("grpc.max_receive_message_length", 2**30),
         ("grpc.max_send_message_length", 2**30),

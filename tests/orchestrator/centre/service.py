@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from email.utils import formatdate
 from typing import Any
 
 import grpc
@@ -93,6 +95,7 @@ class Centre(grpc.GenericRpcHandler):
     def __init__(self, store: Store, recorder: Recorder, patience_s: float = 1.0, queue_s: float = 30.0) -> None:
         self.store, self.recorder = store, recorder
         self.faults = Faults()
+        self.clock_ahead_s = 0.0
         resources = Resources(store)
         self.work = Work(resources, self.faults, patience_s, queue_s)
         self._unary = resources.handlers()
@@ -142,6 +145,9 @@ class Centre(grpc.GenericRpcHandler):
             await self._predict(caller, call)
         else:
             request = await call.read()
+            # As every HTTP server that has a clock (RFC 9110, 6.6.1).
+            date = formatdate(time.time() + self.clock_ahead_s, usegmt=True)
+            await call.context.send_initial_metadata((("date", date),))
             await call.write(self._unary[call.rpc](caller, request))
 
     async def _predict(self, caller: str, call: Call) -> None:

@@ -56,11 +56,6 @@ class Installed:
         self.machine.run("systemctl", "start", SERVICE)
         return self.seconds_to_ready()
 
-    def start_again(self) -> float:
-        """Stop and start it. Returns: as `start`, with bundles at rest: what was just copied is let settle first."""
-        self.machine.run("systemctl", "stop", SERVICE)
-        return self.start()
-
     def seconds_to_ready(self) -> float:
         """How long the last start took: from the first process until READY."""
         begun = int(self.machine.show(SERVICE, "ExecMainStartTimestampMonotonic"))
@@ -72,6 +67,21 @@ class Installed:
         place = f"{ETC}/conf.d/{name}"
         self.machine.write(place, text, 0o640)
         self.machine.run("chgrp", "inference-appliance", place)
+
+    def drop_in(self, text: str) -> None:
+        """Change the unit as `systemctl edit` does; "" takes that back. In force with the next start."""
+        place = f"/etc/systemd/system/{SERVICE}.d/50-test.conf"
+        if text:
+            self.machine.write(place, text)
+        else:
+            self.machine.run("rm", place)
+        self.machine.run("systemctl", "daemon-reload")
+
+    def in_unit(self, script: str) -> int:
+        """The exit status of lines of bash that run in the service's own control group, under its rules for packets."""
+        cgroup = self.machine.show(SERVICE, "ControlGroup")
+        join = f'echo $$ > "/sys/fs/cgroup{cgroup}/cgroup.procs"'
+        return self.machine.run("bash", "-ec", f"{join}\n{script}", check=False).returncode
 
     def add_slow_model(self) -> None:
         """A model whose request of `slow_body` takes about a second; returns when it is ready."""

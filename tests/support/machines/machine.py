@@ -17,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -251,14 +251,14 @@ class Machine:
         cwd: Path | None = None,
     ) -> "subprocess.CompletedProcess[str]":
         """Run a program of this machine in the network beside it: what a client elsewhere would do."""
-        return _finish(self._beside(command, cwd), check, stdin, environment)
+        return _finish([*self.beside(cwd), *map(str, command)], check, stdin, environment)
 
     def begin_outside(
         self, *command: str | Path, environment: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> "subprocess.Popen[str]":
         """Start such a program and go on."""
         return subprocess.Popen(
-            self._beside(command, cwd),
+            [*self.beside(cwd), *map(str, command)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -266,9 +266,10 @@ class Machine:
             env=None if environment is None else dict(environment),
         )
 
-    def _beside(self, command: Sequence[str | Path], cwd: Path | None) -> list[str]:
+    def beside(self, cwd: Path | None = None) -> list[str]:
+        """What is put in front of a command to run it there."""
         namespaces = ["--mount", "--net", "--pid", f"--wdns={cwd or '/'}"]
-        return ["nsenter", "--target", str(self._nspawn), *namespaces, "--", *map(str, command)]
+        return ["nsenter", "--target", str(self._nspawn), *namespaces, "--"]
 
 
 def _finish(

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from support import graphs
+from support.graphs import write_raw
 from support.waiting import eventually_async
 
+from appliance.catalog import changes
 from appliance.catalog import repository as module
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.repository import Repository
@@ -132,6 +134,35 @@ async def test_a_bundle_that_is_there_at_start_is_served_once_settled(world: Wor
     assert world.content("a") == b"good"
     assert world.repository.not_ready() == {}
     assert world.changes > 0
+
+
+async def test_a_bundle_that_was_added_as_a_whole_is_not_waited_for(world: World, tmp_path: Path) -> None:
+    """`appliance models add` and `setup` rename it into place. One that is copied there is waited for as ever, and so
+    is an added one that somebody touches afterwards."""
+    source = tmp_path / "source"
+    write_raw(source / "added", graphs.identity_model())
+    changes.add(source / "added", world.settings())
+    shutil.copytree(world.root / "added", world.root / "copied")
+    shutil.copytree(world.root / "added", world.root / "swapped")
+    changes.add(source / "added", world.settings(), name="touched")
+    os.utime(world.root / "touched" / "1" / "model.onnx", (1, 1))
+    changes.add(source / "added", world.settings(), name="odd")
+    changes.remove("odd", "", world.settings())
+    os.rename(world.root / "swapped", world.root / "odd")
+
+    world.open(settle_s=3600)
+    await world.repository.look()
+    settling = {bundle.name: bundle.settling for bundle in world.repository.bundles}
+    assert settling == {"added": False, "copied": True, "odd": True, "touched": True}
+
+
+async def test_a_note_that_cannot_be_read_costs_only_time(world: World, tmp_path: Path) -> None:
+    write_raw(tmp_path / "a", graphs.identity_model())
+    world.state.joinpath("published.json").write_text("[")
+    changes.add(tmp_path / "a", world.settings())
+    world.open(settle_s=3600)
+    await world.repository.look()
+    assert [bundle.settling for bundle in world.repository.bundles] == [True]
 
 
 async def test_an_empty_root_settles_at_once(world: World) -> None:

@@ -194,6 +194,13 @@ def test_systemds_rule_is_understood(deny: str, allow: str, only_here: bool, eve
     assert units.lets_all_in(properties) is everybody
 
 
+def test_whom_the_service_calls_is_no_client() -> None:
+    """Its name servers and its orchestrator are let through, and still nobody can connect."""
+    rule = {"IPAddressDeny": "::/0 0.0.0.0/0", "IPAddressAllow": "127.0.0.0/8 ::1/128 10.9.9.9/32 fd00::7/128"}
+    assert units.only_this_machine(rule, ["10.9.9.9", "fd00::7"])
+    assert not units.only_this_machine(rule, ["10.9.9.9"])
+
+
 @pytest.mark.parametrize(
     ("allow", "address", "passes"),
     [

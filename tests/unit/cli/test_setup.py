@@ -14,7 +14,7 @@ from support.command import Command
 from appliance.api.keys import digest, read_keys
 from appliance.cli import clients
 from appliance.core import config as configuration
-from appliance.core.config import Config
+from appliance.core.config import Config, Orchestrator
 
 
 @pytest.fixture
@@ -225,20 +225,61 @@ def test_name_servers_elsewhere_are_let_in_for_the_service(tmp_path: Path) -> No
     file.write_text("# by hand\nnameserver 127.0.0.53\nnameserver 10.9.9.9\nnameserver fe80::1%eth0\nnameserver odd\n")
     found = clients.resolvers(file)
     assert found == ("10.9.9.9", "fe80::1")
-    assert "IPAddressAllow=10.9.9.9" in clients.text("inference-appliance.service", ("10.0.0.0/8",), found)
-    assert "10.9.9.9" not in clients.text("inference-appliance.socket", ("10.0.0.0/8",), found)
-    assert "10.9.9.9" not in clients.text("inference-appliance.service", ("any",), found)
+    outgoing = {"name servers": found}
+    assert "IPAddressAllow=10.9.9.9" in clients.text("inference-appliance.service", ("10.0.0.0/8",), outgoing)
+    assert "10.9.9.9" not in clients.text("inference-appliance.socket", ("10.0.0.0/8",), outgoing)
+    assert "10.9.9.9" not in clients.text("inference-appliance.service", ("any",), outgoing)
     assert clients.resolvers(tmp_path / "none") == ()
+
+
+CENTRAL = Orchestrator(api_base="https://192.0.2.7", user_id="acme")
+
+
+@pytest.mark.parametrize(
+    ("settings", "address"),
+    [
+        (CENTRAL, "192.0.2.7"),
+        (CENTRAL.model_copy(update={"proxy": "http://192.0.2.8:3128"}), "192.0.2.8"),
+    ],
+)
+def test_the_orchestrator_is_let_through_for_the_service(tmp_path: Path, settings: Orchestrator, address: str) -> None:
+    """Or the proxy on the way. It is no client's network, and goes when the appliance leaves."""
+    service, socket = (tmp_path / f"inference-appliance.{unit}.d" / "20-clients.conf" for unit in ("service", "socket"))
+    assert clients.write(None, settings, tmp_path) == [f"wrote {service}"]
+    assert f"IPAddressAllow={address}" in service.read_text().splitlines()
+    assert "Environment" not in service.read_text(), "it is no other rule for those who connect"
+    assert clients.standing(tmp_path) == ()
+
+    clients.write(("10.0.0.0/8", "fd00::/8"), settings, tmp_path)
+    assert f"IPAddressAllow={address}" in service.read_text().splitlines()
+    assert address not in socket.read_text()
+    assert clients.write(None, settings, tmp_path) == []
+    assert clients.standing(tmp_path) == ("10.0.0.0/8", "fd00::/8")
+
+    clients.write(None, Orchestrator(), tmp_path)
+    assert address not in service.read_text()
+    assert clients.standing(tmp_path) == ("10.0.0.0/8", "fd00::/8")
+    clients.write((), settings, tmp_path)
+    assert clients.write(None, Orchestrator(), tmp_path) == [f"removed {service}"]
+
+
+def test_a_name_that_cannot_be_looked_up_leaves_the_rule_as_it_is(tmp_path: Path) -> None:
+    clients.write(("10.0.0.0/8",), CENTRAL, tmp_path)
+    unknown = CENTRAL.model_copy(update={"api_base": "https://nobody.invalid:443"})
+    (note,) = clients.write(None, unknown, tmp_path)
+    assert note.startswith("note: the orchestrator is not let through, as it cannot be looked up")
+    assert "192.0.2.7" in (tmp_path / "inference-appliance.service.d" / "20-clients.conf").read_text()
+    assert clients.write(("10.0.0.0/8",), unknown, tmp_path)[0] == note
 
 
 def test_each_rule_has_a_name_that_the_service_is_told(tmp_path: Path) -> None:
     def named(*allowed: str) -> str:
-        lines = clients.text("inference-appliance.service", allowed, ()).splitlines()
+        lines = clients.text("inference-appliance.service", allowed, {}).splitlines()
         return next(line for line in lines if line.startswith("Environment="))
 
     assert named("any") == named("any") != named("10.0.0.0/8")
     assert named("any").startswith("Environment=ADDRESS_RULE=")
-    assert "Environment" not in clients.text("inference-appliance.socket", ("any",), ())
+    assert "Environment" not in clients.text("inference-appliance.socket", ("any",), {})
 
 
 def test_drop_ins_that_may_not_be_written_say_so(fresh: Command) -> None:
@@ -257,7 +298,14 @@ def test_in_a_terminal_it_asks_for_what_no_flag_says(fresh: Command) -> None:
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, close_fds=True)
     os.close(slave)
     heard = ""
-    answers = iter([("URL that clients use", "https://asked.example.com:8443"), ("Certificate", ""), ("sample", "n")])
+    answers = iter(
+        [
+            ("URL that clients use", "https://asked.example.com:8443"),
+            ("Certificate", ""),
+            ("sample", "n"),
+            ("Central orchestrator", ""),
+        ]
+    )
     question, answer = next(answers)
     try:
         while chunk := os.read(master, 4096):

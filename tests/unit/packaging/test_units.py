@@ -55,7 +55,7 @@ def test_with_nvidia_s_devices_hardly_more(tmp_path: Path) -> None:
 @needs_analyze
 @pytest.mark.parametrize("allowed", [("10.0.0.0/8",), ("any",)])
 def test_with_clients_let_in_hardly_more(tmp_path: Path, allowed: tuple[str, ...]) -> None:
-    assert exposure(tmp_path, clients.text("inference-appliance.service", allowed, ())) <= 1.2
+    assert exposure(tmp_path, clients.text("inference-appliance.service", allowed, {})) <= 1.2
 
 
 @needs_analyze
