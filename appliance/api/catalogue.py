@@ -261,7 +261,7 @@ class Catalogue:
         self, context: Context, ids: resources_pb2.UserAppIDSet, model_id: str, version_id: str
     ) -> Version[Servable]:
         version = self._repository.version(self._bundle(context, ids, model_id), version_id)
-        context.model = (version.config.key.model_id, version.id)
+        context.reach(version.config.key, version.id)
         return version
 
     def _newest(self, context: Context, user_id: str, app_id: str) -> list[Version[Servable]]:

@@ -69,7 +69,7 @@ class Direct:
         Raises: UnknownModel, NotReady, NotDeployed, NotPermitted.
         """
         with self.running(name) as servable:
-            context.model = (servable.key.model_id, servable.version)
+            context.reach(servable.key, servable.version)
             context.grant.check_model(servable.key)
             yield servable
 

@@ -129,7 +129,7 @@ class Predictions:
         asked = Ids(ids.user_id, ids.app_id, request.model_id, request.version_id)
         meant = chosen(request.runner_selector, asked, context.grant, self.config, self._repository)
         with self._repository.use(*meant) as servable:
-            context.model = (servable.key.model_id, servable.version)
+            context.reach(servable.key, servable.version)
             context.grant.check_model(servable.key)
             if methods.method_name(request.inputs[0].data) == methods.GET_SIGNATURES:
                 return [_signatures(context, request, servable)]

@@ -66,5 +66,5 @@ def begin(
     if row is None:
         return None
     running.hold()
-    context.model = (servable.key.model_id, servable.version)
+    context.reach(servable.key, servable.version)
     return Begun(context, running, row, options, write)

@@ -45,6 +45,7 @@ from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget, Reservation
 from appliance.core.metrics import OTHER, Metrics, Spread, Tally
 from appliance.core.types import Call, Done, Endpoint, QuickHandler, RpcAbort, RpcStatus
+from appliance.core.usage import BYTES_IN, BYTES_OUT, CALLS, CALLS_FAILED, INPUTS, INPUTS_FAILED, SECONDS
 from appliance.engine.batcher import Outcome
 from appliance.tasks.servable import Servable
 
@@ -341,6 +342,8 @@ class Api:
         context: Context | None = None
         code = status.SUCCESS.code
         encoded_at = 0.0
+        sent = 0
+        good = False
         try:
             grant = self._authenticator.grant(call)
             with grant.admitted(), call.memory or self._budget.hold(0) as memory:
@@ -350,16 +353,21 @@ class Api:
                 encoded_at = time.monotonic()
                 for reply in replies:
                     code = reply.code
+                    sent += len(reply.body)
                     yield reply.body
+            good = code == status.SUCCESS.code
         except RpcAbort:
             raise
         except Exception as error:
             reply = self._error_reply(rpc, call, req_id, error, context, body)
             code = reply.code
+            sent += len(reply.body)
             yield reply.body
         finally:
             now = time.monotonic()
             counts = self._counts_of(rpc, context)
+            if context is not None:
+                self._use(rpc.name, context, good, len(body), sent, now - begun)
             counts.seconds.observe_for(now - begun, now, req_id)
             if context is not None and context.computed_at and encoded_at and counts.encode is not None:
                 counts.encode.observe(encoded_at - context.computed_at)
@@ -440,6 +448,20 @@ class Api:
             if context.inputs:
                 self._metrics.principal_inputs.labels(name).inc(sum(context.inputs.values()))
 
+    def _use(self, method: str, context: Context, good: bool, received: int, sent: int, seconds: float) -> None:
+        """Count for usage what a call took, however it ended. Args: good: with success. received, sent: bytes."""
+        cells = context.used(self._metrics.usage, method)
+        cells[CALLS] += 1.0
+        if not good:
+            cells[CALLS_FAILED] += 1.0
+        for code, count in context.inputs.items():
+            cells[INPUTS] += count
+            if code != status.SUCCESS.code:
+                cells[INPUTS_FAILED] += count
+        cells[BYTES_IN] += received
+        cells[BYTES_OUT] += sent
+        cells[SECONDS] += seconds
+
     def _counts_of(self, rpc: _Form, context: Context | None) -> "_Counts":
         return self._counts(context.model if context else _NO_MODEL, rpc.name)
 
@@ -505,7 +527,7 @@ class Api:
                 if size > held:
                     memory.grow(size - held)
                 context = Context(grant.name, self._deadline(call, started), memory, call, grant, _request_id(call))
-                accepted = _QuickCall(self._finish, rpc, started, done)
+                accepted = _QuickCall(self._finish, rpc, started, size, done)
                 if context.deadline > started:
                     begun = begin(context, body, accepted)
             except Exception:
@@ -543,17 +565,19 @@ class Api:
         """The reply to a quick call; `outcome` is None when it was cancelled by `end`."""
         rpc, begun = quick.rpc, quick.begun
         context = begun.context
-        encoded = False
+        encoded = good = False
+        sent = 0
         try:
             if outcome is None:
                 return status.Refusal(Draining(), context.req_id)
             if not isinstance(outcome, Outcome):
                 raise outcome
             reply = begun.reply(outcome)
-            encoded = True
+            encoded, good, sent = True, reply.code == status.SUCCESS.code, len(reply.body)
         except Exception as error:
             try:
                 reply = self._error_reply(rpc, context.call, context.req_id, error, context, b"")
+                sent = len(reply.body)
             except RpcAbort as abort:
                 return abort
         finally:
@@ -566,6 +590,7 @@ class Api:
             counts.seconds.observe_for(seconds, now, context.req_id)
             if encoded and counts.encode is not None:
                 counts.encode.observe(now - context.computed_at)
+            self._use(rpc.name, context, good, quick.received, sent, seconds)
         self._record(rpc, context, counts, reply.code, seconds, context.req_id)
         return reply.body
 
@@ -588,7 +613,7 @@ class _Counts:
 class _QuickCall:
     """A call on the quick way: accepted, and its transport has no reply yet. Waits for its rows; see `Waiter`."""
 
-    __slots__ = ("_finish", "_over", "_then", "begun", "reply", "rpc", "started")
+    __slots__ = ("_finish", "_over", "_then", "begun", "received", "reply", "rpc", "started")
 
     begun: Begun
     """Set before anybody is told anything."""
@@ -598,14 +623,22 @@ class _QuickCall:
         finish: "Callable[[_QuickCall, Outcome | BaseException | None], None]",
         rpc: _Form,
         started: float,
+        received: int,
         reply: Done,
     ) -> None:
-        """Args: reply: the transport's. finish: called once, with the outcome, or None when the call is cancelled."""
+        """Make it.
+
+        Args:
+            finish: called once, with the outcome, or None when the call is cancelled.
+            received: bytes of its body.
+            reply: the transport's.
+        """
         self._finish = finish
         self._over = False
         self._then: Callable[[object], object] | None = None
         self.rpc = rpc
         self.started = started
+        self.received = received
         self.reply = reply
 
     def done(self) -> bool:

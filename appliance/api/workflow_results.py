@@ -40,6 +40,7 @@ from appliance.core.errors import (
 from appliance.core.logs import RateLimitedLog
 from appliance.core.metrics import Metrics
 from appliance.core.types import RpcStatus
+from appliance.core.usage import INPUTS, INPUTS_FAILED
 from appliance.tasks.servable import Servable
 
 _log = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class WorkflowResults:
     ) -> _Done:
         """Run one node once those before it are done. Raises: ApplianceError: for the request as a whole."""
         inputs = {name: await task for name, task in before.items()}
-        own = replace(context, model=(node.model.model_id, node.version), inputs={})
+        own = replace(context, key=node.model, model=(node.model.model_id, node.version), inputs={})
         count = len(request.inputs)
         done = _Done([resources_pb2.Output()] * count, {})
         sound: list[int] = []
@@ -186,6 +187,9 @@ class WorkflowResults:
             if done.failed(index):
                 done.origins.setdefault(index, (node.id, output.status.details))
             self._metrics.inputs.labels(*own.model, output.status.code).inc()
+        cells = own.used(self._metrics.usage, "PostWorkflowResults")  # the call itself is counted without a model
+        cells[INPUTS] += count
+        cells[INPUTS_FAILED] += sum(map(done.failed, range(count)))
         return done
 
     def _servable(self, node: Node) -> Servable:

@@ -29,6 +29,7 @@ _COMMANDS = {
     "models": "models",
     "orchestrator": "orchestrator",
     "predict": "predict",
+    "usage": "usage",
     "workflows": "workflows",
 }
 """Verb → module of this folder. Each is imported when it is wanted: `connect` runs on clients' hosts, where there is no

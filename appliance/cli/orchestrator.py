@@ -19,9 +19,10 @@ from appliance.core import config as configuration
 from appliance.core.config import MAIN_FILE, Config, Orchestrator
 from appliance.core.errors import ConfigError
 from appliance.core.files import file_error, make_folder, printable, write_atomically
-from appliance.orchestrator.central import Central, CentralError, Secrets, check_pat, read_pat
+from appliance.orchestrator.central import Central, CentralError, Secrets
 from appliance.orchestrator.created import Created, registering
 from appliance.orchestrator.desired import Desired, of_data
+from appliance.orchestrator.pat import check_pat, read_pat
 from appliance.orchestrator.reconcile import Registered, reconcile
 from appliance.orchestrator.reconcile import leave as leave_all
 

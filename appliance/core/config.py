@@ -535,11 +535,31 @@ class Orchestrator(Section):
         description="Seconds without a word after which we ask whether the orchestrator is still there; it may be told "
         "to hang up on those who ask often. An answer has 20 seconds.",
     )
+    usage_url: str | None = Field(
+        None,
+        examples=["https://usage.example.com/v1/reports"],
+        description="Where reports of what callers used are posted, with the PAT if there is one, and with root_ca, "
+        "proxy, certificate and key (docs/usage.md). Unset: nowhere; `appliance usage export` prints them.",
+    )
+    usage_interval_s: float = Field(
+        60.0, ge=1, le=3600, description="Seconds between two of these reports, give or take half of that by chance."
+    )
 
     @property
     def has_agent(self) -> bool:
         """Whether there is an orchestrator, and a process of ours keeps in touch with it."""
         return self.api_base is not None and self.agent
+
+    @field_validator("usage_url")
+    @classmethod
+    def _check_usage_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        plain = value.isascii() and value.isprintable() and not set(value) & set(" @?#")
+        if parts.scheme != "https" or not parts.hostname or not plain:
+            raise ValueError('must be "https://host/path" or "https://host:port/path", without a user or a query')
+        return _origin(f"https://{parts.netloc}", "https", 443) + parts.path
 
     @field_validator("api_base")
     @classmethod

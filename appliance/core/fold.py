@@ -2,7 +2,7 @@
 
 Counters and histograms are sums that never go down: a child that ends leaves its counts, and one that takes its place
 begins at zero. Gauges are sums over those that live; of those that mean the same everywhere (`Family.shared`), the
-largest counts.
+largest counts. What callers used (`usage`) is a sum likewise.
 """
 
 import operator
@@ -18,9 +18,13 @@ from appliance.core.exposition import page
 from appliance.core.ledger import Entry, LedgerReader
 from appliance.core.metrics import GAUGE, Counted, Metrics
 from appliance.core.shared import Segment
+from appliance.core.usage import FAMILY, KIND, MOST_AT_ONCE, MOST_KEYS, Amounts, UsageKey
 
 _Series = tuple[str, tuple[str, ...]]
 """Name of the family without the prefix, and the labels' values."""
+
+_LABEL = 256
+"""Characters of a part of a usage key: no name that we know is as long."""
 
 
 class Fold(Collector):
@@ -31,6 +35,7 @@ class Fold(Collector):
         self._own = own
         self._children: dict[str, _Child] = {}
         self._left: dict[_Series, Counted] = {}
+        self._used: dict[UsageKey, Amounts] = {}
         self._lock = threading.Lock()
         self.registry = CollectorRegistry()
         """All families, as prometheus-client collects them."""
@@ -56,6 +61,14 @@ class Fold(Collector):
         with self._lock:
             series = (counted for child in self._children.values() for counted in child.counted())
             return sum(values[0] for (family, _), (_, values, _) in series if family == name)
+
+    def usage(self) -> dict[UsageKey, Amounts]:
+        """What callers used of those that live and those that are dead: sums since we began."""
+        with self._lock:
+            used = dict(self._used)
+            for child in self._children.values():
+                _add_usage(used, child)
+        return used
 
     def describe(self) -> Iterable[Metric]:
         """All names, for the registry."""
@@ -93,6 +106,7 @@ class Fold(Collector):
                 gauges[series] = counted.cells[0]
             else:
                 self._left[series] = _added(self._left.get(series), counted)
+        _add_usage(self._used, child)
         child.close()
         return gauges
 
@@ -104,12 +118,11 @@ class _Child:
         self._reader = LedgerReader(segment)
         self._families = own.families
         self._known: dict[Entry, list[float]] = {}
+        self._used: dict[Entry, list[float]] = {}
 
     def counted(self) -> Iterator[tuple[_Series, Counted]]:
         """All its numbers now; a gauge without a value is left out."""
-        for entry in self._reader.new_entries():
-            if self._fits(entry):
-                self._known[entry] = [0.0] * entry.count
+        self._look()
         for entry, known in self._known.items():
             now = self._reader.values(entry)
             if entry.kind != GAUGE:
@@ -120,9 +133,25 @@ class _Child:
                 continue
             yield (entry.family, entry.labels), Counted(entry.created, known, self._reader.notes(entry))
 
+    def usage(self) -> Iterator[tuple[UsageKey, list[float]]]:
+        """What callers used of it until now."""
+        self._look()
+        for entry, known in self._used.items():
+            now = self._reader.values(entry)
+            known[:] = [new if 0 <= new - old <= MOST_AT_ONCE else old for old, new in zip(known, now, strict=True)]
+            yield UsageKey(*entry.labels), known
+
     def close(self) -> None:
         """Let its memory go."""
         self._reader.segment.close()
+
+    def _look(self) -> None:
+        """Know the entries that were added."""
+        for entry in self._reader.new_entries():
+            if self._fits(entry):
+                self._known[entry] = [0.0] * entry.count
+            elif _is_usage(entry) and len(self._used) <= MOST_KEYS:
+                self._used[entry] = [0.0] * entry.count
 
     def _fits(self, entry: Entry) -> bool:
         family = self._families.get(entry.family)
@@ -132,6 +161,17 @@ class _Child:
             entry.count,
             entry.notes,
         )
+
+
+def _is_usage(entry: Entry) -> bool:
+    shape = (entry.family, entry.kind, len(entry.labels), entry.count, entry.notes)
+    fits = shape == (FAMILY, KIND, len(UsageKey._fields), len(Amounts._fields), 0)
+    return fits and all(len(label) <= _LABEL for label in entry.labels)
+
+
+def _add_usage(into: dict[UsageKey, Amounts], child: _Child) -> None:
+    for key, amounts in child.usage():
+        into[key] = into.get(key, Amounts()).plus(amounts)
 
 
 def _added(one: Counted | None, other: Counted, *, largest: bool = False) -> Counted:

@@ -27,6 +27,7 @@ from appliance.core.config import Metrics as Settings
 from appliance.core.exposition import Lines, page
 from appliance.core.ledger import NOTE, Cells, Ledger, Note, read_note, write_note
 from appliance.core.shared import Segment
+from appliance.core.usage import UsageCounts
 
 _log = logging.getLogger(__name__)
 
@@ -344,6 +345,8 @@ class Metrics:
             settings: how many series there may be; None for the defaults.
         """
         self._ledger = Ledger(segment) if segment is not None else None
+        self.usage = UsageCounts(self._ledger)
+        """For usage reports; on no page."""
         self._limit = (settings or Settings()).series
         self.families: dict[str, Family[Any]] = {}
         """By their names without the prefix, in the order in which they are scraped."""
@@ -511,6 +514,15 @@ class Metrics:
         )
         self.disk_size = self._levels(
             "disk_size_bytes", "Size of the file system where it lies.", ("folder",), shared=True
+        )
+        self.usage_writes = self._tallies("usage_writes", "Attempts to write usage to the disk.", ("result",))
+        self.usage_reports = self._tallies(
+            "usage_reports", "Attempts to post a usage report to orchestrator.usage_url.", ("result",)
+        )
+        self.usage_unreported = self._levels(
+            "usage_unreported_records",
+            "Records of usage that its receiver does not have yet; only with orchestrator.usage_url.",
+            shared=True,
         )
         self.clock = self._levels("clock_seconds", "The machine's clock, Unix time.", shared=True).labels()
 

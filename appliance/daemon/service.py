@@ -37,6 +37,7 @@ from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.checks import check_urls, memory_for_requests, space_warning
 from appliance.daemon.front import open_sockets, pass_through_warning
 from appliance.daemon.staff import Loaded, Staff, choose
+from appliance.daemon.usage import Usage
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class Daemon:
         check_urls(config)
         self._keys = KeyStore(config.auth.keys_file)
         self._staff: Staff = choose(config, self._metrics, self._publish)
+        self._usage = Usage(config, self._staff.usage, self._metrics)
+        stack.push_async_callback(self._usage.close)  # after the staff, whose last counts it writes
         stack.push_async_callback(self._staff.stop)
         self._repository: Repository[Loaded] = Repository(
             config.catalog,
@@ -131,6 +134,7 @@ class Daemon:
         self._spawn(self._repository.run(), stack)
         self._spawn(self._workflows.run(), stack)
         self._spawn(self._tick(), stack)
+        self._spawn(self._usage.run(), stack)
         wait_s = self._config.catalog.start_wait_s
         self._notifier.extend_timeout(wait_s + 10)
         settled: asyncio.Future[Any] = asyncio.gather(self._repository.wait_settled(), self._workflows.wait_settled())
@@ -221,6 +225,7 @@ class Daemon:
             self._keys.adopt(keys)
             if self._admin is not None:
                 self._admin.configure(config)
+            self._usage.configure(config)
             logs.set_level(config.log.level)
             self._repository.settings = self._workflows.settings = self._config.catalog
             self._repository.wake()

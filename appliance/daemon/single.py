@@ -13,6 +13,7 @@ from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import NotReady
 from appliance.core.metrics import Metrics
+from appliance.core.usage import Amounts, UsageKey
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.serving import Serving
 from appliance.daemon.sockets import ListeningSockets
@@ -100,6 +101,10 @@ class Single:
     def page(self, opened: bool) -> bytes:
         """See `Staff.page`."""
         return self._metrics.page(opened)
+
+    def usage(self) -> Mapping[UsageKey, Amounts]:
+        """See `Staff.usage`."""
+        return self._metrics.usage.counted()
 
     def problems(self) -> dict[str, str]:
         """See `Staff.problems`: what is wrong here is the daemon's own end."""

@@ -14,6 +14,7 @@ from appliance.core.config import Config
 from appliance.core.errors import ConfigError
 from appliance.core.machine import accelerators, usable_cpus
 from appliance.core.metrics import Metrics
+from appliance.core.usage import Amounts, UsageKey
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.sockets import ListeningSockets
 
@@ -66,6 +67,9 @@ class Staff(Protocol):
 
     def page(self, opened: bool) -> bytes:
         """The metrics page, over all processes. Args: opened: as OpenMetrics."""
+
+    def usage(self) -> Mapping[UsageKey, Amounts]:
+        """What callers used since the daemon began, over all processes; on any thread."""
 
     def problems(self) -> dict[str, str]:
         """Who of them is not at work, and why; empty when all is well."""

@@ -31,6 +31,7 @@ from appliance.core.machine import accelerators, usable_cpus, usable_memory
 from appliance.core.metrics import Metrics
 from appliance.core.shared import Segment
 from appliance.core.sharing import SharedLimits
+from appliance.core.usage import Amounts, UsageKey
 from appliance.daemon import gauges
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.checks import memory_for_requests
@@ -262,6 +263,10 @@ class Supervisor:
     def page(self, opened: bool) -> bytes:
         """See `Staff.page`."""
         return self._fold.page(opened)
+
+    def usage(self) -> Mapping[UsageKey, Amounts]:
+        """See `Staff.usage`."""
+        return self._fold.usage()
 
     def problems(self) -> dict[str, str]:
         """See `Staff.problems`."""

@@ -33,7 +33,7 @@ ONLY_IN = {
     "onnxruntime": ("engine/session.py",),
     "clarifai_grpc": ("api/", "orchestrator/"),
     "google.protobuf": ("api/", "orchestrator/"),
-    "httpx": ("cli/admin.py", "cli/predict.py"),
+    "httpx": ("cli/admin.py", "cli/predict.py", "orchestrator/usage_reports.py"),
     "h11": ("media/fetch.py", "wire/http1.py"),
     "requests": (),
     "urllib.request": (),

@@ -431,6 +431,12 @@ def test_the_example_uncommented_is_the_defaults() -> None:
         ('api_base = "https://api.example.com/v2"\nuser_id = "a"', "orchestrator.api_base", "nothing behind it"),
         ('proxy = "https://proxy:3128"', "orchestrator.proxy", "http://host"),
         ('certificate = "/a.crt"', "orchestrator", "go together"),
+        ('usage_url = "http://usage.example.com/"', "orchestrator.usage_url", "https://host/path"),
+        ('usage_url = "https://a:b@usage.example.com/"', "orchestrator.usage_url", "without a user"),
+        ('usage_url = "https://usage.example.com/?key=1"', "orchestrator.usage_url", "without a user or a query"),
+        ('usage_url = "https://usage.example.com:x/"', "orchestrator.usage_url", "port"),
+        ('usage_url = "https:///v1"', "orchestrator.usage_url", "https://host/path"),
+        ("usage_interval_s = 0", "orchestrator.usage_interval_s", "greater than or equal to 1"),
     ],
 )
 def test_the_orchestrator_is_named_completely(write: Callable[..., Path], text: str, key: str, reason: str) -> None:
@@ -439,10 +445,12 @@ def test_the_orchestrator_is_named_completely(write: Callable[..., Path], text: 
 
 def test_the_orchestrators_usual_port_is_written_out(write: Callable[..., Path]) -> None:
     main = write(
-        '[orchestrator]\napi_base = "https://api.example.com"\nuser_id = "acme"\nproxy = "http://[fd00::1]:3128"'
+        '[orchestrator]\napi_base = "https://api.example.com"\nuser_id = "acme"\nproxy = "http://[fd00::1]:3128"\n'
+        'usage_url = "https://usage.example.com/v1/reports"'
     )
     settings = load(main, {}).config.orchestrator
     assert (settings.api_base, settings.proxy) == ("https://api.example.com:443", "http://[fd00::1]:3128")
+    assert settings.usage_url == "https://usage.example.com:443/v1/reports"
 
 
 def test_the_shipped_example_file_is_the_one_that_the_command_prints() -> None:
@@ -512,6 +520,8 @@ TAKEN_OVER_LIVE = {
         (f"orchestrator.{key}" for key in configuration.Orchestrator.model_fields),
         "read for every plan and sync; another agent takes the place of the one that runs",
     ),
+    "orchestrator.usage_url": "Reporter.configure",
+    "orchestrator.usage_interval_s": "Reporter.configure",
     "log.level": "logs.set_level",
     "log.sample": "read for every request",
     "shutdown.lame_duck_s": "read when draining",
