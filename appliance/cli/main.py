@@ -29,6 +29,8 @@ _COMMANDS = {
     "models": "models",
     "orchestrator": "orchestrator",
     "predict": "predict",
+    "status": "status",
+    "top": "top",
     "workflows": "workflows",
 }
 """Verb → module of this folder. Each is imported when it is wanted: `connect` runs on clients' hosts, where there is no
