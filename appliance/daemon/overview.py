@@ -30,10 +30,9 @@ from appliance.daemon.status import (
     Model,
     Orchestrator,
     Process,
-    Rates,
     Status,
 )
-from appliance.daemon.watch import STEP_S, SUCCESS, Numbers, RecentLog, Watch, shown
+from appliance.daemon.watch import NO_CALLS, STEP_S, SUCCESS, Numbers, RecentLog, Watch, shown
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +48,6 @@ _SHOWN = (
     *("gpu_memory_used_bytes", "gpu_memory_total_bytes", "gpu_temperature_celsius", "gpu_power_watts"),
 )
 """Metrics that the document is made of, beside those that `Watch` looks at."""
-
-_NO_CALLS = Rates(0.0, 0.0, None, None)
 
 
 class Overview:
@@ -165,7 +162,7 @@ class Overview:
             if bundle.problem or not bundle.versions:
                 problem = shown(bundle.problem) or "its files are still changing"
                 state = State.FAILED if bundle.problem else State.SETTLING
-                yield Model(name, model, "", state.value, problem, "", "", 0, _NO_CALLS)
+                yield Model(name, model, "", state.value, problem, "", "", 0, NO_CALLS)
 
     def _model(self, bundle: str, model: str, version: Version[Loaded], numbers: Numbers) -> Model:
         servable, labels = version.servable, (version.config.key.model_id, version.id)
@@ -179,7 +176,7 @@ class Overview:
             takes,
             str(servable.described().get("device", "")) if servable else "",
             int(_value(numbers, "queue_rows", *labels) or 0),
-            self._watch.of_model.get(labels, _NO_CALLS),
+            self._watch.of_model.get(labels, NO_CALLS),
         )
 
     def _orchestrator(self, config: Config) -> Orchestrator:

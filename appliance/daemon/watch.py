@@ -1,8 +1,9 @@
 """What the daemon sees of its own numbers: rates of the last seconds and minutes, and what has happened lately."""
 
 import logging
+import operator
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
@@ -26,6 +27,8 @@ _LONGEST_TEXT = 1000
 
 _CLOCK_S = 5.0
 """Seconds that the clock may be set by between two looks without a word."""
+
+NO_CALLS = Rates(0.0, 0.0, None, None)
 
 SUCCESS = "10000"
 """Clarifai's code of a call that succeeded, as a label."""
@@ -74,7 +77,7 @@ class Watch:
     ) -> None:
         """Args: bounds: of the buckets of `request_seconds`. clock: monotonic. wall: Unix time."""
         self._source, self._bounds, self._clock, self._wall = source, bounds, clock, wall
-        self.rates = Rates(0.0, 0.0, None, None)
+        self.rates = NO_CALLS
         """Of all calls since the look before the last."""
         self.of_model: Mapping[tuple[str, str], Rates] = {}
         """The same by the labels `model` and `version`."""
@@ -140,7 +143,9 @@ class Watch:
     def _since(self, sums: "_Sums", before: "_Sums | None", seconds: float) -> Rates:
         if before is None:
             before = _Sums(len(sums.buckets))
-        buckets = [now - then for now, then in zip(sums.buckets, before.buckets, strict=True)]
+        if sums.requests == before.requests:
+            return NO_CALLS  # most versions of a large catalog, most of the time
+        buckets = list(map(operator.sub, sums.buckets, before.buckets))
         return Rates(
             round((sums.requests - before.requests) / seconds, 3),
             round((sums.failures - before.failures) / seconds, 3),
@@ -161,16 +166,20 @@ class _Sums:
 
     @classmethod
     def of(cls, numbers: Numbers, buckets: int) -> "dict[tuple[str, str], _Sums]":
-        """Over methods and codes; calls that reached no model are in `_ALL` only."""
-        found = {_ALL: cls(buckets)}
+        """Over methods and codes, by model and version; `_ALL` has the sum of them."""
+        found: defaultdict[tuple[str, str], _Sums] = defaultdict(lambda: cls(buckets))
         for (model, version, _, code), counted in numbers["requests"].items():
-            for each in (found[_ALL], found.setdefault((model, version), cls(buckets))):
-                each.requests += counted.cells[0]
-                each.failures += counted.cells[0] if code != SUCCESS else 0.0
+            each = found[model, version]
+            each.requests += counted.cells[0]
+            each.failures += counted.cells[0] if code != SUCCESS else 0.0
         for (model, version, _), counted in numbers["request_seconds"].items():
-            for each in (found[_ALL], found.setdefault((model, version), cls(buckets))):
-                each.buckets = [a + b for a, b in zip(each.buckets, counted.cells[:-1], strict=True)]
-        return found
+            each = found[model, version]
+            each.buckets = list(map(operator.add, each.buckets, counted.cells))  # their last cell is no bucket
+        total = cls(buckets)
+        total.requests = sum(each.requests for each in found.values())
+        total.failures = sum(each.failures for each in found.values())
+        total.buckets = list(map(sum, zip(*(each.buckets for each in found.values()), strict=True))) or total.buckets
+        return {**found, _ALL: total}
 
 
 _ALL = ("", "*")

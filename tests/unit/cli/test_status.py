@@ -1,6 +1,7 @@
 """`appliance status` and `appliance top` on a terminal, as texts that are committed."""
 
 import dataclasses
+import io
 import json
 import os
 from pathlib import Path
@@ -18,11 +19,9 @@ DATA = Path(__file__).parent / "data"
 
 
 def rendered(status: Status, width: int = 140, models: int = 20, errors: int = 5) -> str:
-    console = Console(width=width, color_system=None, force_terminal=False, file=open(os.devnull, "w"))  # noqa: SIM115
-    with console.capture() as said:
-        console.print(screen(status, models=models, errors=errors))
-    console.file.close()
-    return "".join(f"{line.rstrip()}\n" for line in said.get().splitlines())
+    said = io.StringIO()
+    Console(width=width, file=said).print(screen(status, models=models, errors=errors))
+    return "".join(f"{line.rstrip()}\n" for line in said.getvalue().splitlines())
 
 
 @pytest.mark.parametrize(
