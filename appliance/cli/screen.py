@@ -86,7 +86,7 @@ def _ending(ending: Ending, now: float, what: str) -> str:
 def _orchestrator(link: Orchestrator) -> str:
     if not link.enrolled:
         return "not enrolled"
-    state = {None: "", True: ", link up", False: ", link down"}[link.connected]
+    state = {None: "", True: f", link up, {link.runners} runners", False: ", link down"}[link.connected]
     created = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in link.created.items())
     return f"enrolled with {link.api_base} as {link.user_id}{state}; created there: {created or 'nothing yet'}"
 

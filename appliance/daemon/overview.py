@@ -100,6 +100,7 @@ class Overview:
         phase: Any = told["phase"]
         problems: Any = told["not_ready"]
         devices, disks, keys = self._devices(numbers), _disks(numbers), _count(numbers, "keys")
+        link = self._orchestrator(config, facts.get("orchestrator") or {})
         certificates = _endings(numbers, "certificate_expiry_timestamp_seconds")
         lists = _endings(numbers, "crl_next_update_seconds")
         found = [
@@ -107,6 +108,7 @@ class Overview:
             *reasons.not_ready(problems, self._staff.problems()),
             *reasons.recent(self._watch.happened, time.monotonic()),
             *reasons.nobody_may_call(config, keys),
+            *reasons.silent(link),
             *reasons.due(certificates, lists, now),
             *reasons.full(disks, devices),
             *reasons.overload(*self._watch.refused),
@@ -144,7 +146,7 @@ class Overview:
             revocation_lists=lists,
             keys=keys,
             disks=disks,
-            orchestrator=self._orchestrator(config),
+            orchestrator=link,
             failures=self._failures(),
             log=list(reversed(self._log.lines)),
         )
@@ -179,11 +181,19 @@ class Overview:
             self._watch.of_model.get(labels, NO_CALLS),
         )
 
-    def _orchestrator(self, config: Config) -> Orchestrator:
+    def _orchestrator(self, config: Config, link: Any) -> Orchestrator:
+        """Args: link: what the agent says of it; empty where it has said nothing."""
         settings = config.orchestrator
-        enrolled = settings.api_base is not None
-        # The agent that holds the link will say whether it is up.
-        return Orchestrator(enrolled, settings.api_base or "", settings.user_id or "", dict(self._created), None)
+        return Orchestrator(
+            settings.api_base is not None,
+            settings.api_base or "",
+            settings.user_id or "",
+            dict(self._created),
+            link.get("connected"),
+            link.get("since"),
+            shown(link.get("problem") or ""),
+            link.get("runners", 0),
+        )
 
     def _failures(self) -> list[Failure]:
         failed = [

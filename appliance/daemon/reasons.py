@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from appliance.core.config import Config
 from appliance.core.files import printable
-from appliance.daemon.status import Device, Disk, Ending, Reason
+from appliance.daemon.status import Device, Disk, Ending, Orchestrator, Reason
 from appliance.daemon.watch import Event, shown
 
 _DAY_S = 86400.0
@@ -47,6 +47,12 @@ def overload(calls: float, refused: float) -> Iterator[Reason]:
     """More is asked than can be done. Args: calls: of the last looks; refused: of these, for that."""
     if refused > _MANY_REFUSED * calls:
         yield Reason("calls", f"{refused:.0f} of {calls:.0f} were refused just now: too much to do", "rejects")
+
+
+def silent(link: Orchestrator) -> Iterator[Reason]:
+    """The orchestrator does not answer, or does not know us."""
+    if link.connected is False and link.problem:
+        yield Reason("orchestrator", f"its link is down: {link.problem}", "orchestrator-silent")
 
 
 def due(certificates: list[Ending], lists: list[Ending], now: float) -> Iterator[Reason]:

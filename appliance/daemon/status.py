@@ -155,7 +155,13 @@ class Orchestrator(_Part):
     created: dict[str, int]
     """How many things of each kind this appliance has created there."""
     connected: bool | None
-    """Whether the link is up; None where nobody looks after it."""
+    """Whether the agent's link is up; None where no agent runs, or says anything yet."""
+    since: float | None
+    """When that changed last."""
+    problem: str
+    """Why it is down; "" for nothing."""
+    runners: int
+    """Models that take work from there."""
 
 
 @dataclass(frozen=True)

@@ -347,6 +347,7 @@ class Terminal:
         self.before = termios.tcgetattr(child)
         self.process = subprocess.Popen(
             ["setsid", "--ctty", *map(str, command)],
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
             stdin=child,
             stdout=child,
             stderr=child,

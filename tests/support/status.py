@@ -82,7 +82,7 @@ def document(**changes: Any) -> Status:
         keys=3,
         disks=[Disk("models", 40 * 2**30, 100 * 2**30), Disk("state", 40 * 2**30, 100 * 2**30)],
         orchestrator=Orchestrator(
-            True, "https://api.example.com:443", "acme", {"nodepool": 1, "model_version": 2}, True
+            True, "https://api.example.com:443", "acme", {"nodepool": 1, "model_version": 2}, True, NOW - 3600, "", 2
         ),
         failures=[
             Failure(NOW - 30, 11008, "CONN_KEY_INVALID", "", "", "PostModelOutputs", 4, "r-0123"),

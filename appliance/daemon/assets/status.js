@@ -241,7 +241,8 @@ function showOrchestrator(link) {
   const created = Object.entries(link.created).map(([kind, count]) => `${count} × ${kind.replace("_", " ")}`);
   list("orchestrator", [
     ["Enrolled", `with ${link.api_base} as ${link.user_id}`],
-    ["Link", link.connected === null ? "not watched" : link.connected ? "up" : "down"],
+    ["Link", link.connected === null ? "not known" : link.connected
+      ? `up since ${moment(link.since)}, ${number(link.runners)} runners` : `down: ${link.problem || "it begins"}`],
     ["Created there", created.join(", ") || "nothing yet"],
   ]);
 }

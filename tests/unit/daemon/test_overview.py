@@ -64,6 +64,7 @@ class Staff:
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self.away: dict[str, str] = {}
+        self.link: dict[str, object] = {}
         self.asked = 0
 
     def counted(self, *names: str, notes: bool = False) -> Mapping[str, Mapping[tuple[str, ...], Counted]]:
@@ -76,6 +77,7 @@ class Staff:
             "transport": "native",
             "device": "cpu",
             "device_reason": "no GPU",
+            "orchestrator": self.link,
             "processes": [{"name": "front 0", "pid": 7, "problem": self.away.get("front 0", ""), "device": "cpu"}],
         }
 
@@ -229,6 +231,21 @@ def test_a_thousand_models_take_a_twentieth_of_the_time_at_most(world: World, mo
     found = json.loads(content)
     assert (len(found["models"]), len(found["reasons"]), found["more_reasons"]) == (1000, 50, 450)
     print(f"a document of 1000 models: {len(content)} bytes, {1000 * took:.1f} ms")
+
+
+def test_the_link_to_the_orchestrator_shows(world: World) -> None:
+    """As the agent tells of it: nothing, up, or down and why."""
+    assert (world.status().orchestrator.enrolled, world.status().orchestrator.connected) == (False, None)
+    orchestrator = {"api_base": "https://api.example.com", "user_id": "acme"}
+    world.config = Config.model_validate({"orchestrator": orchestrator})
+    world.catalog.add("digits")
+    world.staff.link = {"connected": True, "problem": "", "since": 5.0, "runners": 2}
+    found = world.status()
+    assert (found.orchestrator.api_base, found.orchestrator.user_id) == ("https://api.example.com:443", "acme")
+    assert (found.orchestrator.connected, found.orchestrator.since, found.orchestrator.runners) == (True, 5.0, 2)
+    assert found.health == "healthy"
+    world.staff.link = {"connected": False, "problem": "it refuses the PAT", "since": 6.0, "runners": 0}
+    assert world.why() == [("orchestrator", "orchestrator-silent")]
 
 
 def test_failures_are_the_last_of_each_kind(world: World) -> None:
