@@ -1,10 +1,12 @@
-"""Makes what the packages install and the code already knows: vendor configuration, man pages, shell completion.
+"""Makes what the packages install and the code already knows: vendor configuration, man pages, shell completion, and
+the schema of the status document.
 
     python packaging/generate.py
 
 What comes out is committed, so that a build needs no interpreter for it; a test holds it in step with the code.
 """
 
+import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -12,10 +14,12 @@ from pathlib import Path
 
 import click
 from click.shell_completion import BashComplete, FishComplete, ZshComplete
+from pydantic import TypeAdapter
 
 from appliance.cli import exits
 from appliance.cli.main import cli
 from appliance.core import config as configuration
+from appliance.daemon.status import Status
 
 HERE = Path(__file__).parent
 PROGRAM = "appliance"
@@ -27,8 +31,14 @@ def outputs() -> dict[Path, str]:
         HERE / "appliance.toml": configuration.example(),
         HERE / "man" / "appliance.1": command_page(),
         HERE / "man" / "appliance.toml.5": configuration_page(),
+        HERE.parent / "docs" / "status.schema.json": status_schema(),
         **completions(),
     }
+
+
+def status_schema() -> str:
+    """JSON Schema of `/status.json`, from the classes that it is made of."""
+    return json.dumps(TypeAdapter(Status).json_schema(mode="serialization"), indent=1) + "\n"
 
 
 # ---- completion ------------------------------------------------------------------------------------------------------

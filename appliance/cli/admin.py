@@ -9,6 +9,8 @@ import httpx
 
 from appliance.core.errors import ConfigError
 
+_PATIENCE_S = 120.0
+
 
 class NotRunning(ConfigError):
     """Nobody answers on the admin socket."""
@@ -27,18 +29,18 @@ def ask(socket: Path, page: str, *, post: bool = False) -> dict[str, Any]:
     return content
 
 
-def text(socket: Path, page: str) -> str:
+def text(socket: Path, page: str, *, timeout_s: float = _PATIENCE_S) -> str:
     """One page of the admin socket as it is. Raises: NotRunning."""
-    return _reply(socket, page, post=False).text
+    return _reply(socket, page, post=False, timeout_s=timeout_s).text
 
 
-def _reply(socket: Path, page: str, *, post: bool) -> httpx.Response:
+def _reply(socket: Path, page: str, *, post: bool, timeout_s: float = _PATIENCE_S) -> httpx.Response:
     transport = httpx.HTTPTransport(uds=str(socket))
     try:
         # httpx leaves its own socket open when nobody listens.
         with contextlib.closing(sockets.socket(sockets.AF_UNIX)) as knock:
             knock.connect(str(socket))
-        with httpx.Client(transport=transport, base_url="http://appliance", timeout=120.0) as client:
+        with httpx.Client(transport=transport, base_url="http://appliance", timeout=timeout_s) as client:
             return client.request("POST" if post else "GET", page)
     except (httpx.HTTPError, OSError) as error:
         raise NotRunning(socket, str(error) or type(error).__name__) from error

@@ -18,7 +18,12 @@ OPERATOR = 2
 
 STATUSES: tuple[tuple[int, str, type[ApplianceError] | None], ...] = (
     (OK, "Done; for `serve`: stopped when it was told to, and everybody was answered.", None),
-    (FOUND, "`check`, `doctor` or `certs inspect` found a fault; or something failed that nobody foresaw.", None),
+    (
+        FOUND,
+        "`check`, `doctor` or `certs inspect` found a fault; `status` says degraded or unhealthy; or something failed "
+        "that nobody foresaw.",
+        None,
+    ),
     (OPERATOR, "The configuration or the command line is wrong, or something else that the sentence names.", None),
     (
         3,

@@ -29,6 +29,8 @@ _COMMANDS = {
     "models": "models",
     "orchestrator": "orchestrator",
     "predict": "predict",
+    "status": "status",
+    "top": "top",
     "usage": "usage",
     "workflows": "workflows",
 }

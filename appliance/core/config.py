@@ -802,8 +802,8 @@ class Admin(Section):
 
     listen: Address = Field(
         "127.0.0.1:9464",
-        description="Port for /livez, /readyz and /metrics: plain HTTP on a loopback address. On any other it is TLS, "
-        "with tls.certificate, and answers the principals in admin.principals only.",
+        description="Port for the status page, /livez, /readyz and /metrics: plain HTTP on a loopback address. On any "
+        "other it is TLS, with tls.certificate, and answers the principals in admin.principals only.",
         json_schema_extra={"restart": True},
     )
     principals: tuple[Name, ...] = Field(

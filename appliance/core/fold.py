@@ -7,7 +7,7 @@ largest counts. What callers used (`usage`) is a sum likewise.
 
 import operator
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain
 
 from prometheus_client import CollectorRegistry
@@ -70,6 +70,10 @@ class Fold(Collector):
                 _add_usage(used, child)
         return used
 
+    def counted(self, *names: str, notes: bool = False) -> dict[str, dict[tuple[str, ...], Counted]]:
+        """As `Metrics.counted`, over all processes."""
+        return self._folded(names, notes)
+
     def describe(self) -> Iterable[Metric]:
         """All names, for the registry."""
         return chain.from_iterable(family.describe() for family in self._own.families.values())
@@ -85,15 +89,17 @@ class Fold(Collector):
         lines = (line for name, counted in folded.items() for line in families[name].write(counted, opened))
         return page(self._own.others, lines, opened)
 
-    def _folded(self) -> dict[str, dict[tuple[str, ...], Counted]]:
+    def _folded(self, names: Iterable[str] = (), notes: bool = True) -> dict[str, dict[tuple[str, ...], Counted]]:
+        """The numbers of these families, of all if none is named."""
         families = self._own.families
-        shown = {name: family.counted() for name, family in families.items()}
+        shown = {name: families[name].counted(notes) for name in names or families}
         with self._lock:
             for (name, labels), counted in chain(
-                self._left.items(), *(child.counted() for child in self._children.values())
+                self._left.items(), *(child.counted(shown, notes) for child in self._children.values())
             ):
-                series = shown[name]
-                series[labels] = _added(series.get(labels), counted, largest=families[name].shared)
+                if name in shown:
+                    series = shown[name]
+                    series[labels] = _added(series.get(labels), counted, largest=families[name].shared)
         return shown
 
     def _retire(self, name: str) -> dict[_Series, float]:
@@ -120,10 +126,12 @@ class _Child:
         self._known: dict[Entry, list[float]] = {}
         self._used: dict[Entry, list[float]] = {}
 
-    def counted(self) -> Iterator[tuple[_Series, Counted]]:
-        """All its numbers now; a gauge without a value is left out."""
+    def counted(self, names: Container[str] | None = None, notes: bool = True) -> Iterator[tuple[_Series, Counted]]:
+        """Its numbers now, or those of some families; a gauge without a value is left out."""
         self._look()
         for entry, known in self._known.items():
+            if names is not None and entry.family not in names:
+                continue
             now = self._reader.values(entry)
             if entry.kind != GAUGE:
                 known[:] = [new if old <= new < float("inf") else old for old, new in zip(known, now, strict=True)]
@@ -131,7 +139,10 @@ class _Child:
                 known[:] = now
             else:
                 continue
-            yield (entry.family, entry.labels), Counted(entry.created, known, self._reader.notes(entry))
+            yield (
+                (entry.family, entry.labels),
+                Counted(entry.created, known, self._reader.notes(entry) if notes else {}),
+            )
 
     def usage(self) -> Iterator[tuple[UsageKey, list[float]]]:
         """What callers used of it until now."""

@@ -234,11 +234,11 @@ class Family(Collector, Generic[S]):
             if isinstance(series, Level):
                 series.sample()
 
-    def counted(self) -> dict[tuple[str, ...], Counted]:
-        """A copy of all numbers, by the labels' values; what is watched is read."""
+    def counted(self, notes: bool = True) -> dict[tuple[str, ...], Counted]:
+        """A copy of all numbers, by the labels' values; what is watched is read. Args: notes: with what is noted."""
         self.sample()
         return {
-            key: Counted(series.created, list(series.cells), _read_notes(series.notes))
+            key: Counted(series.created, list(series.cells), _read_notes(series.notes) if notes else {})
             for key, series in tuple(self._series.items())
         }
 
@@ -560,6 +560,10 @@ class Metrics:
         """Have all that is watched written down, for the supervisor to read; a child calls it again and again."""
         for family in self.families.values():
             family.sample()
+
+    def counted(self, *names: str, notes: bool = False) -> dict[str, dict[tuple[str, ...], Counted]]:
+        """The numbers of some families, by their names. Args: notes: with what is noted of them, which takes longer."""
+        return {name: self.families[name].counted(notes) for name in names}
 
     def page(self, opened: bool) -> bytes:
         """What is scraped. Args: opened: as OpenMetrics."""

@@ -1,7 +1,8 @@
-"""For operators: /livez, /readyz and /metrics on a port; the same and more on a unix socket.
+"""For operators: /livez, /readyz, /metrics and the status page on a port; the same and more on a unix socket.
 
 The port is plain HTTP on a loopback address. On any other one it is TLS on our own wire, and answers only who is named
-in `admin.principals`: these pages tell names of models, principals and processes.
+in `admin.principals`: these pages tell names of models, principals and processes. The status page's files tell nothing,
+and are for everybody: so the page can ask for the key that its document needs.
 
 What the `appliance` command asks for (/status, /registration, /reload, /look) is on the socket only, whose file mode
 says who may.
@@ -15,7 +16,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +44,8 @@ from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget
 from appliance.core.types import Call
 from appliance.daemon.certificates import CertificateFiles
+from appliance.daemon.page import DOCUMENT, FILES, page_routes
+from appliance.daemon.trial import Trial
 from appliance.wire.asgi import PEER, ASGIApp, Receive, Send
 from appliance.wire.peer import Peer
 from appliance.wire.settings import WireSettings
@@ -65,6 +68,9 @@ class Operations(Protocol):
     def describe(self) -> dict[str, object]:
         """Version, device, catalog and calls in flight, as plain data."""
 
+    def overview(self) -> bytes:
+        """The status document (`daemon.status`) as JSON."""
+
     async def reload(self) -> str:
         """Take over configuration, certificates, keys and bundles. Raises: ApplianceError: the old ones stay."""
 
@@ -82,8 +88,8 @@ class _Json(JSONResponse):
         return json.dumps(content, ensure_ascii=True, default=str, separators=(",", ":")).encode("ascii")
 
 
-def public_app(operations: Operations, page: Page) -> Starlette:
-    """The pages of the loopback port."""
+def public_app(operations: Operations, page: Page, more: Sequence[Route] = ()) -> Starlette:
+    """The pages of the port. Args: more: the status page's."""
 
     async def livez(request: Request) -> Response:
         return Response("ok\n", media_type="text/plain")
@@ -96,7 +102,7 @@ def public_app(operations: Operations, page: Page) -> Starlette:
         opened = "application/openmetrics-text" in request.headers.get("accept", "")
         return Response(page(opened), media_type=CONTENT_TYPES[opened])
 
-    return Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)])
+    return Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics), *more])
 
 
 def private_app(operations: Operations, page: Page) -> Starlette:
@@ -104,6 +110,9 @@ def private_app(operations: Operations, page: Page) -> Starlette:
 
     async def status(request: Request) -> Response:
         return _Json(operations.describe())
+
+    async def overview(request: Request) -> Response:
+        return Response(operations.overview(), media_type="application/json")
 
     async def reload(request: Request) -> Response:
         try:
@@ -125,6 +134,7 @@ def private_app(operations: Operations, page: Page) -> Starlette:
     app = public_app(operations, page)
     app.router.routes += [
         Route("/status", status),
+        Route(DOCUMENT, overview),
         Route("/registration", registration),
         Route("/reload", reload, methods=["POST"]),
         Route("/look", look, methods=["POST"]),
@@ -150,6 +160,7 @@ class AdminServer:
         page: Page,
         keys: KeyStore,
         certificates: CertificateFiles,
+        trial: Trial,
     ) -> None:
         """Bind them. Raises: ConfigError: an address or path cannot be bound, or the port cannot be protected."""
         settings = config.admin
@@ -157,8 +168,9 @@ class AdminServer:
         self._guarded: _Guarded | None = None
         served: list[tuple[uvicorn.Server, socket.socket]] = []
         try:
-            app = public_app(operations, page)
-            if is_loopback(settings.listen):
+            local = is_loopback(settings.listen)
+            app = public_app(operations, page, page_routes(operations.overview, trial, local=local))
+            if local:
                 served.append((_server(app), tcp))
             else:
                 self._guarded = _Guarded(app, tcp, config, keys, certificates)
@@ -243,6 +255,9 @@ class _Guarded:
     async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         peer: Peer = scope["extensions"][PEER]
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if scope["path"] in FILES:
+            await self._app(scope, receive, send)
+            return
         call = Call(scope["path"], headers, peer.text, certificate=peer.certificate, chain=peer.chain)
         refusal: Response
         try:

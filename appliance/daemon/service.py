@@ -36,7 +36,9 @@ from appliance.daemon.admin import AdminServer
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.checks import check_urls, memory_for_requests, space_warning
 from appliance.daemon.front import open_sockets, pass_through_warning
+from appliance.daemon.overview import Overview
 from appliance.daemon.staff import Loaded, Staff, choose
+from appliance.daemon.trial import Trial
 from appliance.daemon.usage import Usage
 
 _log = logging.getLogger(__name__)
@@ -114,16 +116,20 @@ class Daemon:
             {"version": __version__, "onnxruntime": str(facts["onnxruntime"]), "metrics": METRICS_VERSION}
         )
         self._metrics.watch(self._metrics.keys, lambda: len(self._keys))
+        self._overview = Overview(self._metrics, self._staff, self._repository, self.readiness)
+        stack.callback(self._overview.close)
+        self._trial = Trial(config, self._certificates)
         self._warn()
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         """Bind every port, then answer: what still loads says so, and nobody is refused."""
         config = self._config
-        self._admin = AdminServer(config, self, self._staff.page, self._keys, self._certificates)
+        self._admin = AdminServer(config, self, self._staff.page, self._keys, self._certificates, self._trial)
         await self._admin.start()
         stack.push_async_callback(self._admin.stop)
         sockets = open_sockets(config, self._notifier, self._staff.fronts)
         stack.callback(sockets.close)
+        self._trial.sockets = sockets.by_name.get("server.listen", ())
         ports = await self._staff.serve(
             self._repository, self._workflows, self._certificates, self._keys, self.readiness, sockets
         )
@@ -135,6 +141,7 @@ class Daemon:
         self._spawn(self._workflows.run(), stack)
         self._spawn(self._tick(), stack)
         self._spawn(self._usage.run(), stack)
+        self._spawn(self._overview.run(lambda: self._config), stack)
         wait_s = self._config.catalog.start_wait_s
         self._notifier.extend_timeout(wait_s + 10)
         settled: asyncio.Future[Any] = asyncio.gather(self._repository.wait_settled(), self._workflows.wait_settled())
@@ -226,6 +233,7 @@ class Daemon:
             if self._admin is not None:
                 self._admin.configure(config)
             self._usage.configure(config)
+            self._trial.configure(config)
             logs.set_level(config.log.level)
             self._repository.settings = self._workflows.settings = self._config.catalog
             self._repository.wake()
@@ -278,6 +286,10 @@ class Daemon:
             "catalog": describe(self._repository, lambda loaded: loaded.described()),
             "workflows": self._workflows.describe(),
         }
+
+    def overview(self) -> bytes:
+        """The status document as JSON; made anew at most once a second."""
+        return self._overview.document(self._config)
 
     async def registration(self) -> dict[str, object]:
         """What the orchestrator shall know of us. Raises: ApplianceError."""

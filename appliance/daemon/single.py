@@ -12,7 +12,7 @@ from appliance.catalog.view import View
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import NotReady
-from appliance.core.metrics import Metrics
+from appliance.core.metrics import Counted, Metrics
 from appliance.core.usage import Amounts, UsageKey
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.serving import Serving
@@ -105,6 +105,10 @@ class Single:
     def usage(self) -> Mapping[UsageKey, Amounts]:
         """See `Staff.usage`."""
         return self._metrics.usage.counted()
+
+    def counted(self, *names: str, notes: bool = False) -> Mapping[str, Mapping[tuple[str, ...], Counted]]:
+        """See `Staff.counted`."""
+        return self._metrics.counted(*names, notes=notes)
 
     def problems(self) -> dict[str, str]:
         """See `Staff.problems`: what is wrong here is the daemon's own end."""

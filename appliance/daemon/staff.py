@@ -13,7 +13,7 @@ from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import ConfigError
 from appliance.core.machine import accelerators, usable_cpus
-from appliance.core.metrics import Metrics
+from appliance.core.metrics import Counted, Metrics
 from appliance.core.usage import Amounts, UsageKey
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.sockets import ListeningSockets
@@ -70,6 +70,9 @@ class Staff(Protocol):
 
     def usage(self) -> Mapping[UsageKey, Amounts]:
         """What callers used since the daemon began, over all processes; on any thread."""
+
+    def counted(self, *names: str, notes: bool = False) -> Mapping[str, Mapping[tuple[str, ...], Counted]]:
+        """What these metrics count, over all processes (`Metrics.counted`)."""
 
     def problems(self) -> dict[str, str]:
         """Who of them is not at work, and why; empty when all is well."""

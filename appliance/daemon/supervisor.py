@@ -28,7 +28,7 @@ from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, BundleInvalid, ConfigError, DeviceError, Draining, NotReady
 from appliance.core.fold import Fold
 from appliance.core.machine import accelerators, usable_cpus, usable_memory
-from appliance.core.metrics import Metrics
+from appliance.core.metrics import Counted, Metrics
 from appliance.core.shared import Segment
 from appliance.core.sharing import SharedLimits
 from appliance.core.usage import Amounts, UsageKey
@@ -267,6 +267,10 @@ class Supervisor:
     def usage(self) -> Mapping[UsageKey, Amounts]:
         """See `Staff.usage`."""
         return self._fold.usage()
+
+    def counted(self, *names: str, notes: bool = False) -> Mapping[str, Mapping[tuple[str, ...], Counted]]:
+        """See `Staff.counted`."""
+        return self._fold.counted(*names, notes=notes)
 
     def problems(self) -> dict[str, str]:
         """See `Staff.problems`."""

@@ -17,7 +17,7 @@ from support.appliance import PATIENCE_S
 from support.programs import environment, need_programs, run
 
 PACKAGES = "chromium libnss3-tools"
-_OPTIONS = (
+OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"),
 )
@@ -73,6 +73,14 @@ class Pages:
         raise AssertionError(f"no page said anything; the browser's log:\n{log.read_text('utf-8', 'replace')}")
 
 
+def trusting(home: Path, ca: Path) -> None:
+    """Have browsers with that home believe what `ca` signed."""
+    store = home / ".pki" / "nssdb"
+    store.mkdir(parents=True)
+    run("certutil", "-d", f"sql:{store}", "-N", "--empty-password")
+    run("certutil", "-d", f"sql:{store}", "-A", "-n", "custom root", "-t", "C,,", "-i", ca)
+
+
 @contextlib.contextmanager
 def chromium(home: Path, ca: Path, url: str) -> Iterator["subprocess.Popen[bytes]"]:
     """Chromium with a home of its own on a page; it believes the certificates that `ca` signed, as a user's would.
@@ -80,13 +88,10 @@ def chromium(home: Path, ca: Path, url: str) -> Iterator["subprocess.Popen[bytes
     Args: home: an empty folder; the browser's log becomes `home/log`.
     """
     need_programs(PACKAGES, "chromium", "certutil")
-    store = home / ".pki" / "nssdb"
-    store.mkdir(parents=True)
-    run("certutil", "-d", f"sql:{store}", "-N", "--empty-password")
-    run("certutil", "-d", f"sql:{store}", "-A", "-n", "custom root", "-t", "C,,", "-i", ca)
+    trusting(home, ca)
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(
-            ["chromium", *_OPTIONS, f"--user-data-dir={home / 'profile'}", url],
+            ["chromium", *OPTIONS, f"--user-data-dir={home / 'profile'}", url],
             env=environment(HOME=home),
             stdout=log,
             stderr=log,

@@ -34,7 +34,7 @@ ONLY_IN = {
     "clarifai_grpc": ("api/", "orchestrator/"),
     "google.protobuf": ("api/", "orchestrator/"),
     "httpx": ("cli/admin.py", "cli/predict.py", "orchestrator/usage_reports.py"),
-    "h11": ("media/fetch.py", "wire/http1.py"),
+    "h11": ("daemon/trial.py", "media/fetch.py", "wire/http1.py"),
     "requests": (),
     "urllib.request": (),
     "urllib3": (),

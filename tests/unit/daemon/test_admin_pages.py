@@ -18,6 +18,9 @@ class Strange:
     def describe(self) -> dict[str, object]:
         return {"catalog": [{"bundle": "bad\udcff", "path": Path("bad\udcff"), "seconds": float("nan")}]}
 
+    def overview(self) -> bytes:
+        return b"{}"
+
     async def reload(self) -> str:
         raise ConfigError("not \ud800")
 
