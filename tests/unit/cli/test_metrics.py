@@ -42,7 +42,7 @@ def test_names_follow_the_conventions() -> None:
             assert list(family.bounds) == sorted(set(family.bounds))
         labels |= set(family.label_names)
     own = {"model", "version", "method", "code", "reason", "principal", "state", "result", "process", "device", "uuid"}
-    assert labels == own | {"outcome", "task", "sha256", "providers", "role", "issuer", "folder"}
+    assert labels == own | {"outcome", "task", "sha256", "providers", "role", "issuer", "folder", "api_base"}
 
 
 def test_durations_suit_models_of_50_us_and_of_a_minute() -> None:
