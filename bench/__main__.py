@@ -19,6 +19,7 @@ COMMANDS = {
     "metrics": "what counting costs a call, with and without; microseconds",
     "soak": "honest and hostile traffic at once, for minutes",
     "connect": "what the forwarder costs beside direct TLS",
+    "storm": "ten thousand appliances reconnect, in virtual time",
     "wire": "our wire beside C++ gRPC and grpcio, without a model",
     "all": "what the bars stand on, one after the other",
 }

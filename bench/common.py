@@ -156,6 +156,16 @@ def write(
     return list(files)
 
 
+def between_markers(page: str, made_by: str, text: str) -> str:
+    """The page with `text` between its two comments "made by …: begin" and "… end". Raises: ValueError: it has none."""
+    begin, end = (f"<!-- made by {made_by}: {mark} -->" for mark in ("begin", "end"))
+    before, found, rest = page.partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not found or not also_found:
+        raise ValueError(f"the page has no {begin} with an end behind it")
+    return f"{before}{begin}\n{text.strip()}\n{end}{after}"
+
+
 def machine_facts(cpus: Cpus) -> dict[str, Any]:
     """What somebody must know to compare; nothing that names the machine or its folders."""
     return {

@@ -202,6 +202,12 @@ class Server(Section):
         '["10.0.0.5", "fd00::/64"]; limits and logs then show the real client. Nobody else may send one.',
         json_schema_extra={"restart": True},
     )
+    load_reports: bool = Field(
+        False,
+        description="Say in the trailers of gRPC calls how busy this machine is, for balancers that weigh by it "
+        '(ORCA: endpoint-load-metrics-bin). Needs transport = "native".',
+        json_schema_extra={"restart": True},
+    )
     cors_origins: tuple[str, ...] = Field(
         (),
         description='Web origins whose pages may call (gRPC-Web, REST), e.g. ["https://lab.example.com"]; "*": all.',

@@ -228,6 +228,10 @@ class Family(Collector, Generic[S]):
         """What is scraped; on any thread."""
         return [self.exposed(self.counted())]
 
+    def total(self) -> float:
+        """What a counter's series have counted in this process, all together."""
+        return sum(float(series.cells[0]) for series in tuple(self._series.values()))
+
     def sample(self) -> None:
         """Have the cells hold what is watched."""
         for series in tuple(self._series.values()):

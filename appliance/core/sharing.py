@@ -6,6 +6,7 @@ may be passed by one request for each front.
 
     header      fronts, slots, slots taken      int64 each
     memory      bytes held                      int64, a cell for each front
+    calls       calls that ended                int64, a cell for each front
     names       a hash of 16 bytes for each slot that is taken
     slots       in flight, admitted             int64, a cell for each front
                 idle                            float64, a cell for each front
@@ -29,7 +30,7 @@ _KINDS = 3
 
 
 class SharedUse:
-    """How many bytes each front holds of the memory budget, seen from one of them."""
+    """A number of each front's, seen from one of them: bytes that it holds of the memory budget, calls that ended."""
 
     def __init__(self, cells: memoryview, index: int) -> None:
         self._all = struct.Struct(f"{len(cells)}q")
@@ -37,11 +38,11 @@ class SharedUse:
         self._index = index
 
     def write(self, used: int) -> None:
-        """This front holds so many bytes."""
+        """This front's number."""
         self._cells[self._index] = used
 
     def others(self) -> int:
-        """Bytes that the other fronts hold."""
+        """Those of the other fronts together."""
         cells = self._all.unpack_from(self._cells)
         return int(sum(cells) - cells[self._index])
 
@@ -90,9 +91,11 @@ class SharedLimits:
         self._index = index  # None: the supervisor's, which holds and admits nothing itself
         self._header = segment.view[:_HEADER].cast("q")
         self.fronts, self._slots = self._header[0], self._header[1]
-        self._names = _HEADER + self.fronts * _CELL
+        calls = _HEADER + self.fronts * _CELL
+        self._names = calls + self.fronts * _CELL
         self._cells = self._names + self._slots * _NAME
-        self._memory = segment.view[_HEADER : self._names].cast("q")
+        self._memory = segment.view[_HEADER:calls].cast("q")
+        self._calls = segment.view[calls : self._names].cast("q")
         self._full = False
 
     @classmethod
@@ -102,7 +105,8 @@ class SharedLimits:
         Args:   slots: how many principals with limits there may be; one whose limits change takes another.
         Raises: OSError.
         """
-        segment = Segment.create("fronts", _HEADER + fronts * _CELL + slots * (_NAME + fronts * _KINDS * _CELL))
+        cells = 2 * fronts + slots * fronts * _KINDS
+        segment = Segment.create("fronts", _HEADER + cells * _CELL + slots * _NAME)
         header = segment.view[:_HEADER].cast("q")
         header[0], header[1] = fronts, slots
         return cls(segment, None)
@@ -120,7 +124,7 @@ class SharedLimits:
 
         What it admitted stays: nobody gains a request by it.
         """
-        self._memory[index] = 0
+        self._memory[index] = self._calls[index] = 0
         for slot in range(self._header[2]):
             self._slot(slot)[index * _CELL :][:_CELL].cast("q")[0] = 0
 
@@ -128,6 +132,11 @@ class SharedLimits:
         """What this front holds of the memory budget, and the others."""
         assert self._index is not None
         return SharedUse(self._memory, self._index)
+
+    def calls(self) -> SharedUse:
+        """How many calls ended at this front since it began, and at the others."""
+        assert self._index is not None
+        return SharedUse(self._calls, self._index)
 
     def meter(self, name: str) -> SharedMeter | None:
         """What counts the requests of that name; None when there is no slot left, which the log says once."""

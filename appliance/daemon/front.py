@@ -45,6 +45,9 @@ class Front(Protocol):
     async def start(self) -> None:
         """Accept connections."""
 
+    def report(self, load: bytes) -> None:
+        """Tell balancers how busy we are. Args: load: a report in base64."""
+
     @property
     def retires(self) -> bool:
         """Whether `retire` keeps new calls out; else they must be refused while the port is open."""
@@ -163,6 +166,10 @@ class _Native:
         """See `Front.start`."""
         await self._server.start()
 
+    def report(self, load: bytes) -> None:
+        """See `Front.report`."""
+        self._server.report(load)
+
     def last(self) -> None:
         """See `Front.last`."""
         self._server.last()
@@ -198,6 +205,9 @@ class _Grpcio:
     async def start(self) -> None:
         """See `Front.start`."""
         await self._server.start()
+
+    def report(self, load: bytes) -> None:
+        """It cannot; the setting says so."""
 
     def last(self) -> None:
         """There are no such clients."""

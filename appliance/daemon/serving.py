@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute
 from appliance.api.auth import Authenticator
 from appliance.api.keys import KeyStore
 from appliance.api.kserve_http import kserve_routes
+from appliance.api.load import Load
 from appliance.api.openai import openai_routes
 from appliance.api.pages import pages
 from appliance.api.rest import rest_routes
@@ -64,6 +65,8 @@ class Serving:
         self.certificates = certificates
         self.keys = keys
         self._budget = MemoryBudget(memory_for_requests(config), limits.memory() if limits else None)
+        self._calls = limits.calls() if limits else None
+        self._measuring: asyncio.Task[None] | None = None
         authenticator = Authenticator(config, keys, trust=certificates.trust, limits=limits)
         self.api = Api(config, catalog, authenticator, self._budget, metrics, workflows)
         self._front: Front | None = None
@@ -84,6 +87,17 @@ class Serving:
         app = pages(self._readiness, self._routes(endpoints))
         self._front = open_front(self._config, endpoints, app, self.certificates, self._budget, self._metrics, sockets)
         await self._front.start()
+        if self._config.server.load_reports:
+            load = Load(self._budget, self._answered, gpus=self._config.engine.device != "cpu")
+            self._measuring = asyncio.create_task(load.measure(self._front.report))
+
+    def _answered(self) -> float:
+        """Calls that ended since the start, at all fronts."""
+        own = self._metrics.requests.total()
+        if self._calls is None:
+            return own
+        self._calls.write(int(own))
+        return own + self._calls.others()
 
     def _routes(self, endpoints: Mapping[str, Endpoint]) -> list[BaseRoute]:
         """What the main port serves over HTTP: KServe's and OpenAI's surfaces, and the twins of Clarifai's RPCs."""
@@ -133,7 +147,9 @@ class Serving:
             _log.critical("calls were lost: they ended without a result or a status", extra={"count": lost})
 
     async def stop(self) -> None:
-        """Close the ports at once; does nothing after `drain`."""
+        """Close the ports at once; after `drain` they are closed."""
+        if self._measuring is not None:
+            self._measuring.cancel()
         if self._front is not None:
             await self._front.stop(0.0)
 

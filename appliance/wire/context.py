@@ -43,6 +43,7 @@ class Context:
     Attributes:
         too_large: told of every request that is turned away for its size.
         leaving: HTTP/1.1 connections shall end with their next answer.
+        load: what gRPC calls say of us in their trailers, base64; b"": nothing.
     """
 
     endpoints: Mapping[str, Endpoint]
@@ -52,6 +53,7 @@ class Context:
     too_large: Callable[[], None] = lambda: None
     heads: dict[bytes, Head] = field(default_factory=dict)
     leaving: bool = False
+    load: bytes = b""
 
     def head(self, block: bytes) -> Head:
         """Headers as the native session gives them."""

@@ -89,6 +89,8 @@ class Http2(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         """Greet the client."""
         self._transport = transport
+        if self._context.load:
+            self._session.load(self._context.load)
         self._flush()
 
     def data_received(self, data: bytes) -> None:
@@ -169,6 +171,8 @@ class Http2(asyncio.Protocol):
         for call in tuple(self._calls.values()):
             call.tick(now)
         self._session.tick(now, settings.request_timeout_s)
+        if self._context.load:
+            self._session.load(self._context.load)
         if self._crawls(now):
             self._say_closed("the client does not take its replies")
             transport.abort()

@@ -435,6 +435,8 @@ static void owner_step(world *w, program *p, uint8_t operation)
             fine(w, h2_shut(w->conn));
         else if (choice == 2)
             fine(w, h2_abandon(w->conn, byte(p) % 16));
+        else if (choice == 3)
+            fine(w, h2_load(w->conn, "AAAA", byte(p) % 5));
         else
             fine(w, h2_ping(w->conn));
         break;

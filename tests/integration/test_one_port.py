@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import httpx
@@ -196,6 +197,22 @@ class TestOtherWaysIn:
                 secure.sendall(request)
                 assert secure.recv(100).startswith(b"HTTP/1.1 200")
             made.wait(lambda: "203.0.113.7" in made.log, "a line about the real client")
+
+    def test_load_reports_are_in_the_trailers_where_they_are_asked_for(self, make_appliance: Make, pki: Pki) -> None:
+        """Of every call, however many fronts there are; without the setting nobody is told."""
+        for asked in (True, False):
+            made = make_appliance("ml-topics", server={"load_reports": asked})
+            made.key = made.new_key()
+            with made, Client(made.port(), pki.ca, made.key) as client:
+
+                def trailers(made: Appliance = made, client: Client = client) -> dict[str, Any]:
+                    _, call = client.stub.PostModelOutputs.with_call(TOPIC, metadata=client.metadata, timeout=60)
+                    return dict(call.trailing_metadata() or ())
+
+                if asked:
+                    made.wait(lambda: len(trailers().get("endpoint-load-metrics-bin", b"")) == 36, "four doubles")
+                else:
+                    assert "endpoint-load-metrics-bin" not in trailers()
 
     def test_where_the_extension_is_missing_grpcio_serves_and_says_so(
         self, make_appliance: Make, pki: Pki, tmp_path: Path

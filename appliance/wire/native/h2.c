@@ -165,6 +165,8 @@ struct h2_conn {
     bool ending, ended;     /* the peer is to hear that we had enough; it has */
     bool cannot_read, cannot_write; /* libnghttp2 failed midway: it must not be asked again */
     const char *fault;
+    char *load;             /* what every call that succeeds says of us in its trailers */
+    size_t load_size;
 };
 
 /* ---- streams ---- */
@@ -769,8 +771,10 @@ static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t code, 
 #define HEADER(name, value, size, flags) {(uint8_t *)(name), (uint8_t *)(value), sizeof(name) - 1, (size), (flags)}
 enum { BORROWED = NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE };
 
-/* The trailers of a gRPC stream. Returns their number, 3 at most. `digits` has room for a status. */
-static size_t grpc_trailers(const stream *s, nghttp2_nv *out, char digits[16])
+enum { MOST_TRAILERS = 4 };
+
+/* The trailers of a gRPC stream. Returns their number. `digits` has room for a status. */
+static size_t grpc_trailers(const h2_conn *c, const stream *s, nghttp2_nv *out, char digits[16])
 {
     int length = snprintf(digits, 16, "%d", s->status);
     size_t count = 0;
@@ -781,21 +785,24 @@ static size_t grpc_trailers(const stream *s, nghttp2_nv *out, char digits[16])
     if (s->details_size)
         out[count++] =
             (nghttp2_nv)HEADER("grpc-status-details-bin", s->details, s->details_size, NGHTTP2_NV_FLAG_NO_COPY_NAME);
+    if (!s->status && c->load_size)
+        out[count++] =
+            (nghttp2_nv)HEADER("endpoint-load-metrics-bin", c->load, c->load_size, NGHTTP2_NV_FLAG_NO_COPY_NAME);
     return count;
 }
 
-static int submit_trailers(nghttp2_session *session, stream *s)
+static int submit_trailers(nghttp2_session *session, const h2_conn *c, stream *s)
 {
-    nghttp2_nv trailers[3];
+    nghttp2_nv trailers[MOST_TRAILERS];
     char digits[16];
-    return nghttp2_submit_trailer(session, s->id, trailers, grpc_trailers(s, trailers, digits));
+    return nghttp2_submit_trailer(session, s->id, trailers, grpc_trailers(c, s, trailers, digits));
 }
 
 /* libnghttp2 asks how much of a stream may go into the next DATA frame; the bytes are fetched by send_data. */
 static ssize_t read_output(nghttp2_session *session, int32_t id, uint8_t *into, size_t room, uint32_t *flags,
                            nghttp2_data_source *source, void *context)
 {
-    (void)into, (void)id, (void)context;
+    (void)into, (void)id;
     stream *s = source->ptr;
     if (!s->queued && !s->finished) {
         s->deferred = true;
@@ -807,7 +814,7 @@ static ssize_t read_output(nghttp2_session *session, int32_t id, uint8_t *into, 
         *flags |= NGHTTP2_DATA_FLAG_EOF;
         if (s->trailers) {
             *flags |= NGHTTP2_DATA_FLAG_NO_END_STREAM;
-            if (submit_trailers(session, s))
+            if (submit_trailers(session, context, s))
                 return NGHTTP2_ERR_CALLBACK_FAILURE;
         }
     }
@@ -995,14 +1002,19 @@ int h2_finish(h2_conn *c, int32_t id, int status, const char *message, size_t me
     if (s->answered)
         return go_on_grpc(c, s, false);
     s->answered = true;
-    nghttp2_nv headers[6] = {
+    nghttp2_nv headers[3 + MOST_TRAILERS] = {
         HEADER(":status", "200", 3, BORROWED),
         HEADER("content-type", "application/grpc", 16, BORROWED),
         HEADER("grpc-accept-encoding", "identity,gzip", 13, BORROWED),
     };
     char digits[16];
-    size_t count = 3 + grpc_trailers(s, headers + 3, digits);
+    size_t count = 3 + grpc_trailers(c, s, headers + 3, digits);
     return nghttp2_submit_response(c->session, id, headers, count, NULL);
+}
+
+int h2_load(h2_conn *c, const char *report, size_t size)
+{
+    return copied(&c->load, &c->load_size, report, size) ? 0 : NGHTTP2_ERR_NOMEM;
 }
 
 int h2_respond(h2_conn *c, int32_t id, int status, const h2_header *headers, size_t count, bool last)
@@ -1197,6 +1209,7 @@ void h2_free(h2_conn *c, h2_drop drop)
         ;
     free(c->events);
     buffer_free(&c->output);
+    free(c->load);
     free(c);
 }
 

@@ -96,6 +96,10 @@ void h2_collect(h2_conn *c, h2_drop drop);
  * stream it has already sent is lost. */
 int h2_shut(h2_conn *c);
 
+/* From now on every call that succeeds says this of us in its trailers, as endpoint-load-metrics-bin (gRPC A51): base64,
+ * 0 bytes for nothing. */
+int h2_load(h2_conn *c, const char *report, size_t size);
+
 /* End the connection now, with an error code of RFC 9113. */
 int h2_abandon(h2_conn *c, uint32_t code);
 

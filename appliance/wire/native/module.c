@@ -356,6 +356,15 @@ static PyObject *session_abandon(Session *self, PyObject *argument)
     return answer(self, h2_abandon(self->conn, (uint32_t)code));
 }
 
+static PyObject *session_load(Session *self, PyObject *argument)
+{
+    char *report;
+    Py_ssize_t size;
+    if (!enter(self) || !text(argument, &report, &size))
+        return NULL;
+    return answer(self, h2_load(self->conn, report, (size_t)size));
+}
+
 static PyObject *get_alive(Session *self, void *unused)
 {
     (void)unused;
@@ -404,7 +413,7 @@ static PyMethodDef methods[] = {
     METHOD(reply, METH_FASTCALL), METHOD(finish, METH_FASTCALL), METHOD(respond, METH_FASTCALL),
     METHOD(data, METH_FASTCALL), METHOD(reset, METH_FASTCALL), METHOD(queued, METH_FASTCALL),
     METHOD(shut, METH_NOARGS),   METHOD(ping, METH_NOARGS),    METHOD(abandon, METH_O),
-    METHOD(tick, METH_FASTCALL),
+    METHOD(tick, METH_FASTCALL), METHOD(load, METH_O),
     {NULL, NULL, 0, NULL},
 };
 

@@ -43,6 +43,16 @@ def start(shared: SharedLimits) -> Iterator[Callable[..., Child]]:
         yield make
 
 
+def test_calls_of_all_fronts_are_seen_by_each(shared: SharedLimits) -> None:
+    """Those of one that died are gone."""
+    one, two = (front(shared, index).calls() for index in (0, 2))
+    one.write(5)
+    two.write(7)
+    assert (one.others(), two.others()) == (7, 5)
+    shared.clear(0)
+    assert two.others() == 0
+
+
 class TestMemory:
     def test_the_limit_holds_for_all_fronts_together(self, shared: SharedLimits) -> None:
         """What one holds is not free at another; what is still coming leaves the last eighth there, too."""

@@ -368,6 +368,33 @@ def test_a_reply_is_headers_a_message_and_trailers() -> None:
     assert pair.session.streams == 0
 
 
+def test_a_load_report_is_in_the_trailers_of_what_succeeds() -> None:
+    """From when it is told until it is taken back; a call that fails says nothing of the load."""
+    pair = Pair()
+
+    def trailers(status: int) -> dict[str, str]:
+        stream = pair.open()
+        pair.send(stream, message(b"question"), end=True)
+        pair.pump()
+        assert pair.session.push(stream, b"part", False)
+        assert pair.session.finish(stream, status, b"", b"")
+        pair.pump()
+        return pair.trailers(stream)
+
+    assert trailers(0) == {"grpc-status": "0"}
+    assert pair.session.load(b"CQAAAAAAAOA/")
+    assert trailers(0) == {"grpc-status": "0", "endpoint-load-metrics-bin": "CQAAAAAAAOA/"}
+    assert trailers(14) == {"grpc-status": "14"}
+    stream = pair.open()
+    pair.send(stream, message(b"question"), end=True)
+    pair.pump()
+    assert pair.session.reply(stream, b"answer", False)
+    pair.pump()
+    assert pair.trailers(stream)["endpoint-load-metrics-bin"] == "CQAAAAAAAOA/"
+    assert pair.session.load(b"")
+    assert trailers(0) == {"grpc-status": "0"}
+
+
 def test_a_refusal_is_headers_alone() -> None:
     """Trailers-only; details and message go along."""
     pair = Pair()
