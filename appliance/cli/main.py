@@ -25,6 +25,7 @@ _COMMANDS = {
     "certs": "certs",
     "doctor": "doctor",
     "keys": "keys",
+    "log-level": "levels",
     "metrics": "metrics",
     "models": "models",
     "orchestrator": "orchestrator",

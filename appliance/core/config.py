@@ -36,6 +36,7 @@ from pydantic import (
 from appliance.core import migration
 from appliance.core.errors import AccessRefused, ConfigError
 from appliance.core.files import SERVICE_GROUP
+from appliance.core.logs import Level
 from appliance.core.types import NAME_PATTERN
 
 VENDOR_FILE = Path("/usr/lib/inference-appliance/appliance.toml")
@@ -819,11 +820,26 @@ class Admin(Section):
 
 
 class Log(Section):
-    """What is written about requests."""
+    """What is written about requests, and how; docs/logs.md."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is written.")
+    level: Level = Field(
+        "info",
+        description="Least level that is written; `appliance log-level` changes that of a component while it runs.",
+    )
+    format: Literal["text", "json"] = Field(
+        "text",
+        description="How lines on standard error look. Where systemd's journal reads it, it is given fields instead.",
+        json_schema_extra={"restart": True},
+    )
     sample: float = Field(
         0.01, ge=0, le=1, description="Share of successful requests that are logged; errors always are."
+    )
+    rate: int = Field(
+        200,
+        ge=1,
+        le=100_000,
+        description="Lines a second about requests and connections, over all fronts, ten of one kind in each; how many "
+        "were left out is logged. systemd's journal takes 333 a second on average unless told otherwise.",
     )
 
 

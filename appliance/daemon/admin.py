@@ -4,8 +4,8 @@ The port is plain HTTP on a loopback address. On any other one it is TLS on our 
 in `admin.principals`: these pages tell names of models, principals and processes. The status page's files tell nothing,
 and are for everybody: so the page can ask for the key that its document needs.
 
-What the `appliance` command asks for (/status, /registration, /reload, /look) is on the socket only, whose file mode
-says who may.
+What the `appliance` command asks for (/status, /registration, /log-levels, /reload, /look) is on the socket only, whose
+file mode says who may.
 """
 
 import asyncio
@@ -80,6 +80,12 @@ class Operations(Protocol):
     async def look(self) -> None:
         """Look at the catalog's root now."""
 
+    def log_levels(self) -> dict[str, object]:
+        """Which levels are logged, as plain data."""
+
+    def set_log_level(self, component: str, level: str | None) -> None:
+        """Change one, or take that back. Raises: ConfigError: there is no such component or level."""
+
 
 class _Json(JSONResponse):
     """JSON in ASCII, whatever a bundle put into a string: no page may fail for it."""
@@ -131,8 +137,20 @@ def private_app(operations: Operations, page: Page) -> Starlette:
         except ApplianceError as error:
             return _Json({"ok": False, "message": str(error)}, status_code=409)
 
+    async def log_levels(request: Request) -> Response:
+        if request.method == "POST":
+            try:
+                asked = await request.json()
+                operations.set_log_level(asked["component"], asked["level"])
+            except (ValueError, KeyError, TypeError):
+                return _Json({"ok": False, "message": "Send {component, level} as JSON."}, status_code=400)
+            except ApplianceError as error:
+                return _Json({"ok": False, "message": str(error)}, status_code=409)
+        return _Json({"ok": True, **operations.log_levels()})
+
     app = public_app(operations, page)
     app.router.routes += [
+        Route("/log-levels", log_levels, methods=["GET", "POST"]),
         Route("/status", status),
         Route(DOCUMENT, overview),
         Route("/registration", registration),
@@ -264,14 +282,15 @@ class _Guarded:
             grant = self._authenticator.grant(call)
             if not all(meter.principal.name in self._readers for meter in grant.meters):
                 raise NotPermitted(f"Principal {grant.name!r} is not among admin.principals.")
-        except (CredentialsMissing, KeyInvalid) as error:
-            refusal = _Json({"error": str(error)}, 401, {"www-authenticate": "Bearer"})
         except AccessError as error:
-            refusal = _Json({"error": str(error)}, 403)
+            told = str(error)
+            unknown = isinstance(error, CredentialsMissing | KeyInvalid)
+            refusal = _Json(
+                {"error": told}, 401 if unknown else 403, {"www-authenticate": "Bearer"} if unknown else None
+            )
         else:
             await self._app(scope, receive, send)
             return
-        told = bytes(refusal.body).decode()
         self._log.write("admin", logging.WARNING, "an admin page was refused", peer=peer.text, told=told)
         await refusal(scope, receive, send)
 

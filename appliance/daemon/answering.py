@@ -11,7 +11,6 @@ from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.view import Mirror, Running
 from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
-from appliance.core import logs
 from appliance.core.channel import Body, Channel
 from appliance.core.config import Config
 from appliance.core.metrics import Metrics
@@ -58,6 +57,7 @@ class Answering:
                 "dead": self._dead,
                 "changed": self._version_changed,
                 "catalog": self._take_catalog,
+                "levels": child.take_levels,
                 "now": lambda body, descriptors: self._now.set(),
             },
             on_close=lambda: child.leave(0),
@@ -102,7 +102,7 @@ class Answering:
         """Everything but answering. Raises: ConfigError."""
         config = configuration.of_data(body["config"])
         self._config = config
-        logs.set_up(config.log.level)
+        child.set_up_log(config.log, body["levels"])
         board, metrics, slab, limits = descriptors
         self._board = Board(Segment.attach(board))
         self._metrics = Metrics(Segment.attach(metrics), config.metrics)

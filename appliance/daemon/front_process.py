@@ -80,7 +80,7 @@ class FrontProcess(Answering):
         self._serving.configure(config, keys)
         self._workflows.settings = config.catalog
         self._workflows.wake()
-        logs.set_level(config.log.level)
+        logs.limit(config.log.rate)
         self._metrics.sample()
 
     async def _drain(self, body: Body, descriptors: list[int]) -> None:

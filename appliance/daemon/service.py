@@ -60,6 +60,7 @@ class Daemon:
         """Args: main_file: where a reload reads the configuration again; None for the default place."""
         self._config = loaded.config
         self._old_keys = loaded.warnings
+        self._levels: dict[str, str] = {}
         self._main_file = main_file
         self._phase = Phase.STARTING
         self._stop = asyncio.Event()
@@ -234,7 +235,8 @@ class Daemon:
                 self._admin.configure(config)
             self._usage.configure(config)
             self._trial.configure(config)
-            logs.set_level(config.log.level)
+            self._apply_levels()
+            logs.limit(config.log.rate)
             self._repository.settings = self._workflows.settings = self._config.catalog
             self._repository.wake()
             self._workflows.wake()
@@ -291,6 +293,34 @@ class Daemon:
         """The status document as JSON; made anew at most once a second."""
         return self._overview.document(self._config)
 
+    def log_levels(self) -> dict[str, object]:
+        """The configured level, and those of components: all of them, and which were changed since the start."""
+        level = self._config.log.level
+        return {
+            "level": level,
+            "components": {component: self._levels.get(component, level) for component in logs.COMPONENTS},
+            "changed": sorted(self._levels),
+        }
+
+    def set_log_level(self, component: str, level: str | None) -> None:
+        """Give a component, or "all", a level of its own until a restart.
+
+        Args:   level: None: the configured one again.
+        Raises: ConfigError: there is no such component or level.
+        """
+        components = logs.COMPONENTS if component == "all" else (component,)
+        if not set(components) <= set(logs.COMPONENTS):
+            raise ConfigError(f"There is no component {component!r}; there are {', '.join(logs.COMPONENTS)}, and all.")
+        if level not in (None, *logs.LEVELS):
+            raise ConfigError(f"There is no level {level!r}; there are {', '.join(logs.LEVELS)}.")
+        for each in components:
+            if level is None:
+                self._levels.pop(each, None)
+            else:
+                self._levels[each] = level
+        self._apply_levels()
+        _log.warning("the log level of %s is %s", component, level or f"{self._config.log.level} again")
+
     async def registration(self) -> dict[str, object]:
         """What the orchestrator shall know of us. Raises: ApplianceError."""
         return await self._staff.registration()
@@ -305,6 +335,11 @@ class Daemon:
         return self._staff.problems() | self._repository.not_ready() | self._workflows.problems()
 
     # ---- helpers ----
+
+    def _apply_levels(self) -> None:
+        """Log from the configured level on, and components from their own, here and in every child."""
+        logs.set_levels(self._config.log.level, self._levels)
+        self._staff.set_levels(self._config.log.level, self._levels)
 
     def _publish(self) -> None:
         """Tell health checks and metrics what is ready."""

@@ -93,6 +93,9 @@ class Single:
                 'comes from there; restart with processes.mode = "auto", or set orchestrator.agent = false'
             )
 
+    def set_levels(self, level: str, own: Mapping[str, str]) -> None:
+        """See `Staff.set_levels`: there are no children."""
+
     @property
     def in_flight(self) -> int:
         """See `Staff.in_flight`."""

@@ -61,6 +61,9 @@ class Staff(Protocol):
     async def configure(self, config: Config, keys: KeyStore) -> None:
         """Take over a configuration whose files have been read and are good. Raises: ApplianceError."""
 
+    def set_levels(self, level: str, own: Mapping[str, str]) -> None:
+        """Have the children log from that level on. Args: own: of components that have one of their own."""
+
     @property
     def in_flight(self) -> int:
         """Calls being worked on."""

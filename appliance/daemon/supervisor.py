@@ -174,6 +174,7 @@ class Supervisor:
         self._news: Body | None = None
         self._sockets: ListeningSockets | None = None
         self._facts: Body = {}
+        self._levels: Body = {"level": config.log.level, "own": {}}
         self._shut: set[int] = set()
         self._draining = False  # no front is started any more
         self._stopping = False  # nor an engine
@@ -251,9 +252,13 @@ class Supervisor:
         for front, outcome in zip(fronts, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(outcome, ApplianceError):  # what it read a moment after us was not what we read
                 raise ConfigError(f"The {front.name} kept its last good state, reload again: {outcome}")
-        for engine in self._engines.values():
-            if engine.child is not None:
-                engine.child.channel.tell("configure", {"level": config.log.level})
+
+    def set_levels(self, level: str, own: Mapping[str, str]) -> None:
+        """See `Staff.set_levels`."""
+        self._levels = {"level": level, "own": dict(own)}
+        for member in self._members():
+            if member.child is not None:
+                member.child.channel.tell("levels", self._levels)
 
     @property
     def in_flight(self) -> int:
@@ -518,7 +523,7 @@ class Supervisor:
             lambda gone: self._engine_ended(engine, gone),
             gpu.environment(engine.gpu) if engine.gpu else None,
         )
-        body = {"config": configuration.as_data(self._config), "device": engine.device}
+        body = {"config": configuration.as_data(self._config), "device": engine.device, "levels": self._levels}
         try:
             engine.facts = await child.start(body)
         except (ApplianceError, ChannelClosed, OSError) as error:
@@ -530,6 +535,7 @@ class Supervisor:
         self._fold.attach(engine.name, child.counts)
         self._show(engine)
         engine.child, engine.problem = child, None
+        child.channel.tell("levels", self._levels)  # it may have missed them while it started
         engine.canary_at = time.monotonic() + _CANARY_S
         _log.info("device %s: %s", engine.facts["device"], engine.facts["reason"], extra={"engine": engine.name})
 
@@ -612,9 +618,10 @@ class Supervisor:
         front.prepared = set()
         try:
             front.slab = Segment.create(f"{front.name} slab", Slab.size_for(order))
-            body = {"config": self._front_config(front), "index": front.index}
+            body = {"config": self._front_config(front), "index": front.index, "levels": self._levels}
             await child.start(body, front.slab, self._limits.segment)
             front.child = child
+            child.channel.tell("levels", self._levels)  # as an engine
             self._fold.attach(front.name, child.counts)
             self._show(front)
             for engine in self._engines.values():
@@ -664,6 +671,7 @@ class Supervisor:
         data = configuration.as_data(config)
         data["cache"]["size"] = 0 if front.agent else config.cache.size // self.fronts
         data["connections"]["max"] = -(-config.connections.max // self.fronts)
+        data["log"]["rate"] = max(1, config.log.rate // self.fronts)
         data["engine"]["decode_threads"] = config.engine.decode_threads or max(1, usable_cpus() // self.fronts)
         return data
 

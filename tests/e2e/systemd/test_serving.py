@@ -111,6 +111,7 @@ class TestJournal:
         entry = installed.journal("METHOD=PostModelOutputs")[-1]
         assert entry["CODE"].startswith("CONN_")
         assert entry["REQ_ID"]
+        assert entry["COMPONENT"] == "api"
         assert entry["PRIORITY"] == "4"
 
     def test_no_key_is_in_it(self, machine: Machine, installed: Installed) -> None:
