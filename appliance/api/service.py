@@ -35,12 +35,13 @@ from appliance.api.predict import Predictions
 from appliance.api.quick import Begin, Begun
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
+from appliance.api.trail import Trail, Use
 from appliance.api.workflow_results import WorkflowResults
 from appliance.api.workflows import WorkflowCatalogue
 from appliance.catalog.view import View
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
-from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, Overloaded
+from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, NotRecorded, Overloaded
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget, Reservation
 from appliance.core.metrics import OTHER, Metrics, Spread, Tally
@@ -123,6 +124,9 @@ class Api:
         self.direct = direct.Direct(config, repository)
         self.kserve = Kserve(self.direct, self.health)
         self._errors = RateLimitedLog(_log)
+        self.trail = Trail()
+        self.unrecorded = False
+        """Calls are refused, as they could not be recorded."""
         self._running: set[asyncio.Task[Any]] = set()
         self._quick_calls: set[_QuickCall] = set()
         self._streams: set[asyncio.Task[Any]] = set()  # open streams, also between two messages
@@ -262,10 +266,12 @@ class Api:
             begun = time.monotonic()
             context: Context | None = None
             try:
+                if self.unrecorded:
+                    raise NotRecorded
                 grant = self._authenticator.grant(call)
                 context = Context(grant.name, begun, self._budget.hold(0), call, grant, "", begun)
                 call.memory = self._budget.expect(size, grant.name)
-            except (AccessError, Overloaded) as error:
+            except (AccessError, Overloaded, NotRecorded) as error:
                 req_id = _request_id(call)
                 reply = self._refuse(rpc, call, req_id, error, context, b"")
                 self._record(rpc, call, context, self._counts_of(rpc, context), reply.code, req_id)
@@ -348,6 +354,8 @@ class Api:
         sent = 0
         good = admitted = False
         try:
+            if self.unrecorded:
+                raise NotRecorded
             grant = self._authenticator.grant(call)
             memory = call.memory or self._budget.hold(0)
             context = Context(grant.name, self._deadline(call, begun), memory, call, grant, req_id, begun)
@@ -407,7 +415,7 @@ class Api:
         fields = _fields(rpc, call, req_id, status.INTERNAL.code, context)
         self._errors.write("unforeseen", logging.ERROR, "unforeseen error", exc_info=error, **fields)
         if isinstance(rpc, _Door):
-            raise self._ended_in(rpc, error, req_id, context)
+            raise self._ended_in(rpc, call, error, req_id, context)
         return _error_response(rpc, error, req_id, call, body)
 
     def _refuse(
@@ -424,26 +432,33 @@ class Api:
             **_fields(rpc, call, req_id, row.code, context),
             **({"detail": error.detail} if error.detail else {}),
         )
+        if isinstance(error, AccessError):
+            self.trail.refused(_recorded(context, row.code), rpc.name, call.peer, req_id, str(error))
         if row.rpc is not RpcStatus.OK:
-            raise self._ended_in(rpc, error, req_id, context)
+            raise self._ended_in(rpc, call, error, req_id, context)
         if isinstance(rpc, _Door):
             if rpc.told is None or isinstance(error, AccessError):
-                raise self._ended_in(rpc, error, req_id, context)
+                raise self._ended_in(rpc, call, error, req_id, context)
             return Reply(rpc.told(error), int(row.code))
         return _error_response(rpc, error, req_id, call, body)
 
-    def _ended_in(self, rpc: _Form, error: Exception, req_id: str, context: Context | None) -> status.Refusal:
+    def _ended_in(
+        self, rpc: _Form, call: Call, error: Exception, req_id: str, context: Context | None
+    ) -> status.Refusal:
         """The status that ends a call; counted."""
         code = status.row_of(error).code
-        self._count(rpc, context, self._counts_of(rpc, context), code, req_id)
+        self._count(rpc, call, context, self._counts_of(rpc, context), code, req_id)
         return status.Refusal(error, req_id)
 
-    def _count(self, rpc: _Form, context: Context | None, counts: "_Counts", code: int, req_id: str) -> None:
+    def _count(
+        self, rpc: _Form, call: Call, context: Context | None, counts: "_Counts", code: int, req_id: str
+    ) -> None:
         """Count a call that has ended; of those that failed, the last one's id is shown with the number."""
         if code == status.SUCCESS.code:
             counts.answered.inc()
         else:
             self._metrics.requests.labels(*counts.model, rpc.name, code).inc_for(req_id)
+        self.trail.count(_recorded(context, code), rpc.name, call.peer, req_id)
         if self._principals and context is not None:
             name = self._principals.get(context.grant.meters[0].principal.name, OTHER)
             self._metrics.principal_requests.labels(name, code).inc()
@@ -481,7 +496,7 @@ class Api:
         self, rpc: _Form, call: Call, context: Context | None, counts: "_Counts", code: int, req_id: str
     ) -> None:
         """Count and log a call that has a reply."""
-        self._count(rpc, context, counts, code, req_id)
+        self._count(rpc, call, context, counts, code, req_id)
         if context is None:
             return
         model = context.model
@@ -511,7 +526,7 @@ class Api:
     def _quick(self, rpc: _Form, begin: Begin) -> QuickHandler:
         def quick(call: Call, body: bytes, done: Done) -> bool:
             size = len(body)
-            if self._closed or size > _QUICK_BODY:
+            if self._closed or self.unrecorded or size > _QUICK_BODY:
                 return False
             started = time.monotonic()
             memory = call.memory or self._budget.hold(0)
@@ -683,6 +698,13 @@ def _fields(rpc: _Form, call: Call, req_id: str, code: int, context: Context | N
             "duration_us": round((time.monotonic() - context.begun) * 1e6),
         }
     return {key: value for key, value in fields.items() if value != ""}
+
+
+def _recorded(context: Context | None, code: int) -> Use:
+    """What the audit log says of a call."""
+    if context is None:
+        return Use("", "", "", "", code)
+    return Use(context.grant.name, context.grant.credential, context.asked, context.model[1], int(code))
 
 
 def _serialised(response: Message | Reply) -> Reply:

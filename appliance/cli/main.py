@@ -15,6 +15,7 @@ from appliance.cli import exits
 from appliance.core.errors import ApplianceError
 
 _COMMANDS = {
+    "audit": "audit",
     "serve": "serve",
     "setup": "setup",
     "support-bundle": "support",

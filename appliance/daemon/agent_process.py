@@ -79,6 +79,7 @@ class AgentProcess(Answering):
         if not drained.done():
             self._api.end()
             await asyncio.wait({drained}, timeout=_LAST_WORDS_S)
+        self._tell_calls()
         self._metrics.sample()
 
 

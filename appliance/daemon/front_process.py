@@ -40,6 +40,7 @@ class FrontProcess(Answering):
             KeyStore(self._config.auth.keys_file),
             self._limits,
         )
+        self._api = self._serving.api
         self._tasks.append(asyncio.create_task(self._look()))
 
     async def _look(self) -> None:
@@ -86,6 +87,7 @@ class FrontProcess(Answering):
     async def _drain(self, body: Body, descriptors: list[int]) -> None:
         """See `Serving.drain`."""
         await self._serving.drain(self._now, lambda: self._channel.tell("shut"))
+        self._tell_calls()
         self._metrics.sample()
 
 

@@ -23,7 +23,7 @@ from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.view import View, config_data, folder_data, tell
 from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
-from appliance.core.channel import Body, ChannelClosed, pair
+from appliance.core.channel import Body, ChannelClosed, Listener, pair
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, BundleInvalid, ConfigError, DeviceError, Draining, NotReady
 from appliance.core.fold import Fold
@@ -33,6 +33,7 @@ from appliance.core.shared import Segment
 from appliance.core.sharing import SharedLimits
 from appliance.core.usage import Amounts, UsageKey
 from appliance.daemon import gauges
+from appliance.daemon.auditor import Auditor
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.checks import memory_for_requests
 from appliance.daemon.children import WHY, Child, EngineDied, NeverStarted, Restarts
@@ -151,10 +152,11 @@ class FrontChild:
 class Supervisor:
     """Starts, joins and watches the children; implements `Staff`. Used from the event loop's thread."""
 
-    def __init__(self, config: Config, metrics: Metrics, changed: Callable[[], None]) -> None:
-        """Args: changed: told when `problems` are others than before."""
+    def __init__(self, config: Config, metrics: Metrics, changed: Callable[[], None], auditor: Auditor) -> None:
+        """Args: changed: told when `problems` are others than before. auditor: told what calls there were."""
         self._config = config
         self._changed = changed
+        self._auditor = auditor
         self._fold = Fold(metrics)
         self._metrics = metrics
         self.fronts = how_many_fronts(config)
@@ -252,6 +254,11 @@ class Supervisor:
         for front, outcome in zip(fronts, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(outcome, ApplianceError):  # what it read a moment after us was not what we read
                 raise ConfigError(f"The {front.name} kept its last good state, reload again: {outcome}")
+
+    def refuse_calls(self, unrecorded: bool) -> None:
+        """See `Staff.refuse_calls`."""
+        for front in self._fronts:
+            front.tell("unrecorded", {"unrecorded": unrecorded})
 
     def set_levels(self, level: str, own: Mapping[str, str]) -> None:
         """See `Staff.set_levels`."""
@@ -622,6 +629,7 @@ class Supervisor:
             await child.start(body, front.slab, self._limits.segment)
             front.child = child
             child.channel.tell("levels", self._levels)  # as an engine
+            front.tell("unrecorded", {"unrecorded": self._auditor.refuses})
             self._fold.attach(front.name, child.counts)
             self._show(front)
             for engine in self._engines.values():
@@ -676,8 +684,9 @@ class Supervisor:
         return data
 
     def _front_process(self, front: FrontChild) -> Child:
-        listeners: dict[str, Callable[[Body, list[int]], None]] = {
+        listeners: dict[str, Listener] = {
             "shut": lambda body, descriptors: self._front_shut(front),
+            "audit": lambda body, descriptors: self._auditor.take(body),
             "orchestrator": lambda body, descriptors: self._link_changed(body),
         }
         module = "appliance.daemon.agent_process" if front.agent else "appliance.daemon.front_process"

@@ -121,6 +121,22 @@ class TestJournal:
         assert installed.said("--priority=err") == ""
 
 
+class TestAudit:
+    def test_it_is_kept_in_the_state_folder_for_the_service_group(self, machine: Machine) -> None:
+        machine.run("appliance", "audit", "verify")
+        folder = "/var/lib/inference-appliance/audit"
+        listed = machine.shell(f"stat -c '%U:%G %a %n' {folder} {folder}/*").stdout.splitlines()
+        owner = "inference-appliance:inference-appliance"
+        assert listed[0] == f"{owner} 750 {folder}"
+        assert {line.rsplit(" ", 1)[0] for line in listed[1:]} == {f"{owner} 640"}
+
+    def test_it_says_which_user_asked(self, machine: Machine) -> None:
+        machine.run("appliance", "log-level", "wire", "info")
+        machine.run("appliance", "log-level", "--reset")
+        exported = 'appliance audit export --event log-level | grep -c \'"by":"uid:0"\''
+        machine.shell(f"until test $({exported}) = 2; do sleep 0.2; done")
+
+
 class TestHelp:
     def test_the_support_bundle_has_the_journal_and_no_secret(self, machine: Machine, installed: Installed) -> None:
         machine.shell(
