@@ -6,7 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import secrets
 from support.appliance import MODELS, Appliance, Client, Pki, make_pki
+
+_leaks = pytest.StashKey[tuple[list[str], str]]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run if a process of the suite wrote a secret."""
+    found = session.config.stash[_leaks] = secrets.found()
+    if found[0]:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was looked through, and where a secret stands."""
+    leaks, extent = config.stash.get(_leaks, ([], "nothing"))
+    terminalreporter.write_line(f"looked for {extent}: {len(leaks)} found", red=bool(leaks))
+    for leak in leaks:
+        terminalreporter.write_line(leak, red=True)
 
 
 @pytest.fixture(scope="session")

@@ -99,6 +99,10 @@ class Grant:
 
     meters: tuple[Meter, ...]
     key_id: str = ""
+    certificate: str = ""
+    """SHA-256 of the client certificate, hex, if it counted."""
+    credential: str = field(init=False)
+    """What was shown, for the log: "key:" and the key's id, "certificate:" and 16 digits of its SHA-256, or both."""
     name: str = field(init=False)
     """For logs and fair queues."""
     priority: int = field(init=False)
@@ -107,6 +111,8 @@ class Grant:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", "+".join(meter.principal.name for meter in self.meters))
+        shown = {"key": self.key_id, "certificate": self.certificate[:16]}
+        object.__setattr__(self, "credential", "+".join(f"{kind}:{text}" for kind, text in shown.items() if text))
         object.__setattr__(self, "priority", min(_PRIORITIES[meter.principal.priority] for meter in self.meters))
 
     def user_id(self, default: str) -> str:
@@ -227,7 +233,7 @@ class Authenticator:
         if certified is None:
             return keyed
         # Key and certificate of one principal: its limits count once.
-        return Grant(tuple(dict.fromkeys((*certified.meters, *keyed.meters))), keyed.key_id)
+        return Grant(tuple(dict.fromkeys((*certified.meters, *keyed.meters))), keyed.key_id, certified.certificate)
 
     def _key(self, call: Call) -> Grant:
         scheme, _, key = call.metadata.get("authorization", "").strip().partition(" ")
@@ -261,7 +267,7 @@ class Authenticator:
         self._check_usable(call, identity)
         for name in identity.names:
             if name in self._by_identity:
-                return Grant((self._meters[self._by_identity[name]],))
+                return Grant((self._meters[self._by_identity[name]],), certificate=identity.fingerprint)
         shown = ", ".join(identity.names) or "no name"
         raise NotPermitted(f"The client certificate ({shown}) belongs to no principal of this appliance.")
 

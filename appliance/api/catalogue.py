@@ -250,6 +250,7 @@ class Catalogue:
     def _bundle(self, context: Context, ids: resources_pb2.UserAppIDSet, model_id: str) -> Bundle[Servable]:
         bundle = self._repository.find(ids.user_id, ids.app_id, model_id)
         assert bundle.key is not None
+        context.asked = str(bundle.key)
         context.grant.check_model(bundle.key)
         return bundle
 

@@ -18,6 +18,8 @@ class Context(Ticket):
 
     Attributes:
         req_id: what users quote; in every status.
+        begun: `time.monotonic()` seconds.
+        asked: the model or workflow that it is for, user/app/id, once known; for the log.
         deadline: `time.monotonic()` seconds, never None: clients set none, so the appliance does.
         model: (model id, version) once known, for metrics.
         key: whose model that is, for usage.
@@ -29,6 +31,8 @@ class Context(Ticket):
     call: Call
     grant: Grant
     req_id: str
+    begun: float = 0.0
+    asked: str = ""
     model: tuple[str, str] = ("", "")
     key: ModelKey = _NO_MODEL
     inputs: dict[int, int] = field(default_factory=dict)
@@ -39,7 +43,7 @@ class Context(Ticket):
 
     def reach(self, key: ModelKey, version: str) -> None:
         """It is about that version of that model."""
-        self.key, self.model = key, (key.model_id, version)
+        self.key, self.model, self.asked = key, (key.model_id, version), str(key)
 
     def used(self, counts: UsageCounts, method: str) -> Cells:
         """Where what it uses is counted; see `Amounts`. Of two principals it is the certificate's."""

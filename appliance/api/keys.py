@@ -147,6 +147,11 @@ class KeyStore:
         self._refresh(strict=False)
         return self._entries.get(sha256)
 
+    def look(self) -> list[KeyEntry]:
+        """All valid keys, as the file has them now."""
+        self._refresh(strict=False)
+        return list(self._entries.values())
+
     def _refresh(self, *, strict: bool) -> None:
         """Read the file again if it is another one than last time: one stat."""
         self._look_at = self._clock() + LOOK_S

@@ -35,12 +35,13 @@ from appliance.api.predict import Predictions
 from appliance.api.quick import Begin, Begun
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
+from appliance.api.trail import Trail, Use
 from appliance.api.workflow_results import WorkflowResults
 from appliance.api.workflows import WorkflowCatalogue
 from appliance.catalog.view import View
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
-from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, Overloaded
+from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, NotRecorded, Overloaded
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget, Reservation
 from appliance.core.metrics import OTHER, Metrics, Spread, Tally
@@ -123,6 +124,9 @@ class Api:
         self.direct = direct.Direct(config, repository)
         self.kserve = Kserve(self.direct, self.health)
         self._errors = RateLimitedLog(_log)
+        self.trail = Trail()
+        self.unrecorded = False
+        """Calls are refused, as they could not be recorded."""
         self._running: set[asyncio.Task[Any]] = set()
         self._quick_calls: set[_QuickCall] = set()
         self._streams: set[asyncio.Task[Any]] = set()  # open streams, also between two messages
@@ -259,13 +263,18 @@ class Api:
         """Who has no credentials, or wants more memory than is free, is refused before a byte of the body is read."""
 
         def admit(call: Call, size: int) -> bytes | None:
+            begun = time.monotonic()
+            context: Context | None = None
             try:
+                if self.unrecorded:
+                    raise NotRecorded
                 grant = self._authenticator.grant(call)
+                context = Context(grant.name, begun, self._budget.hold(0), call, grant, "", begun)
                 call.memory = self._budget.expect(size, grant.name)
-            except (AccessError, Overloaded) as error:
+            except (AccessError, Overloaded, NotRecorded) as error:
                 req_id = _request_id(call)
-                reply = self._refuse(rpc, call, req_id, error, None, b"")
-                self._record(rpc, None, self._counts_of(rpc, None), reply.code, 0.0, req_id)
+                reply = self._refuse(rpc, call, req_id, error, context, b"")
+                self._record(rpc, call, context, self._counts_of(rpc, context), reply.code, req_id)
                 return reply.body
             return None
 
@@ -343,12 +352,16 @@ class Api:
         code = status.SUCCESS.code
         encoded_at = 0.0
         sent = 0
-        good = False
+        good = admitted = False
         try:
+            if self.unrecorded:
+                raise NotRecorded
             grant = self._authenticator.grant(call)
-            with grant.admitted(), call.memory or self._budget.hold(0) as memory:
+            memory = call.memory or self._budget.hold(0)
+            context = Context(grant.name, self._deadline(call, begun), memory, call, grant, req_id, begun)
+            with grant.admitted(), memory:
+                admitted = True
                 memory.grow(max(0, len(body) - memory.count))
-                context = Context(grant.name, self._deadline(call, begun), memory, call, grant, req_id)
                 replies = await self._handle(rpc, handler, context, body)
                 encoded_at = time.monotonic()
                 for reply in replies:
@@ -366,12 +379,12 @@ class Api:
         finally:
             now = time.monotonic()
             counts = self._counts_of(rpc, context)
-            if context is not None:
+            if context is not None and admitted:
                 self._use(rpc.name, context, good, len(body), sent, now - begun)
             counts.seconds.observe_for(now - begun, now, req_id)
             if context is not None and context.computed_at and encoded_at and counts.encode is not None:
                 counts.encode.observe(encoded_at - context.computed_at)
-        self._record(rpc, context, counts, code, now - begun, req_id)
+        self._record(rpc, call, context, counts, code, req_id)
 
     async def _handle(self, rpc: _Form, handler: Handler, context: Context, body: bytes) -> list[Reply]:
         seconds = context.deadline - time.monotonic()
@@ -399,9 +412,10 @@ class Api:
         if isinstance(error, ApplianceError):
             return self._refuse(rpc, call, req_id, error, context, body)
         # Last resort of every handler: the caller gets a stock sentence, the log the traceback.
-        _log.error("unforeseen error", exc_info=error, extra={"method": rpc.name, "req_id": req_id})
+        fields = _fields(rpc, call, req_id, status.INTERNAL.code, context)
+        self._errors.write("unforeseen", logging.ERROR, "unforeseen error", exc_info=error, **fields)
         if isinstance(rpc, _Door):
-            raise self._ended_in(rpc, error, req_id, context)
+            raise self._ended_in(rpc, call, error, req_id, context)
         return _error_response(rpc, error, req_id, call, body)
 
     def _refuse(
@@ -415,33 +429,36 @@ class Api:
             row.reason or status.name_of(row.code),
             logging.WARNING,
             str(error),
-            method=rpc.name,
-            code=status.name_of(row.code),
-            principal=context.grant.name if context else "",
-            peer=call.peer,
-            req_id=req_id,
+            **_fields(rpc, call, req_id, row.code, context),
             **({"detail": error.detail} if error.detail else {}),
         )
+        if isinstance(error, AccessError):
+            self.trail.refused(_recorded(context, row.code), rpc.name, call.peer, req_id, str(error))
         if row.rpc is not RpcStatus.OK:
-            raise self._ended_in(rpc, error, req_id, context)
+            raise self._ended_in(rpc, call, error, req_id, context)
         if isinstance(rpc, _Door):
             if rpc.told is None or isinstance(error, AccessError):
-                raise self._ended_in(rpc, error, req_id, context)
+                raise self._ended_in(rpc, call, error, req_id, context)
             return Reply(rpc.told(error), int(row.code))
         return _error_response(rpc, error, req_id, call, body)
 
-    def _ended_in(self, rpc: _Form, error: Exception, req_id: str, context: Context | None) -> status.Refusal:
+    def _ended_in(
+        self, rpc: _Form, call: Call, error: Exception, req_id: str, context: Context | None
+    ) -> status.Refusal:
         """The status that ends a call; counted."""
         code = status.row_of(error).code
-        self._count(rpc, context, self._counts_of(rpc, context), code, req_id)
+        self._count(rpc, call, context, self._counts_of(rpc, context), code, req_id)
         return status.Refusal(error, req_id)
 
-    def _count(self, rpc: _Form, context: Context | None, counts: "_Counts", code: int, req_id: str) -> None:
+    def _count(
+        self, rpc: _Form, call: Call, context: Context | None, counts: "_Counts", code: int, req_id: str
+    ) -> None:
         """Count a call that has ended; of those that failed, the last one's id is shown with the number."""
         if code == status.SUCCESS.code:
             counts.answered.inc()
         else:
             self._metrics.requests.labels(*counts.model, rpc.name, code).inc_for(req_id)
+        self.trail.count(_recorded(context, code), rpc.name, call.peer, req_id)
         if self._principals and context is not None:
             name = self._principals.get(context.grant.meters[0].principal.name, OTHER)
             self._metrics.principal_requests.labels(name, code).inc()
@@ -476,10 +493,10 @@ class Api:
         )
 
     def _record(
-        self, rpc: _Form, context: Context | None, counts: "_Counts", code: int, seconds: float, req_id: str
+        self, rpc: _Form, call: Call, context: Context | None, counts: "_Counts", code: int, req_id: str
     ) -> None:
         """Count and log a call that has a reply."""
-        self._count(rpc, context, counts, code, req_id)
+        self._count(rpc, call, context, counts, code, req_id)
         if context is None:
             return
         model = context.model
@@ -494,28 +511,22 @@ class Api:
                 reason = status.INPUT_REASONS.get(input_code)
                 if reason is not None:
                     self._metrics.rejected.labels(reason).inc(count)
-        logged = code == status.SUCCESS.code and random.random() < self._config.log.sample  # noqa: S311  # not a secret
-        if not failed and not logged:
-            return
-        fields = {
-            "method": rpc.name,
-            "model": ":".join(model),
-            "principal": context.grant.name,
-            "ms": round(seconds * 1000, 2),
-            "req_id": context.req_id,
-        }
         if failed:
             codes = ", ".join(f"{status.name_of(c)} × {n}" for c, n in failed.items())
+            fields = _fields(rpc, call, req_id, code, context)
             self._errors.write("input", logging.WARNING, f"inputs failed: {codes}", **fields)
-        else:
-            _log.info("answered", extra=fields)
+        elif code == status.SUCCESS.code:
+            sampled = random.random() < self._config.log.sample  # noqa: S311  # not a secret
+            if sampled or _log.isEnabledFor(logging.DEBUG):
+                fields = _fields(rpc, call, req_id, code, context)
+                self._errors.write("answered", logging.INFO if sampled else logging.DEBUG, "answered", **fields)
 
     # ---- the quick way ----
 
     def _quick(self, rpc: _Form, begin: Begin) -> QuickHandler:
         def quick(call: Call, body: bytes, done: Done) -> bool:
             size = len(body)
-            if self._closed or size > _QUICK_BODY:
+            if self._closed or self.unrecorded or size > _QUICK_BODY:
                 return False
             started = time.monotonic()
             memory = call.memory or self._budget.hold(0)
@@ -526,7 +537,8 @@ class Api:
                 grant.check()
                 if size > held:
                     memory.grow(size - held)
-                context = Context(grant.name, self._deadline(call, started), memory, call, grant, _request_id(call))
+                deadline = self._deadline(call, started)
+                context = Context(grant.name, deadline, memory, call, grant, _request_id(call), started)
                 accepted = _QuickCall(self._finish, rpc, started, size, done)
                 if context.deadline > started:
                     begun = begin(context, body, accepted)
@@ -585,13 +597,12 @@ class Api:
             context.grant.leave()
             context.memory.release()
             now = time.monotonic()
-            seconds = now - quick.started
             counts = self._counts(context.model, rpc.name)
-            counts.seconds.observe_for(seconds, now, context.req_id)
+            counts.seconds.observe_for(now - quick.started, now, context.req_id)
             if encoded and counts.encode is not None:
                 counts.encode.observe(now - context.computed_at)
-            self._use(rpc.name, context, good, quick.received, sent, seconds)
-        self._record(rpc, context, counts, reply.code, seconds, context.req_id)
+            self._use(rpc.name, context, good, quick.received, sent, now - quick.started)
+        self._record(rpc, context.call, context, counts, reply.code, context.req_id)
         return reply.body
 
 
@@ -673,6 +684,27 @@ def counted_principals(config: Config) -> dict[str, str]:
     """The principals that have counts of their own, by name; empty when none have."""
     names = dict.fromkeys([*(principal.name for principal in config.principal), DEFAULT_PRINCIPAL])
     return {name: name for name in list(names)[: config.metrics.principals]}
+
+
+def _fields(rpc: _Form, call: Call, req_id: str, code: int, context: Context | None) -> dict[str, Any]:
+    """What the log says of a call beside the sentence; what is not known is left out."""
+    fields: dict[str, Any] = {"method": rpc.name, "code": status.name_of(code), "peer": call.peer, "req_id": req_id}
+    if context is not None:
+        fields |= {
+            "principal": context.grant.name,
+            "credential": context.grant.credential,
+            "model": context.asked,
+            "version": context.model[1],
+            "duration_us": round((time.monotonic() - context.begun) * 1e6),
+        }
+    return {key: value for key, value in fields.items() if value != ""}
+
+
+def _recorded(context: Context | None, code: int) -> Use:
+    """What the audit log says of a call."""
+    if context is None:
+        return Use("", "", "", "", code)
+    return Use(context.grant.name, context.grant.credential, context.asked, context.model[1], int(code))
 
 
 def _serialised(response: Message | Reply) -> Reply:

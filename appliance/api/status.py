@@ -98,6 +98,7 @@ TABLE: dict[type[ApplianceError], Row] = {
     errors.NotReady: Row(Code.MODEL_DEPLOYING, "Model is deploying", 503, reason="loading"),
     errors.NotDeployed: Row(Code.MODEL_DEPLOYMENT_FAILED, "Model deployment failed", 500, reason="not_deployed"),
     errors.Draining: Row(Code.TRY_AGAIN, "Try again", 503, RpcStatus.UNAVAILABLE, reason="draining"),
+    errors.NotRecorded: Row(Code.TRY_AGAIN, "Try again", 503, RpcStatus.UNAVAILABLE, reason="audit"),
     errors.DeadlineExceeded: Row(
         Code.INTERNAL_UNEXPECTED_TIMEOUT, "Deadline exceeded", 504, RpcStatus.DEADLINE_EXCEEDED, reason="deadline"
     ),

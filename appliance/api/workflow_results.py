@@ -93,6 +93,7 @@ class WorkflowResults:
         """
         check_input_count(len(request.inputs), self.config.limits)
         workflow = self._catalogue.version(context, request.user_app_id, request.workflow_id, request.version_id)
+        context.asked = f"workflow:{workflow}"
         self._check(request, workflow)
         for given in request.inputs:
             given.id = given.id or messages.new_id()  # the same in all outputs of an input

@@ -72,6 +72,7 @@ def connect(ctx: click.Context, /, file: Path | None, check: bool, example: bool
     forwarder = Forwarder(loaded, Credentials(loaded), Notifier())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(forwarder.run())
+    logs.tell_left_out()
 
 
 def _check(loaded: Settings) -> int:

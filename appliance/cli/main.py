@@ -15,6 +15,7 @@ from appliance.cli import exits
 from appliance.core.errors import ApplianceError
 
 _COMMANDS = {
+    "audit": "audit",
     "serve": "serve",
     "setup": "setup",
     "support-bundle": "support",
@@ -25,6 +26,7 @@ _COMMANDS = {
     "certs": "certs",
     "doctor": "doctor",
     "keys": "keys",
+    "log-level": "levels",
     "metrics": "metrics",
     "models": "models",
     "orchestrator": "orchestrator",

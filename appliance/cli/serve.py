@@ -30,7 +30,9 @@ def serve(config_file: Path | None) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     faulthandler.enable()  # systemd's watchdog aborts a supervisor that hangs: where it hung is worth knowing
     loaded = configuration.load(config_file)
-    logs.set_up(loaded.config.log.level)
+    settings = loaded.config.log
+    logs.set_up(settings.level, settings.format)
+    logs.limit(settings.rate)
     ignore_warnings()
     return_large_blocks()
     spare_the_collector()

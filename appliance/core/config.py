@@ -36,6 +36,7 @@ from pydantic import (
 from appliance.core import migration
 from appliance.core.errors import AccessRefused, ConfigError
 from appliance.core.files import SERVICE_GROUP
+from appliance.core.logs import Level
 from appliance.core.types import NAME_PATTERN
 
 VENDOR_FILE = Path("/usr/lib/inference-appliance/appliance.toml")
@@ -825,11 +826,53 @@ class Admin(Section):
 
 
 class Log(Section):
-    """What is written about requests."""
+    """What is written about requests, and how; docs/logs.md."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is written.")
+    level: Level = Field(
+        "info",
+        description="Least level that is written; `appliance log-level` changes that of a component while it runs.",
+    )
+    format: Literal["text", "json"] = Field(
+        "text",
+        description="How lines on standard error look. Where systemd's journal reads it, it is given fields instead.",
+        json_schema_extra={"restart": True},
+    )
     sample: float = Field(
         0.01, ge=0, le=1, description="Share of successful requests that are logged; errors always are."
+    )
+    rate: int = Field(
+        200,
+        ge=1,
+        le=100_000,
+        description="Lines a second about requests and connections, over all fronts, ten of one kind in each; how many "
+        "were left out is logged. systemd's journal takes 333 a second on average unless told otherwise.",
+    )
+
+
+class Audit(Section):
+    """Who called what and who changed what, for those who must be able to say so afterwards; docs/logs.md."""
+
+    mode: Literal["on", "required", "off"] = Field(
+        "on",
+        description='"on": records are kept; where they cannot be, calls go on. "required": then calls are refused. '
+        '"off": none are kept.',
+        json_schema_extra={"restart": True},
+    )
+    folder: FilePath | None = Field(
+        None,
+        examples=["/var/lib/inference-appliance/audit"],
+        description="Folder of the records, of this appliance alone. Unset: `audit` in catalog.state_dir.",
+        json_schema_extra={"restart": True},
+    )
+    file_size: Annotated[Size, Field(ge=4096, le=2**28)] = Field(
+        16 * 2**20, description="Bytes after which another file is begun.", json_schema_extra={"restart": True}
+    )
+    files: int = Field(
+        64,
+        ge=2,
+        le=10_000,
+        description="How many files are kept; the oldest ones are removed. Export them before, or raise it.",
+        json_schema_extra={"restart": True},
     )
 
 
@@ -884,8 +927,14 @@ class Config(Section):
     cache: Cache = Cache()
     admin: Admin = Admin()
     log: Log = Log()
+    audit: Audit = Audit()
     metrics: Metrics = Metrics()
     shutdown: Shutdown = Shutdown()
+
+    @property
+    def audit_folder(self) -> Path:
+        """Where the audit log is."""
+        return self.audit.folder or self.catalog.state_dir / "audit"
 
 
 SEVERAL: Mapping[str, type[Section]] = {"principal": Principal, "deployment": Deployment}
@@ -1094,6 +1143,12 @@ def restart_needed(old: Config, new: Config) -> list[str]:
             if needs and getattr(before, name) != getattr(after, name):
                 changed.append(f"{section_name}.{name}")
     return changed
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Dotted keys whose values differ; other secrets look alike."""
+    before, after = (dict(_flatten(config.model_dump(mode="json"))) for config in (old, new))
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 
 def keeping(old: Config, new: Config, keys: list[str]) -> Config:

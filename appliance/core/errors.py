@@ -37,6 +37,7 @@
         NotReady                the model is still loading
         NotDeployed             the model could not be loaded
         Draining                the appliance is stopping
+        NotRecorded             the audit log is required, and cannot be written
         DeadlineExceeded        the time for this call is over
         Cancelled               the caller went away
       ModelError              the bundle is at fault
@@ -269,6 +270,13 @@ class Draining(CapacityError):
 
     def __init__(self) -> None:
         super().__init__("The appliance is shutting down; try again, or try another one.")
+
+
+class NotRecorded(CapacityError):
+    """The audit log is required, and cannot be written."""
+
+    def __init__(self) -> None:
+        super().__init__("The appliance cannot record calls now, which it must; try again, or try another one.")
 
 
 class DeadlineExceeded(CapacityError):

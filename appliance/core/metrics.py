@@ -512,6 +512,14 @@ class Metrics:
         self.orchestrator_registrations = self._tallies(
             "orchestrator_registrations", "How often what is registered was compared, and mended.", ("result",)
         )
+        self._section = "Audit log"
+        self.audit_writable = self._levels(
+            "audit_writable", "1 while the audit log can be written, else 0; none where it is off.", shared=True
+        )
+        self.audit_records = self._tallies("audit_records", "Records that were written to it.").labels()
+        self.audit_lost = self._tallies(
+            "audit_lost_records", "Records that could not be written, and for which there was no room to wait."
+        ).labels()
         self._section = "The machine"
         self.disk_free = self._levels(
             "disk_free_bytes", "Free space where a folder of ours lies.", ("folder",), shared=True

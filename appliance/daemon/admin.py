@@ -4,8 +4,8 @@ The port is plain HTTP on a loopback address. On any other one it is TLS on our 
 in `admin.principals`: these pages tell names of models, principals and processes. The status page's files tell nothing,
 and are for everybody: so the page can ask for the key that its document needs.
 
-What the `appliance` command asks for (/status, /registration, /reload, /look) is on the socket only, whose file mode
-says who may.
+What the `appliance` command asks for (/status, /registration, /log-levels, /reload, /look) is on the socket only, whose
+file mode says who may.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import stat
+import struct
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +26,12 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from appliance.api import status as statuses
 from appliance.api.auth import Authenticator
 from appliance.api.keys import KeyStore
+from appliance.api.trail import Trail, Use
 from appliance.core.config import Config, is_loopback, parse_address
 from appliance.core.errors import (
     AccessError,
@@ -71,7 +75,7 @@ class Operations(Protocol):
     def overview(self) -> bytes:
         """The status document (`daemon.status`) as JSON."""
 
-    async def reload(self) -> str:
+    async def reload(self, by: str) -> str:
         """Take over configuration, certificates, keys and bundles. Raises: ApplianceError: the old ones stay."""
 
     async def registration(self) -> dict[str, object]:
@@ -79,6 +83,12 @@ class Operations(Protocol):
 
     async def look(self) -> None:
         """Look at the catalog's root now."""
+
+    def log_levels(self) -> dict[str, object]:
+        """Which levels are logged, as plain data."""
+
+    def set_log_level(self, component: str, level: str | None, by: str) -> None:
+        """Change one, or take that back. Raises: ConfigError: there is no such component or level."""
 
 
 class _Json(JSONResponse):
@@ -116,7 +126,7 @@ def private_app(operations: Operations, page: Page) -> Starlette:
 
     async def reload(request: Request) -> Response:
         try:
-            return _Json({"ok": True, "message": await operations.reload()})
+            return _Json({"ok": True, "message": await operations.reload(_who(request))})
         except ApplianceError as error:
             return _Json({"ok": False, "message": str(error)}, status_code=409)
 
@@ -131,8 +141,20 @@ def private_app(operations: Operations, page: Page) -> Starlette:
         except ApplianceError as error:
             return _Json({"ok": False, "message": str(error)}, status_code=409)
 
+    async def log_levels(request: Request) -> Response:
+        if request.method == "POST":
+            try:
+                asked = await request.json()
+                operations.set_log_level(asked["component"], asked["level"], _who(request))
+            except (ValueError, KeyError, TypeError):
+                return _Json({"ok": False, "message": "Send {component, level} as JSON."}, status_code=400)
+            except ApplianceError as error:
+                return _Json({"ok": False, "message": str(error)}, status_code=409)
+        return _Json({"ok": True, **operations.log_levels()})
+
     app = public_app(operations, page)
     app.router.routes += [
+        Route("/log-levels", log_levels, methods=["GET", "POST"]),
         Route("/status", status),
         Route(DOCUMENT, overview),
         Route("/registration", registration),
@@ -140,6 +162,22 @@ def private_app(operations: Operations, page: Page) -> Starlette:
         Route("/look", look, methods=["POST"]),
     ]
     return app
+
+
+class _Known(H11Protocol):
+    """HTTP/1.1 over a unix socket, where `scope["client"]` is the user at the other end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Ask the kernel. Source: unix(7), SO_PEERCRED: process, user and group when it connected."""
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        self.client = (f"uid:{uid}", pid)
+
+
+def _who(request: Request) -> str:
+    """Who asks over the unix socket, for the audit log."""
+    return request.client.host if request.client is not None else ""
 
 
 class _Server(uvicorn.Server):
@@ -161,8 +199,13 @@ class AdminServer:
         keys: KeyStore,
         certificates: CertificateFiles,
         trial: Trial,
+        trail: Trail,
     ) -> None:
-        """Bind them. Raises: ConfigError: an address or path cannot be bound, or the port cannot be protected."""
+        """Bind them.
+
+        Args:   trail: told who may not read the pages.
+        Raises: ConfigError: an address or path cannot be bound, or the port cannot be protected.
+        """
         settings = config.admin
         tcp = _bind_tcp(settings.listen)
         self._guarded: _Guarded | None = None
@@ -173,12 +216,12 @@ class AdminServer:
             if local:
                 served.append((_server(app), tcp))
             else:
-                self._guarded = _Guarded(app, tcp, config, keys, certificates)
+                self._guarded = _Guarded(app, tcp, config, keys, certificates, trail)
             unix = bind_unix(settings.socket)
         except BaseException:
             tcp.close()
             raise
-        self._served = (*served, (_server(private_app(operations, page)), unix))
+        self._served = (*served, (_server(private_app(operations, page), _Known), unix))
         self.port: int = tcp.getsockname()[1]
         self._path = settings.socket
         self._inode = settings.socket.stat().st_ino
@@ -219,6 +262,7 @@ class _Guarded:
         config: Config,
         keys: KeyStore,
         certificates: CertificateFiles,
+        trail: Trail,
     ) -> None:
         """Raises: ConfigError: this machine lacks the native wire."""
         try:
@@ -230,6 +274,7 @@ class _Guarded:
             ) from error
         self._authenticator = Authenticator(_accepting(config), keys, trust=certificates.trust)
         self._app = app
+        self._trail = trail
         self._log = RateLimitedLog(_log, per_second=1)
         self.configure(config)
         settings = WireSettings(
@@ -260,19 +305,26 @@ class _Guarded:
             return
         call = Call(scope["path"], headers, peer.text, certificate=peer.certificate, chain=peer.chain)
         refusal: Response
+        name = credential = ""
         try:
             grant = self._authenticator.grant(call)
+            name, credential = grant.name, grant.credential
             if not all(meter.principal.name in self._readers for meter in grant.meters):
                 raise NotPermitted(f"Principal {grant.name!r} is not among admin.principals.")
-        except (CredentialsMissing, KeyInvalid) as error:
-            refusal = _Json({"error": str(error)}, 401, {"www-authenticate": "Bearer"})
         except AccessError as error:
-            refusal = _Json({"error": str(error)}, 403)
+            told = str(error)
+            unknown = isinstance(error, CredentialsMissing | KeyInvalid)
+            refusal = _Json(
+                {"error": told}, 401 if unknown else 403, {"www-authenticate": "Bearer"} if unknown else None
+            )
+            use = Use(name, credential, "", "", int(statuses.row_of(error).code))
         else:
             await self._app(scope, receive, send)
             return
-        told = bytes(refusal.body).decode()
         self._log.write("admin", logging.WARNING, "an admin page was refused", peer=peer.text, told=told)
+        path = scope["path"][:200]
+        self._trail.count(use, path, peer.text, "")
+        self._trail.refused(use, path, peer.text, "", told)
         await refusal(scope, receive, send)
 
 
@@ -283,10 +335,11 @@ def _accepting(config: Config) -> Config:
     return config.model_copy(update={"auth": config.auth.model_copy(update={"require": "either"})})
 
 
-def _server(app: Callable[..., Awaitable[None]]) -> uvicorn.Server:
+def _server(app: Callable[..., Awaitable[None]], protocol: type[asyncio.Protocol] = H11Protocol) -> uvicorn.Server:
     return _Server(
         uvicorn.Config(
             app,
+            http=protocol,
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -65,7 +65,7 @@ class AgentProcess(Answering):
             self._agent.configure(config)
         self._workflows.settings = config.catalog
         self._workflows.wake()
-        logs.set_level(config.log.level)
+        logs.limit(config.log.rate)
         self._metrics.sample()
 
     async def _drain(self, body: Body, descriptors: list[int]) -> None:
@@ -79,6 +79,7 @@ class AgentProcess(Answering):
         if not drained.done():
             self._api.end()
             await asyncio.wait({drained}, timeout=_LAST_WORDS_S)
+        self._tell_calls()
         self._metrics.sample()
 
 

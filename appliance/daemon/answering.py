@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from appliance.api.service import Api
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.view import Mirror, Running
 from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
-from appliance.core import logs
 from appliance.core.channel import Body, Channel
 from appliance.core.config import Config
 from appliance.core.metrics import Metrics
@@ -31,10 +31,13 @@ from appliance.tasks.servable import DecodePool, Servable
 
 _log = logging.getLogger(__name__)
 
+_REPORT_S = 1.0
+
 
 class Answering:
     """What fronts and the agent have in common: everything but whom they answer. Subclasses say that."""
 
+    _api: Api
     _config: Config
     _metrics: Metrics
     _limits: SharedLimits
@@ -58,6 +61,8 @@ class Answering:
                 "dead": self._dead,
                 "changed": self._version_changed,
                 "catalog": self._take_catalog,
+                "levels": child.take_levels,
+                "unrecorded": self._refuse_calls,
                 "now": lambda body, descriptors: self._now.set(),
             },
             on_close=lambda: child.leave(0),
@@ -73,7 +78,10 @@ class Answering:
     # ---- what a subclass does ----
 
     def _open(self) -> None:
-        """Make what answers; configuration, catalog, metrics and limits are there. Raises: ConfigError."""
+        """Make what answers, `_api` among it; configuration, catalog, metrics and limits are there.
+
+        Raises: ConfigError.
+        """
         raise NotImplementedError
 
     async def _listen(self, body: Body, descriptors: list[int]) -> Body:
@@ -102,7 +110,7 @@ class Answering:
         """Everything but answering. Raises: ConfigError."""
         config = configuration.of_data(body["config"])
         self._config = config
-        logs.set_up(config.log.level)
+        child.set_up_log(config.log, body["levels"])
         board, metrics, slab, limits = descriptors
         self._board = Board(Segment.attach(board))
         self._metrics = Metrics(Segment.attach(metrics), config.metrics)
@@ -112,7 +120,7 @@ class Answering:
         check_urls(config)
         self._workflows = Workflows(config.catalog, self._catalog)
         self._open()
-        self._tasks += [asyncio.create_task(work) for work in (self._beat(), self._workflows.run())]
+        self._tasks += [asyncio.create_task(work) for work in (self._beat(), self._report(), self._workflows.run())]
 
     async def _beat(self) -> None:
         """Show that the loop turns, and what is watched."""
@@ -120,6 +128,24 @@ class Answering:
             self._board.turned()
             self._metrics.sample()
             await asyncio.sleep(child.HEARTBEAT_S)
+
+    # ---- the audit log ----
+
+    async def _report(self) -> None:
+        """Once a second: calls to be recorded."""
+        while True:
+            await asyncio.sleep(_REPORT_S)
+            self._tell_calls()
+
+    def _tell_calls(self) -> None:
+        """Tell what calls there were since the last time."""
+        told = self._api.trail.take()
+        if told is not None:
+            self._channel.tell("audit", told)
+
+    def _refuse_calls(self, body: Body, descriptors: list[int]) -> None:
+        """Calls cannot be recorded and must be, or can again."""
+        self._api.unrecorded = body["unrecorded"]
 
     # ---- engines and models ----
 

@@ -81,7 +81,7 @@ class CertificateFiles:
     `context`, `tls`, `mtls` and `trust` may be called from any thread: each answer is replaced as a whole.
     """
 
-    def __init__(self, config: Config, counted: Callable[[str], None] = lambda result: None) -> None:
+    def __init__(self, config: Config, counted: Callable[[str], object] = lambda result: None) -> None:
         """Read them.
 
         Args:   counted: told "ok" of changed files that were taken over by themselves, "failed" of those that were not.

@@ -16,9 +16,10 @@ import uvloop
 
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.view import config_of, folder_of
+from appliance.core import logs
+from appliance.core.channel import Body
+from appliance.core.config import Log
 from appliance.media.images import ignore_warnings
-
-_log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -59,8 +60,21 @@ def place_of(request: Mapping[str, Any]) -> tuple[Path, BundleConfig, VersionFol
     return Path(request["path"]), config_of(request["config"]), folder_of(request["folder"])
 
 
+def set_up_log(settings: Log, levels: Body) -> None:
+    """Log as the configuration says; of levels, what `take_levels` takes."""
+    logs.set_up(settings.level, settings.format)
+    logs.limit(settings.rate)
+    take_levels(levels, [])
+
+
+def take_levels(levels: Body, descriptors: list[int]) -> None:
+    """The supervisor tells which levels are written from now on."""
+    logs.set_levels(levels["level"], levels["own"])
+
+
 def leave(code: int) -> None:
     """End this process now. A thread of a graph that never ends would keep the interpreter from finishing."""
+    logs.tell_left_out()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

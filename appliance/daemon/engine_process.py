@@ -9,7 +9,6 @@ from pathlib import Path
 
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.core import config as configuration
-from appliance.core import logs
 from appliance.core.channel import Body, Channel
 from appliance.core.config import Config
 from appliance.core.errors import NotReady
@@ -43,7 +42,7 @@ class EngineProcess:
         self._channel = Channel(
             sock,
             {"start": self._start, "load": self._load, "unload": self._unload, "canary": self._canary},
-            {"front": self._front, "configure": self._configure},
+            {"front": self._front, "levels": child.take_levels},
             on_close=lambda: child.leave(0),
         )
         self._models: dict[int, LocalModel] = {}
@@ -57,7 +56,7 @@ class EngineProcess:
         """Find the device. Raises: DeviceError."""
         config: Config = configuration.of_data(body["config"])
         self._config = config
-        logs.set_up(config.log.level)
+        child.set_up_log(config.log, body["levels"])
         self._board = Board(Segment.attach(descriptors[0]))
         self._metrics = Metrics(Segment.attach(descriptors[1]), config.metrics)
         settings = config.engine.model_copy(update={"device": body["device"]})
@@ -106,9 +105,6 @@ class EngineProcess:
         stream, slab = descriptors
         link = FrontLink(socket.socket(fileno=stream), Slab(Segment.attach(slab)), self._models, self._fronts.discard)
         self._fronts.add(link)
-
-    def _configure(self, body: Body, descriptors: list[int]) -> None:
-        logs.set_level(body["level"])
 
     async def _load(self, body: Body, descriptors: list[int]) -> Body:
         """Load a version. Returns: what fronts must know of it. Raises: BundleInvalid, DeviceError."""

@@ -40,6 +40,7 @@ class FrontProcess(Answering):
             KeyStore(self._config.auth.keys_file),
             self._limits,
         )
+        self._api = self._serving.api
         self._tasks.append(asyncio.create_task(self._look()))
 
     async def _look(self) -> None:
@@ -80,12 +81,13 @@ class FrontProcess(Answering):
         self._serving.configure(config, keys)
         self._workflows.settings = config.catalog
         self._workflows.wake()
-        logs.set_level(config.log.level)
+        logs.limit(config.log.rate)
         self._metrics.sample()
 
     async def _drain(self, body: Body, descriptors: list[int]) -> None:
         """See `Serving.drain`."""
         await self._serving.drain(self._now, lambda: self._channel.tell("shut"))
+        self._tell_calls()
         self._metrics.sample()
 
 

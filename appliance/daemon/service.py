@@ -10,6 +10,7 @@ import contextlib
 import enum
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import signal
@@ -19,13 +20,14 @@ from typing import Any
 
 from appliance import __version__
 from appliance.api.keys import KeyStore
+from appliance.api.trail import Trail
 from appliance.catalog.repository import Repository
 from appliance.catalog.view import describe
 from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
 from appliance.core import logs
 from appliance.core.config import Config, LoadedConfig
-from appliance.core.errors import ApplianceError, ConfigError, Draining
+from appliance.core.errors import ApplianceError, ConfigError, Draining, readable
 from appliance.core.files import file_error, one_line
 from appliance.core.machine import usable_memory
 from appliance.core.metrics import VERSION as METRICS_VERSION
@@ -33,6 +35,7 @@ from appliance.core.metrics import Metrics
 from appliance.core.systemd import Notifier
 from appliance.daemon import gauges
 from appliance.daemon.admin import AdminServer
+from appliance.daemon.auditor import Auditor
 from appliance.daemon.certificates import CertificateFiles, base_url_warning
 from appliance.daemon.checks import check_urls, memory_for_requests, space_warning
 from appliance.daemon.front import open_sockets, pass_through_warning
@@ -60,6 +63,7 @@ class Daemon:
         """Args: main_file: where a reload reads the configuration again; None for the default place."""
         self._config = loaded.config
         self._old_keys = loaded.warnings
+        self._levels: dict[str, str] = {}
         self._main_file = main_file
         self._phase = Phase.STARTING
         self._stop = asyncio.Event()
@@ -92,12 +96,16 @@ class Daemon:
         stack.enter_context(_lock(config.catalog.state_dir))
         self._metrics = Metrics(settings=config.metrics)
         gauges.begin(self._metrics)
+        loop = asyncio.get_running_loop()
         self._certificates = CertificateFiles(
-            config, lambda result: self._metrics.certificate_reloads.labels(result).inc()
+            config, lambda result: loop.call_soon_threadsafe(self._certificates_changed, result)
         )
         check_urls(config)
         self._keys = KeyStore(config.auth.keys_file)
-        self._staff: Staff = choose(config, self._metrics, self._publish)
+        self._auditor = Auditor(config, self._metrics)
+        stack.push_async_callback(self._auditor.close)
+        await self._auditor.open(__version__, _digest(config), self._keys.look())
+        self._staff: Staff = choose(config, self._metrics, self._publish, self._auditor)
         self._usage = Usage(config, self._staff.usage, self._metrics)
         stack.push_async_callback(self._usage.close)  # after the staff, whose last counts it writes
         stack.push_async_callback(self._staff.stop)
@@ -109,6 +117,7 @@ class Daemon:
             lambda *load: self._metrics.model_loads.labels(*load).inc(),
         )
         self._workflows = Workflows(config.catalog, self._repository)
+        self._auditor.changed = self._audit_changed
         await self._staff.open()
         stack.push_async_callback(self._repository.close)
         facts = self._staff.describe()
@@ -124,7 +133,9 @@ class Daemon:
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         """Bind every port, then answer: what still loads says so, and nobody is refused."""
         config = self._config
-        self._admin = AdminServer(config, self, self._staff.page, self._keys, self._certificates, self._trial)
+        trail = Trail()
+        self._auditor.watch(trail)
+        self._admin = AdminServer(config, self, self._staff.page, self._keys, self._certificates, self._trial, trail)
         await self._admin.start()
         stack.push_async_callback(self._admin.stop)
         sockets = open_sockets(config, self._notifier, self._staff.fronts)
@@ -197,16 +208,18 @@ class Daemon:
 
         async def reload() -> None:
             with contextlib.suppress(ApplianceError):  # logged where it happened
-                await self.reload()
+                await self.reload("signal")
 
         if not self._reload_waits:
             self._reload_waits = True
             self._spawn(reload())
 
-    async def reload(self) -> str:
+    async def reload(self, by: str) -> str:
         """Build the new state aside and take it over as a whole; if any of it is bad, the old one goes on.
 
-        Returns: what was taken over, and what needs a restart. Raises: ApplianceError: nothing was taken over.
+        Args:    by: who wants it, for the audit log.
+        Returns: what was taken over, and what needs a restart.
+        Raises:  ApplianceError: nothing was taken over.
         """
         async with self._reloading:
             self._reload_waits = False
@@ -219,22 +232,28 @@ class Daemon:
                 await self._staff.configure(config, keys)
             except ApplianceError as error:
                 self._metrics.reloads.labels("failed").inc()
+                self._auditor.record("reload", by=by, result="failed", why=readable(one_line(error)))
                 _log.error("reload failed, the old state goes on: %s", one_line(error))
                 self._say_reloaded(f"reload failed: {str(error).splitlines()[0]}")
                 raise
             except Exception as error:
                 # systemd must hear that the reload is over, whatever it was.
                 self._metrics.reloads.labels("failed").inc()
+                self._auditor.record("reload", by=by, result="failed", why=type(error).__name__)
                 _log.exception("reload failed unexpectedly, the old state goes on")
                 self._say_reloaded("reload failed unexpectedly")
                 raise ConfigError("The reload failed unexpectedly; the daemon's log tells more.") from error
+            changed = configuration.changed_keys(self._config, config)
+            self._auditor.record("reload", by=by, result="ok", changed=changed, settings=_digest(config))
             self._config = config
             self._keys.adopt(keys)
+            self._auditor.note_keys(self._keys.look())
             if self._admin is not None:
                 self._admin.configure(config)
             self._usage.configure(config)
             self._trial.configure(config)
-            logs.set_level(config.log.level)
+            self._apply_levels()
+            logs.limit(config.log.rate)
             self._repository.settings = self._workflows.settings = self._config.catalog
             self._repository.wake()
             self._workflows.wake()
@@ -271,7 +290,7 @@ class Daemon:
         """Whether we serve, and who is not ready and why."""
         problems = self._not_ready()
         some = any(v.ready for b in self._repository.bundles for v in b.versions.values())
-        ready = self._phase is Phase.READY and (some or not self._repository.bundles)
+        ready = self._phase is Phase.READY and (some or not self._repository.bundles) and not self._auditor.refuses
         return ready, {"ready": ready, "phase": self._phase.name.lower(), "not_ready": problems}
 
     def describe(self) -> dict[str, object]:
@@ -291,6 +310,35 @@ class Daemon:
         """The status document as JSON; made anew at most once a second."""
         return self._overview.document(self._config)
 
+    def log_levels(self) -> dict[str, object]:
+        """The configured level, and those of components: all of them, and which were changed since the start."""
+        level = self._config.log.level
+        return {
+            "level": level,
+            "components": {component: self._levels.get(component, level) for component in logs.COMPONENTS},
+            "changed": sorted(self._levels),
+        }
+
+    def set_log_level(self, component: str, level: str | None, by: str) -> None:
+        """Give a component, or "all", a level of its own until a restart.
+
+        Args:   level: None: the configured one again. by: who wants it, for the audit log.
+        Raises: ConfigError: there is no such component or level.
+        """
+        components = logs.COMPONENTS if component == "all" else (component,)
+        if not set(components) <= set(logs.COMPONENTS):
+            raise ConfigError(f"There is no component {component!r}; there are {', '.join(logs.COMPONENTS)}, and all.")
+        if level not in (None, *logs.LEVELS):
+            raise ConfigError(f"There is no level {level!r}; there are {', '.join(logs.LEVELS)}.")
+        for each in components:
+            if level is None:
+                self._levels.pop(each, None)
+            else:
+                self._levels[each] = level
+        self._apply_levels()
+        self._auditor.record("log-level", by=by, component=component, level=level)
+        _log.warning("the log level of %s is %s", component, level or f"{self._config.log.level} again")
+
     async def registration(self) -> dict[str, object]:
         """What the orchestrator shall know of us. Raises: ApplianceError."""
         return await self._staff.registration()
@@ -302,9 +350,15 @@ class Daemon:
 
     def _not_ready(self) -> dict[str, str]:
         """Bundles, versions and workflows that do not answer, and why."""
-        return self._staff.problems() | self._repository.not_ready() | self._workflows.problems()
+        unrecorded = {"audit": self._auditor.problem} if self._auditor.problem else {}
+        return self._staff.problems() | self._repository.not_ready() | self._workflows.problems() | unrecorded
 
     # ---- helpers ----
+
+    def _apply_levels(self) -> None:
+        """Log from the configured level on, and components from their own, here and in every child."""
+        logs.set_levels(self._config.log.level, self._levels)
+        self._staff.set_levels(self._config.log.level, self._levels)
 
     def _publish(self) -> None:
         """Tell health checks and metrics what is ready."""
@@ -315,6 +369,17 @@ class Daemon:
         }
         self._staff.publish(self.readiness()[0], models)
         gauges.show_catalog(self._metrics, self._repository)
+        self._auditor.note_models(self._repository)
+
+    def _audit_changed(self) -> None:
+        """The audit log cannot be written, or can again."""
+        self._staff.refuse_calls(self._auditor.refuses)
+        self._publish()
+
+    def _certificates_changed(self, result: str) -> None:
+        """Changed files were taken over, "ok", or not, "failed"."""
+        self._metrics.certificate_reloads.labels(result).inc()
+        self._auditor.record("certificates", result=result)
 
     async def _tick(self) -> None:
         """Once a second: certificates that changed, keys, a model that died, and a word to the watchdog."""
@@ -324,6 +389,7 @@ class Daemon:
             self._notifier.alive()
             try:
                 await asyncio.to_thread(self._certificates.refresh)
+                self._auditor.note_keys(self._keys.look())
                 gauges.show_certificates(self._metrics, self._certificates)
                 gauges.show_disks(self._metrics, await asyncio.to_thread(gauges.look_at_disks, self._config))
                 state = self._not_ready()
@@ -397,6 +463,11 @@ def _lock(state_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _digest(config: Config) -> str:
+    """What tells one configuration from another, without telling what is in it."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
 def _flat(ports: Mapping[str, int]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from appliance.core.config import Config
 from appliance.core.errors import NotReady
 from appliance.core.metrics import Counted, Metrics
 from appliance.core.usage import Amounts, UsageKey
+from appliance.daemon.auditor import Auditor
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.serving import Serving
 from appliance.daemon.sockets import ListeningSockets
@@ -33,9 +34,10 @@ class Single:
 
     fronts = 1
 
-    def __init__(self, config: Config, metrics: Metrics) -> None:
+    def __init__(self, config: Config, metrics: Metrics, auditor: Auditor) -> None:
         self._config = config
         self._metrics = metrics
+        self._auditor = auditor
         self._serving: Serving | None = None
         self._plans = plans.cache_in(config.catalog.state_dir)
         self._pool = DecodePool(config.engine.decode_threads)
@@ -65,6 +67,8 @@ class Single:
         self._catalog = catalog
         self._sockets = sockets
         self._serving = Serving(self._config, catalog, workflows, self._metrics, readiness, certificates, keys)
+        self._auditor.watch(self._serving.api.trail)
+        self.refuse_calls(self._auditor.refuses)
         await self._serving.listen(sockets.by_name)
         return self._serving.ports
 
@@ -92,6 +96,14 @@ class Single:
                 "one process does everything here: nothing is registered with the orchestrator by itself, and no work "
                 'comes from there; restart with processes.mode = "auto", or set orchestrator.agent = false'
             )
+
+    def refuse_calls(self, unrecorded: bool) -> None:
+        """See `Staff.refuse_calls`."""
+        if self._serving is not None:
+            self._serving.api.unrecorded = unrecorded
+
+    def set_levels(self, level: str, own: Mapping[str, str]) -> None:
+        """See `Staff.set_levels`: there are no children."""
 
     @property
     def in_flight(self) -> int:

@@ -15,6 +15,7 @@ from appliance.core.errors import ConfigError
 from appliance.core.machine import accelerators, usable_cpus
 from appliance.core.metrics import Counted, Metrics
 from appliance.core.usage import Amounts, UsageKey
+from appliance.daemon.auditor import Auditor
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.sockets import ListeningSockets
 
@@ -61,6 +62,12 @@ class Staff(Protocol):
     async def configure(self, config: Config, keys: KeyStore) -> None:
         """Take over a configuration whose files have been read and are good. Raises: ApplianceError."""
 
+    def refuse_calls(self, unrecorded: bool) -> None:
+        """Refuse calls, as they could not be recorded, or take them again."""
+
+    def set_levels(self, level: str, own: Mapping[str, str]) -> None:
+        """Have the children log from that level on. Args: own: of components that have one of their own."""
+
     @property
     def in_flight(self) -> int:
         """Calls being worked on."""
@@ -93,9 +100,10 @@ class Staff(Protocol):
         """End at once; does nothing a second time."""
 
 
-def choose(config: Config, metrics: Metrics, changed: Callable[[], None]) -> Staff:
-    """By the machine, unless the configuration says. Args: changed: told when `problems` are others than before.
+def choose(config: Config, metrics: Metrics, changed: Callable[[], None], auditor: Auditor) -> Staff:
+    """By the machine, unless the configuration says.
 
+    Args:   changed: told when `problems` are others than before. auditor: told what calls there were.
     Raises: ConfigError: one process shall do everything, beside a GPU.
     """
     device = config.engine.device
@@ -110,7 +118,7 @@ def choose(config: Config, metrics: Metrics, changed: Callable[[], None]) -> Sta
     if mode == "single" or (mode == "auto" and alone):
         from appliance.daemon.single import Single  # only a process that runs models loads onnxruntime
 
-        return Single(config, metrics)
+        return Single(config, metrics, auditor)
     from appliance.daemon.supervisor import Supervisor
 
-    return Supervisor(config, metrics, changed)
+    return Supervisor(config, metrics, changed, auditor)

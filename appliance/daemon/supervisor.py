@@ -23,7 +23,7 @@ from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.view import View, config_data, folder_data, tell
 from appliance.catalog.workflows import Workflows
 from appliance.core import config as configuration
-from appliance.core.channel import Body, ChannelClosed, pair
+from appliance.core.channel import Body, ChannelClosed, Listener, pair
 from appliance.core.config import Config
 from appliance.core.errors import ApplianceError, BundleInvalid, ConfigError, DeviceError, Draining, NotReady
 from appliance.core.fold import Fold
@@ -33,6 +33,7 @@ from appliance.core.shared import Segment
 from appliance.core.sharing import SharedLimits
 from appliance.core.usage import Amounts, UsageKey
 from appliance.daemon import gauges
+from appliance.daemon.auditor import Auditor
 from appliance.daemon.certificates import CertificateFiles
 from appliance.daemon.checks import memory_for_requests
 from appliance.daemon.children import WHY, Child, EngineDied, NeverStarted, Restarts
@@ -151,10 +152,11 @@ class FrontChild:
 class Supervisor:
     """Starts, joins and watches the children; implements `Staff`. Used from the event loop's thread."""
 
-    def __init__(self, config: Config, metrics: Metrics, changed: Callable[[], None]) -> None:
-        """Args: changed: told when `problems` are others than before."""
+    def __init__(self, config: Config, metrics: Metrics, changed: Callable[[], None], auditor: Auditor) -> None:
+        """Args: changed: told when `problems` are others than before. auditor: told what calls there were."""
         self._config = config
         self._changed = changed
+        self._auditor = auditor
         self._fold = Fold(metrics)
         self._metrics = metrics
         self.fronts = how_many_fronts(config)
@@ -174,6 +176,7 @@ class Supervisor:
         self._news: Body | None = None
         self._sockets: ListeningSockets | None = None
         self._facts: Body = {}
+        self._levels: Body = {"level": config.log.level, "own": {}}
         self._shut: set[int] = set()
         self._draining = False  # no front is started any more
         self._stopping = False  # nor an engine
@@ -251,9 +254,18 @@ class Supervisor:
         for front, outcome in zip(fronts, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(outcome, ApplianceError):  # what it read a moment after us was not what we read
                 raise ConfigError(f"The {front.name} kept its last good state, reload again: {outcome}")
-        for engine in self._engines.values():
-            if engine.child is not None:
-                engine.child.channel.tell("configure", {"level": config.log.level})
+
+    def refuse_calls(self, unrecorded: bool) -> None:
+        """See `Staff.refuse_calls`."""
+        for front in self._fronts:
+            front.tell("unrecorded", {"unrecorded": unrecorded})
+
+    def set_levels(self, level: str, own: Mapping[str, str]) -> None:
+        """See `Staff.set_levels`."""
+        self._levels = {"level": level, "own": dict(own)}
+        for member in self._members():
+            if member.child is not None:
+                member.child.channel.tell("levels", self._levels)
 
     @property
     def in_flight(self) -> int:
@@ -518,7 +530,7 @@ class Supervisor:
             lambda gone: self._engine_ended(engine, gone),
             gpu.environment(engine.gpu) if engine.gpu else None,
         )
-        body = {"config": configuration.as_data(self._config), "device": engine.device}
+        body = {"config": configuration.as_data(self._config), "device": engine.device, "levels": self._levels}
         try:
             engine.facts = await child.start(body)
         except (ApplianceError, ChannelClosed, OSError) as error:
@@ -530,6 +542,7 @@ class Supervisor:
         self._fold.attach(engine.name, child.counts)
         self._show(engine)
         engine.child, engine.problem = child, None
+        child.channel.tell("levels", self._levels)  # it may have missed them while it started
         engine.canary_at = time.monotonic() + _CANARY_S
         _log.info("device %s: %s", engine.facts["device"], engine.facts["reason"], extra={"engine": engine.name})
 
@@ -612,9 +625,11 @@ class Supervisor:
         front.prepared = set()
         try:
             front.slab = Segment.create(f"{front.name} slab", Slab.size_for(order))
-            body = {"config": self._front_config(front), "index": front.index}
+            body = {"config": self._front_config(front), "index": front.index, "levels": self._levels}
             await child.start(body, front.slab, self._limits.segment)
             front.child = child
+            child.channel.tell("levels", self._levels)  # as an engine
+            front.tell("unrecorded", {"unrecorded": self._auditor.refuses})
             self._fold.attach(front.name, child.counts)
             self._show(front)
             for engine in self._engines.values():
@@ -664,12 +679,14 @@ class Supervisor:
         data = configuration.as_data(config)
         data["cache"]["size"] = 0 if front.agent else config.cache.size // self.fronts
         data["connections"]["max"] = -(-config.connections.max // self.fronts)
+        data["log"]["rate"] = max(1, config.log.rate // self.fronts)
         data["engine"]["decode_threads"] = config.engine.decode_threads or max(1, usable_cpus() // self.fronts)
         return data
 
     def _front_process(self, front: FrontChild) -> Child:
-        listeners: dict[str, Callable[[Body, list[int]], None]] = {
+        listeners: dict[str, Listener] = {
             "shut": lambda body, descriptors: self._front_shut(front),
+            "audit": lambda body, descriptors: self._auditor.take(body),
             "orchestrator": lambda body, descriptors: self._link_changed(body),
         }
         module = "appliance.daemon.agent_process" if front.agent else "appliance.daemon.front_process"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from orchestrator.running import RunningCentre
 from orchestrator.stock_runner import PAT, USER
+from support import secrets
 from support.appliance import Pki
 
 
@@ -18,6 +19,7 @@ def make_centre(tmp_path: Path, pki: Pki) -> Iterator[Callable[..., RunningCentr
     def make(**settings: Any) -> RunningCentre:
         centre = RunningCentre(tmp_path / f"centre-{len(made)}", pki, settings).start()
         made.append(centre)
+        secrets.never_to_be_written(PAT)
         centre.tell("admit", pat=PAT, user=USER)
         return centre
 

@@ -23,6 +23,8 @@ from clarifai_grpc.channel.clarifai_channel import ClarifaiChannel
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2, service_pb2_grpc
 from numpy.typing import NDArray
 
+from support import secrets
+
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models"
 COMMAND = Path(sys.executable).with_name("appliance")
@@ -54,7 +56,7 @@ def mode(name: str) -> Iterator[None]:
 def run(*arguments: str | Path, config: Path | None = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
     """Run the `appliance` command to its end."""
     chosen = ["--config", str(config)] if config else []
-    return subprocess.run(
+    done = subprocess.run(
         [str(COMMAND), *chosen, *map(str, arguments)],
         check=check,
         capture_output=True,
@@ -62,6 +64,11 @@ def run(*arguments: str | Path, config: Path | None = None, check: bool = True) 
         env=ENVIRONMENT,
         timeout=PATIENCE_S,
     )
+    if arguments[:2] == ("keys", "create"):
+        secrets.never_to_be_written(*done.stdout.split()[-1:])
+    else:
+        secrets.said(f"`{' '.join(map(str, done.args))}`", done.stdout + done.stderr)
+    return done
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class Appliance:
         transport: which wire serves; "" is the appliance's own choice.
         mode: which processes do the work; likewise.
         config: sections of the configuration file beside what the folder layout gives.
+        through: a command that the daemon is started through, which becomes it.
     """
 
     home: Path
@@ -108,10 +116,12 @@ class Appliance:
     key: str = ""
     transport: str = ""
     mode: str = field(default_factory=lambda: _modes[-1])
+    through: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for folder in (self.models, self.state):
             folder.mkdir(parents=True, exist_ok=True)
+        secrets.written_in(self.home)
         self.tls = self.home / "tls"
         if not self.tls.exists():
             shutil.copytree(self.pki.folder, self.tls)
@@ -162,6 +172,7 @@ class Appliance:
             base["processes"] = {"mode": self.mode, "fronts": 2}
         for section, content in self.config.items():
             base[section] = {**base.get(section, {}), **content} if isinstance(content, dict) else content
+        secrets.never_to_be_written(base["tls"].get("key_passphrase", ""))
         self.file.write_text(to_toml(base), encoding="utf-8")
 
     def command(self, *arguments: str | Path, check: bool = True) -> "subprocess.CompletedProcess[str]":
@@ -182,7 +193,7 @@ class Appliance:
         Args:    listening: sockets to pass as systemd does, by name.
         """
         log = (self.home / "daemon.log").open("ab")
-        command = [str(COMMAND), "--config", str(self.file), "serve"]
+        command = [*self.through, str(COMMAND), "--config", str(self.file), "serve"]
         passed = dict(environment or {})
         if listening:
             # sd_listen_fds(3): descriptors from 3 on, for the process whose number is in LISTEN_PID.
@@ -247,7 +258,9 @@ class Appliance:
         connection = _UnixConnection(self.home / "admin.sock")
         try:
             connection.request("POST" if post else "GET", page)
-            content: dict[str, Any] = json.loads(connection.getresponse().read())
+            text = connection.getresponse().read().decode()
+            secrets.said(f"{self.home}, {page}", text)
+            content: dict[str, Any] = json.loads(text)
             return content
         finally:
             connection.close()
@@ -264,7 +277,9 @@ class Appliance:
 
     def metrics(self) -> str:
         """The Prometheus page."""
-        return httpx.get(f"http://127.0.0.1:{self.port('admin.listen')}/metrics", timeout=PATIENCE_S).text
+        text = httpx.get(f"http://127.0.0.1:{self.port('admin.listen')}/metrics", timeout=PATIENCE_S).text
+        secrets.said(f"{self.home}, /metrics", text)
+        return text
 
     def state_of(self, bundle: str, version: str = "1") -> str:
         """A version's state, "" when it is not known."""

@@ -11,6 +11,7 @@ import grpc
 from clarifai_grpc.channel.clarifai_channel import ClarifaiChannel
 from clarifai_grpc.grpc.api import service_pb2_grpc
 
+from support import secrets
 from support.appliance import COMMAND, ENVIRONMENT, PATIENCE_S, Client, Pki, toml_value
 
 _LISTENING = re.compile(r"http://127\.0\.0\.1:(\d+)\b")
@@ -29,6 +30,7 @@ class Forwarder:
         """
         self.home = home
         home.mkdir(parents=True, exist_ok=True)
+        secrets.written_in(home)
         self.install(*pki.client(name))
         self.ca.write_bytes(pki.ca.read_bytes())
         self.settings: dict[str, Any] = {

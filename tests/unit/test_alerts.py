@@ -84,7 +84,9 @@ def test_pages_say_what_is_true(page: Path) -> None:
         assert CliRunner().invoke(cli, [*words.split(), "--help"]).exit_code == 0, words
     for name in re.findall(rf"{PREFIX}_([a-z0-9_]+)", text):
         assert re.sub(r"_(total|bucket|count|sum)$", "", name) in Metrics().families, name
-    for section, key in re.findall(r"`(tls|limits|engine|cache|processes|shutdown|catalog|metrics)\.([a-z_]+)", text):
+    for section, key in re.findall(
+        r"`(tls|limits|engine|cache|processes|shutdown|catalog|metrics|audit)\.([a-z_]+)", text
+    ):
         assert key in type(getattr(Config(), section)).model_fields, f"{section}.{key}"
     for key in re.findall(r"`(requests_per_second|concurrency|priority)", text):
         assert key in Principal.model_fields

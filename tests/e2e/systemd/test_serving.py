@@ -111,6 +111,7 @@ class TestJournal:
         entry = installed.journal("METHOD=PostModelOutputs")[-1]
         assert entry["CODE"].startswith("CONN_")
         assert entry["REQ_ID"]
+        assert entry["COMPONENT"] == "api"
         assert entry["PRIORITY"] == "4"
 
     def test_no_key_is_in_it(self, machine: Machine, installed: Installed) -> None:
@@ -118,6 +119,22 @@ class TestJournal:
 
     def test_it_has_no_errors(self, installed: Installed) -> None:
         assert installed.said("--priority=err") == ""
+
+
+class TestAudit:
+    def test_it_is_kept_in_the_state_folder_for_the_service_group(self, machine: Machine) -> None:
+        machine.run("appliance", "audit", "verify")
+        folder = "/var/lib/inference-appliance/audit"
+        listed = machine.shell(f"stat -c '%U:%G %a %n' {folder} {folder}/*").stdout.splitlines()
+        owner = "inference-appliance:inference-appliance"
+        assert listed[0] == f"{owner} 750 {folder}"
+        assert {line.rsplit(" ", 1)[0] for line in listed[1:]} == {f"{owner} 640"}
+
+    def test_it_says_which_user_asked(self, machine: Machine) -> None:
+        machine.run("appliance", "log-level", "wire", "info")
+        machine.run("appliance", "log-level", "--reset")
+        exported = 'appliance audit export --event log-level | grep -c \'"by":"uid:0"\''
+        machine.shell(f"until test $({exported}) = 2; do sleep 0.2; done")
 
 
 class TestHelp:

@@ -170,7 +170,8 @@ async def test_the_log_line_is_the_ordinary_one(world: World, door: Door, caplog
     await Quick(client, door).ask(door.usual)
     (record,) = [record for record in caplog.records if record.message == "answered"]
     fields: Any = record
-    assert (fields.method, fields.model, fields.principal) == (door.name, "colours:2", "default")
+    assert (fields.method, fields.principal) == (door.name, "default")
+    assert (fields.model, fields.version) == (f"{graphs.USER}/{graphs.APP}/colours", "2")
     assert len(fields.req_id) == 32
 
 

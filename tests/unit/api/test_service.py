@@ -19,6 +19,7 @@ from support import graphs, pictures
 from support.api_world import IDS, PICTURE, SERVICE, V2, Client, World, predict_request, soon
 
 from appliance.api.catalogue import RPCS
+from appliance.api.keys import digest
 from appliance.api.service import _request_id
 from appliance.core.config import Limits, Log, Principal
 from appliance.core.types import Call, RpcAbort, RpcStatus
@@ -846,3 +847,70 @@ async def test_parsing_never_takes_nonsense_for_a_message() -> None:
             assert kind.FromString(body).SerializeToString() == body
         with pytest.raises(DecodeError):
             kind.FromString(b"\xff")
+
+
+# ---- the audit log ---------------------------------------------------------------------------------------------------
+
+
+async def test_every_end_of_a_call_is_told_for_the_audit_log(world: World) -> None:
+    """Whichever way it took: who called, with what, which model, and how it ended."""
+    client = world.api(Principal(name="ada"), Principal(name="bob", models=("topic",)), Principal(name="eve", burst=1))
+    ada, bob, _ = client.keys
+    for _ in range(2):
+        await client.predict("colours", PICTURE)
+    await client.predict("colours", PICTURE, PICTURE, version="1")
+    await client.predict("nothing", PICTURE)
+    await client.predict("colours", PICTURE, key=bob)
+    await client.predict("colours", PICTURE, key="stranger")
+    await client.predict("colours", PICTURE, key=None)
+    await client.ask("ListModels")
+    with pytest.raises(RpcAbort):
+        await client.predict("colours", PICTURE, deadline=time.monotonic() - 1)
+    told = client.api.trail.take()
+    assert told is not None
+    ids = {key: f"key:{digest(key)[:8]}" for key in client.keys}
+    model = f"{graphs.USER}/{graphs.APP}/colours"
+    assert dict(zip(((use[:5]) for use in told["uses"]), (use[5] for use in told["uses"]), strict=True)) == {
+        ("ada", ids[ada], model, "2", 10000): 2,
+        ("ada", ids[ada], model, "1", 10000): 1,
+        ("ada", ids[ada], "", "", 21200): 1,
+        ("ada", ids[ada], "", "", 10000): 1,
+        ("ada", ids[ada], "", "", 98009): 1,
+        ("bob", ids[bob], model, "2", 11007): 1,
+        ("", "", "", "", 11008): 1,
+        ("", "", "", "", 11102): 1,
+    }
+    refused = [(use.principal, use.code, place["method"]) for use, place in told["refused"]]
+    assert refused == [
+        ("bob", 11007, "PostModelOutputs"),
+        ("", 11008, "PostModelOutputs"),
+        ("", 11102, "PostModelOutputs"),
+    ]
+
+
+async def test_a_caller_over_its_rate_is_told_by_name(world: World) -> None:
+    client = world.api(Principal(name="eve", requests_per_second=0.001, burst=1))
+    await client.predict("colours", PICTURE)
+    assert (await client.predict("colours", PICTURE)).status.code == 11005
+    told = client.api.trail.take()
+    assert told is not None
+    ((use, place),) = told["refused"]
+    assert (use.principal, use.code) == ("eve", 11005)
+    assert place["req_id"]
+
+
+async def test_calls_that_could_not_be_recorded_are_told_to_go_elsewhere(world: World) -> None:
+    """Before anything else is done with them; where a body is on its way, before it comes."""
+    client = world.api()
+    client.api.unrecorded = True
+    endpoint = client.endpoints[V2 + "PostModelOutputs"]
+    assert endpoint.admit is not None
+    with pytest.raises(RpcAbort) as one:
+        await client.predict("colours", PICTURE)
+    with pytest.raises(RpcAbort) as other:
+        endpoint.admit(client.call(V2 + "PostModelOutputs"), 2**20)
+    assert {abort.value.status for abort in (one, other)} == {RpcStatus.UNAVAILABLE}
+    assert "cannot record calls" in one.value.message
+    assert client.count("rejected_total", reason="audit") == 2
+    client.api.unrecorded = False
+    assert (await client.predict("colours", PICTURE)).status.code == 10000

@@ -166,7 +166,7 @@ def test_the_http_status_belongs_to_the_family_of_the_code(row: status.Row) -> N
 def test_only_what_clients_may_retry_is_unavailable_or_throttled() -> None:
     """Stock clients retry UNAVAILABLE, 11005 and 11003, for ever and a day (PROTOCOL 0.9)."""
     retried = {kind for kind, row in status.TABLE.items() if row.rpc is RpcStatus.UNAVAILABLE or row.code == 11005}
-    assert retried == {errors.Draining, errors.RateLimited}
+    assert retried == {errors.Draining, errors.NotRecorded, errors.RateLimited}
     assert not any(row.code == 11003 for row in rows())
 
 

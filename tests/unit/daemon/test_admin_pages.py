@@ -21,7 +21,7 @@ class Strange:
     def overview(self) -> bytes:
         return b"{}"
 
-    async def reload(self) -> str:
+    async def reload(self, by: str) -> str:
         raise ConfigError("not \ud800")
 
     async def look(self) -> None:

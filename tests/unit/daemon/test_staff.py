@@ -6,6 +6,7 @@ from appliance.core.config import Config
 from appliance.core.errors import ConfigError
 from appliance.core.metrics import Metrics
 from appliance.daemon import staff, supervisor
+from appliance.daemon.auditor import Auditor
 from appliance.daemon.single import Single
 from appliance.daemon.supervisor import Supervisor, how_many_fronts
 
@@ -24,6 +25,12 @@ def config(**sections: object) -> Config:
 
 
 ENROLLED = {"api_base": "https://api.example.com", "user_id": "acme"}
+
+
+def chosen(settings: Config) -> staff.Staff:
+    """Who does the work."""
+    metrics = Metrics()
+    return staff.choose(settings, metrics, lambda: None, Auditor(settings, metrics))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +55,7 @@ async def test_the_machine_decides_who_does_the_work(
     """One process on small machines without a GPU, several on all others and where there is an agent, and what is
     configured anywhere."""
     machine(monkeypatch, cpus, gpus)
-    assert isinstance(staff.choose(config(**sections), Metrics(), lambda: None), kind)
+    assert isinstance(chosen(config(**sections)), kind)
 
 
 @pytest.mark.parametrize("device", ["auto", "gpu", "gpu:0"])
@@ -56,7 +63,7 @@ async def test_one_process_beside_a_gpu_is_refused(monkeypatch: pytest.MonkeyPat
     """Only the end of a process frees the GPU's memory."""
     machine(monkeypatch, 2, 1)
     with pytest.raises(ConfigError, match=r"processes\.mode"):
-        staff.choose(config(processes={"mode": "single"}, engine={"device": device}), Metrics(), lambda: None)
+        chosen(config(processes={"mode": "single"}, engine={"device": device}))
 
 
 @pytest.mark.parametrize(
