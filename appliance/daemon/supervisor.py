@@ -135,6 +135,8 @@ class FrontChild:
         self.child: Child | None = None
         self.next: Child | None = None
         """A process that was started ahead of time."""
+        self.starting: asyncio.Task[None] | None = None
+        """Starts it, or another process in the place of one that ended."""
         self.slab: Segment | None = None
         self.prepared: set[int] = set()
         self.listens = False
@@ -222,8 +224,8 @@ class Supervisor:
         self._changed()
         await asyncio.gather(*(_insisting(self._start_front, front) for front in self._fronts if not front.agent))
         for front in self._fronts:
-            if front.agent:  # we serve with or without it
-                self._spawn(self._replace_front(front))
+            if front.agent and front.starting is None:  # we serve with or without it
+                front.starting = self._spawn(self._replace_front(front))
         ports: Mapping[str, int] = self._facts["ports"]
         return ports
 
@@ -339,11 +341,7 @@ class Supervisor:
         for child in children:
             child.channel.close()  # it ends when it hears that
         for child in children:
-            try:
-                await asyncio.wait_for(child.gone.wait(), 1.0)
-            except TimeoutError:
-                child.kill()
-                await child.gone.wait()
+            await _end(child)
             self._fold.retire(child.name)
 
     async def _drain_front(self, front: FrontChild) -> None:
@@ -718,6 +716,7 @@ class Supervisor:
             return  # it never started
         was_at_work = front.problem is None
         front.child, front.listens, front.problem = None, False, "is being replaced"
+        self._link = {} if front.agent else self._link
         gauges = self._fold.retire(front.name)
         self._limits.clear(front.index)
         if front.slab is not None:
@@ -731,9 +730,8 @@ class Supervisor:
         self._metrics.worker_restarts.labels(front.name, child.why_it_ended()).inc()
         _log.critical("the %s %s", front.name, child.how_it_ended(), extra={"in_flight": lost})
         self._changed()
-        self._link = {} if front.agent else self._link
         if was_at_work and not self._draining:  # else whoever starts it goes on with that
-            self._spawn(self._replace_front(front))
+            front.starting = self._spawn(self._replace_front(front))
 
     async def _replace_front(self, front: FrontChild) -> None:
         while not (self._stopping or self._draining) and front in self._fronts:
@@ -753,15 +751,19 @@ class Supervisor:
         async with self._changing_agent:
             for front in [front for front in self._fronts if front.agent]:
                 self._fronts.remove(front)
-                if front.child is not None:
-                    child = front.child
-                    await self._drain_front(front)
-                    child.channel.close()  # it ends when it hears that
-                    await child.gone.wait()
+                if front.starting is not None:  # it is not begun again, but one that has begun goes on to its end
+                    await asyncio.wait({front.starting})
+                child = front.child or front.next
+                if child is front.child is not None:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._drain_front(front), self._config.shutdown.drain_s + _LAST_S)
+                if child is not None:
+                    await _end(child)
             if self._config.orchestrator.has_agent and not self._draining:
                 front = FrontChild(self.fronts, agent=True)
                 self._fronts.append(front)
-                self._spawn(self._replace_front(front))
+                if self._catalog is not None:  # else `serve` begins it
+                    front.starting = self._spawn(self._replace_front(front))
             self._changed()
 
     def _link_changed(self, body: Body) -> None:
@@ -863,6 +865,16 @@ class Supervisor:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.critical("a task of the supervisor failed", exc_info=task.exception())
+
+
+async def _end(child: Child) -> None:
+    """End a child; return when it is gone."""
+    child.channel.close()  # it ends when it hears that
+    try:
+        await asyncio.wait_for(child.gone.wait(), 1.0)
+    except TimeoutError:
+        child.kill()
+        await child.gone.wait()
 
 
 async def _insisting(start: Callable[[_Member], Awaitable[None]], member: _Member) -> None:

@@ -23,7 +23,7 @@ from appliance.orchestrator.created import Created, registering
 from appliance.orchestrator.desired import Desired, as_data, desired
 from appliance.orchestrator.reconcile import Registered, reconcile
 from appliance.orchestrator.reports import Reports
-from appliance.orchestrator.work import OUTCOMES, Place, Runner, Work, problem_of
+from appliance.orchestrator.work import OUTCOMES, Place, Runner, Work
 from appliance.tasks.servable import Servable
 
 _log = logging.getLogger(__name__)
@@ -33,6 +33,10 @@ _REPORT_S = 60.0
 
 _LOOK_S = 1.0
 """Seconds between two looks at the file with the PAT, and at who else is registering."""
+
+_MOST_WARNINGS = 10
+"""Different problems that are logged while the link is down, each once: it may be down for weeks, and is tried again
+every minute, by every name and address that the orchestrator has."""
 
 CALLER = "orchestrator"
 """The principal of all work from there; `[[principal]]` may bound it."""
@@ -62,12 +66,14 @@ class Agent:
         self._reports = Reports(gpus=config.engine.device != "cpu")
         self._news = asyncio.Event()
         self._draining = False
+        self._life: asyncio.Task[Any] | None = None
         self._registered: dict[str, Any] | None = None  # what was desired when it last succeeded
         self._place: Place | None = None
         self._central: Central | None = None
         self._work: dict[str, Work] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._heard_at = math.nan
+        self._warned: set[str] = set()  # problems since it was last connected
         self._connected_now, self._problem, self._since = False, "it is being connected to", time.time()
         self._show()
         self._tell()
@@ -87,6 +93,7 @@ class Agent:
 
     async def run(self) -> None:
         """Connect, register, report, for ever; streams of runners live beside it."""
+        self._life = asyncio.current_task()
         while not self._draining:
             await self._backoff.wait()
             begun = self._backoff.begin()
@@ -111,7 +118,9 @@ class Agent:
     async def drain(self) -> None:
         """Take no more work, finish what was taken, say that we go, and close."""
         self._draining = True
-        self._news.set()
+        if self._life is not None:  # what it registers or says from now on would be untrue soon
+            self._life.cancel()
+            await asyncio.wait({self._life})
         if self._work:
             await asyncio.gather(*(work.drain() for work in self._work.values()))
         if self._ending:
@@ -137,8 +146,8 @@ class Agent:
     async def _forget_connections(self) -> None:
         """There is another PAT, or certificate: what is open has the old one."""
         assert self._central is not None, "there is one"
-        await self._central.close()
-        self._central = self._registered = None
+        old, self._central, self._registered = self._central, None, None
+        await old.close()
         for runner_id in list(self._work):
             self._end_work(runner_id)
 
@@ -154,6 +163,9 @@ class Agent:
         result = "failed"
         try:
             with await self._alone():
+                # Somebody else may have been at it: `leave` deletes all of it, and then the PAT.
+                if await asyncio.to_thread(Secrets.read, self._config.orchestrator) != central.secrets:
+                    raise ConfigError("The PAT or a file of TLS was replaced just now; the new one is tried next.")
                 found = await reconcile(central, wanted, self._created())
             result = "ok"
         finally:
@@ -245,11 +257,11 @@ class Agent:
         self._backoff.failed(begun)
         self._link(connected=False, problem=str(error))
 
-    def _work_failed(self, error: Exception) -> None:
+    def _work_failed(self, problem: str) -> None:
         """A stream broke, or was refused: by link, PAT or registration, which the next attempt looks at in turn."""
         self._registered = None
         self._news.set()
-        self._link(connected=False, problem=f"a stream of work ended: {problem_of(error)}")
+        self._link(connected=False, problem=f"a stream of work ended: {problem}")
 
     def _link(self, *, connected: bool, problem: str = "") -> None:
         """Say how the link is, when that is news."""
@@ -260,8 +272,10 @@ class Agent:
             self._since = time.time()
         self._connected_now, self._problem = connected, problem
         if connected:
+            self._warned.clear()
             _log.info("the orchestrator knows us, and answers", extra={"api_base": base, "runners": len(self._work)})
-        else:
+        elif problem not in self._warned and len(self._warned) < _MOST_WARNINGS:
+            self._warned.add(problem)
             _log.warning("nothing comes from the orchestrator: %s", problem, extra={"api_base": base})
         self._tell()
 

@@ -38,10 +38,11 @@ class Backoff:
     def failed(self, begun: float) -> bool:
         """What was begun then has failed.
 
-        Returns: whether that is news; what was begun before the last failure has failed of the same.
+        Returns: whether that is news; what was begun before the last failure, and fails soon after it, has failed of
+            the same. What lived on for longer had not, however long ago it was begun.
         """
         now = self._clock()
-        if begun <= self._failed_at:
+        if begun <= self._failed_at and now - self._failed_at < _GOOD_S:
             return False
         self._failures = 1 if now - self.until >= _GOOD_S else self._failures + 1
         self._failed_at = now

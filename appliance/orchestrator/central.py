@@ -31,7 +31,7 @@ CALL_S = 30.0
 _ATTEMPTS = 5
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0
 
-_TRY_AGAIN = frozenset(
+TRY_AGAIN = frozenset(
     {
         status_code_pb2.CONN_THROTTLED,
         status_code_pb2.CONN_EXCEED_HOURLY_LIMIT,
@@ -141,12 +141,12 @@ class Central:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt >= attempts:
                     unknown = error.code() is grpc.StatusCode.UNIMPLEMENTED
                     code = status_code_pb2.NOT_IMPLEMENTED if unknown else 0
-                    raise CentralError(_unreachable(self.base, rpc, error), code) from None
+                    raise CentralError(self._unreachable(rpc, error), code) from None
             else:
                 if reply.status.code == status_code_pb2.SUCCESS:
                     return reply
-                if reply.status.code not in _TRY_AGAIN or attempt == _ATTEMPTS:
-                    raise CentralError(_refused(self.base, rpc, reply.status, self.pat), reply.status.code)
+                if reply.status.code not in TRY_AGAIN or attempt == _ATTEMPTS:
+                    raise CentralError(self._refused(rpc, reply.status), reply.status.code)
             # Full jitter: see "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
             await asyncio.sleep(random.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (attempt - 1))))  # noqa: S311
         raise AssertionError("the last attempt returns or raises")
@@ -192,6 +192,22 @@ class Central:
         me = resources_pb2.UserAppIDSet(user_id="me")
         return str((await self.call("GetUser", user_app_id=me)).user.id)
 
+    def shown(self, text: str, most: int = 300) -> str:
+        """What the orchestrator, or a proxy, said: in one line, and without the PAT, which it may repeat."""
+        return printable(text.replace(self.pat, "********"))[:most]
+
+    def _unreachable(self, rpc: str, error: grpc.aio.AioRpcError) -> str:
+        return (
+            f"{self.base} does not answer {rpc}: {error.code().name}, {self.shown(error.details() or '')}. "
+            "Check orchestrator.api_base, root_ca and proxy, and that the port is open from here."
+        )
+
+    def _refused(self, rpc: str, status: Any) -> str:
+        known = status.code in status_code_pb2.StatusCode.values()
+        name = status_code_pb2.StatusCode.Name(status.code) if known else "?"
+        said = self.shown(": ".join(part for part in (status.description, status.details) if part), 500)
+        return f"{self.base} refuses {rpc}: {name} ({status.code}): {said}"
+
     def _callable(self, rpc: str) -> Callable[..., Any]:
         # Not V2Stub: it works only once a stock channel was made in this process (PROTOCOL 1.3).
         if rpc not in self._calls:
@@ -219,16 +235,3 @@ def _content(path: Path | None, key: str) -> bytes | None:
         return path.read_bytes()
     except OSError as error:
         raise file_error(error, f"{key} {path} cannot be read ({error.strerror}).") from error
-
-
-def _unreachable(base: str, rpc: str, error: grpc.aio.AioRpcError) -> str:
-    return (
-        f"{base} does not answer {rpc}: {error.code().name}, {printable(error.details() or '')[:300]}. "
-        "Check orchestrator.api_base, root_ca and proxy, and that the port is open from here."
-    )
-
-
-def _refused(base: str, rpc: str, status: Any, pat: str) -> str:
-    name = status_code_pb2.StatusCode.Name(status.code) if status.code in status_code_pb2.StatusCode.values() else "?"
-    said = printable(": ".join(part for part in (status.description, status.details) if part))[:500]
-    return f"{base} refuses {rpc}: {name} ({status.code}): {said.replace(pat, '********')}"

@@ -7,17 +7,21 @@ import time
 from collections.abc import Sequence
 
 from clarifai_grpc.grpc.api import resources_pb2
+from clarifai_grpc.grpc.api.status import status_code_pb2 as codes
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from appliance.core.machine import Usage
 from appliance.engine import gpu
-from appliance.orchestrator.central import Central, CentralError
+from appliance.orchestrator.central import TRY_AGAIN, Central, CentralError
 from appliance.orchestrator.work import Place, Work
 
 _log = logging.getLogger(__name__)
 
 _AGAIN_S = 60.0
 """Seconds after which what has not changed is said again: another appliance of the nodepool may have said otherwise."""
+
+_NOT_FOR_LONG = frozenset({0, codes.CONN_KEY_INVALID, codes.CONN_KEY_NOT_FOUND, *TRY_AGAIN})
+"""Codes of a refusal that is not for good: unreachable, a PAT that was revoked, too many calls."""
 
 _STATUS = resources_pb2.Nodepool.NodepoolStatus
 
@@ -100,7 +104,7 @@ class Reports:
         try:
             await central.call("PostComputePlaneMetrics", compute_plane_metrics=entries)
         except CentralError as error:
-            if not error.code:
+            if error.code in _NOT_FOR_LONG:
                 raise
             self._metrics_wanted = False
             _log.info("the orchestrator wants no figures of the machine: %s", error)

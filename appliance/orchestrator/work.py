@@ -61,6 +61,9 @@ _LATER = frozenset(
 """Codes of a reply after which the same item may succeed, here or at another appliance: one that has more to do than it
 can, or whose version is coming or going."""
 
+_FINE = (codes.ZERO, codes.SUCCESS, codes.RUNNER_STREAM_START)
+"""Codes of a message without items that say nothing against the stream: none at all, or that it is open."""
+
 OUTCOMES = ("answered", "given_back", "refused", "cancelled", "broken")
 """What becomes of items. `given_back`: not now. `refused`: never. `broken`: the stream broke before it was answered;
 the orchestrator hands such an item out again."""
@@ -104,7 +107,7 @@ class StreamRefused(Exception):
     """
 
     def __init__(self, status: status_pb2.Status) -> None:
-        super().__init__(printable(": ".join(part for part in (status.description, status.details) if part))[:300])
+        super().__init__(": ".join(part for part in (status.description, status.details) if part))
         self.code = status.code
 
 
@@ -136,13 +139,13 @@ class Work:
         budget: MemoryBudget,
         metrics: Metrics,
         backoff: Backoff,
-        on_trouble: Callable[[Exception], None],
+        on_trouble: Callable[[str], None],
     ) -> None:
         """Args:
 
         central: a channel for these streams alone, which is closed with them.
         endpoints: those of the API, which answer; their callers are let in already.
-        on_trouble: told of each stream that failed.
+        on_trouble: told what went wrong with a stream that failed; of those that fail together one.
         """
         self.runner = runner
         self._place, self._central, self._endpoints = place, central, endpoints
@@ -259,7 +262,8 @@ class Work:
             async with asyncio.timeout(_CLOSING_S):
                 if await call.code() is not grpc.StatusCode.OK:
                     self._count("broken")
-                    _log.info("an answer may not have arrived: %s", await _why(call), extra=self._named())
+                    why = self._central.shown(f"{(await call.code()).name}: {await call.details()}")
+                    _log.info("an answer may not have arrived: %s", why, extra=self._named())
         except TimeoutError:
             self._count("broken")
             _log.info("the orchestrator does not close the stream of an answer", extra=self._named())
@@ -463,6 +467,10 @@ class Work:
                     raise StreamClosed
             except (*_ENDED, StreamRefused, StreamClosed) as error:
                 self._failed(begun, error)
+            except Exception as error:
+                # As with the other streams: without this one no item would ever be cancelled again.
+                _log.exception("a control stream of the orchestrator failed", extra=self._named())
+                self._failed(begun, error)
             finally:
                 call.cancel()
 
@@ -472,7 +480,7 @@ class Work:
             if cancelled in (message.status.code, item.processing_info.status.code):
                 for work in self._items.get(item.id, ()):
                     work.cancel()
-        if not message.runner_items and message.status.code not in (codes.SUCCESS, cancelled):
+        if not message.runner_items and message.status.code not in (*_FINE, cancelled):
             raise StreamRefused(message.status)
 
     # ---- helpers ----
@@ -500,7 +508,7 @@ class Work:
         if self._draining:
             return
         if self._backoff.failed(begun):
-            self._on_trouble(error)
+            self._on_trouble(self._central.shown(_problem_of(error)))
 
     def _count(self, outcome: str) -> None:
         self._metrics.orchestrator_items.labels(self.runner.key.model_id, self.runner.local_version, outcome).inc()
@@ -518,19 +526,15 @@ async def _first(call: Any) -> service_pb2.MultiRunnerItemResponse | None:
         if message.runner_items:
             found: service_pb2.MultiRunnerItemResponse = message
             return found
-        if message.status.code != codes.SUCCESS:
+        if message.status.code not in _FINE:
             raise StreamRefused(message.status)
     return None
 
 
-def problem_of(error: Exception) -> str:
+def _problem_of(error: Exception) -> str:
     """What to say of a stream's error."""
     if isinstance(error, grpc.aio.AioRpcError):
-        return printable(f"{error.code().name}: {error.details()}")[:300]
+        return f"{error.code().name}: {error.details()}"
     if isinstance(error, StreamRefused):
         return f"it is refused with {error.code}: {error}"
     return type(error).__name__ if not isinstance(error, (StreamClosed, asyncio.InvalidStateError)) else "it was closed"
-
-
-async def _why(call: Any) -> str:
-    return printable(f"{(await call.code()).name}: {await call.details()}")[:300]

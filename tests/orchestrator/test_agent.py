@@ -273,6 +273,28 @@ def test_a_reload_ends_the_agent_and_brings_it_back(centre: RunningCentre, appli
     assert digits(centre) == RIGHT[:1]
 
 
+def test_a_reload_while_the_agent_starts_leaves_none_behind(centre: RunningCentre, appliance: Appliance) -> None:
+    """Who is told off before it has begun ends like any other; nothing is said of a link that is no more."""
+    section = appliance.config["orchestrator"]
+
+    def agents() -> list[str]:
+        assert appliance.process is not None
+        daemon = appliance.process.pid
+        children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text(encoding="ascii").split()
+        commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+        return [child for child, command in commands.items() if b"agent_process" in command]
+
+    (first,) = agents()
+    appliance.write_config(orchestrator={**section, "streams": 2})
+    appliance.admin("/reload", post=True)
+    appliance.wait(lambda: agents() not in ([], [first]), "the next one starts")
+    appliance.write_config(orchestrator={**section, "agent": False})
+    appliance.admin("/reload", post=True)
+    appliance.wait(lambda: not agents(), "it has ended")
+    assert state_of(appliance) == {}
+    assert "inference_appliance_orchestrator_connected{" not in appliance.metrics()
+
+
 # ---- items that end otherwise ----------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,16 @@ def test_what_breaks_together_fails_once(backoff: Backoff, time: Time) -> None:
     assert time.most == [FIRST_S]
 
 
+def test_what_lives_on_after_a_failure_fails_anew(backoff: Backoff, time: Time) -> None:
+    """A stream that waits for hours is older than some other failure; when all break, they wait all the same."""
+    old = [backoff.begin() for _ in range(2)]
+    time.now += 1
+    fails(backoff, time, 1)
+    time.now += 3600
+    assert [backoff.failed(each) for each in old] == [True, False]
+    assert backoff.until > time.now
+
+
 def test_after_a_good_while_the_next_failure_is_a_first_one(backoff: Backoff, time: Time) -> None:
     fails(backoff, time, 6)
     time.now += 60
