@@ -166,12 +166,12 @@ NOT_SHIPPED := huggingface-hub hf-xet fsspec filelock httpx2 httpcore2 truststor
 COMPILE_SHIPPED = $(CLIENTS)/uv/bin/uv pip compile --generate-hashes --no-header --quiet --python-version 3.13 \
   --python-platform x86_64-manylinux_2_28
 lock: $(VENV)/ready $(CLIENTS)/uv/ready ## Pin and hash every requirement anew.
-	$(COMPILE) --extra cpu -o requirements/run-cpu.txt pyproject.toml
-	$(COMPILE) --extra gpu -o requirements/run-gpu.txt pyproject.toml
-	$(COMPILE) --extra cpu --extra dev -o requirements/dev.txt pyproject.toml
+	$(COMPILE) --extra cpu --extra traces -o requirements/run-cpu.txt pyproject.toml
+	$(COMPILE) --extra gpu --extra traces -o requirements/run-gpu.txt pyproject.toml
+	$(COMPILE) --extra cpu --extra traces --extra dev -o requirements/dev.txt pyproject.toml
 	for name in $(ENVIRONMENTS) systemd uv bench-pyspy $(PEERS:%=bench-%); do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
-	$(COMPILE_SHIPPED) --extra cpu --extra systemd $(NOT_SHIPPED:%=--no-emit-package %) -c requirements/run-cpu.txt \
-	  -c requirements/systemd.txt -o requirements/package.txt pyproject.toml
+	$(COMPILE_SHIPPED) --extra cpu --extra systemd --extra traces $(NOT_SHIPPED:%=--no-emit-package %) \
+	  -c requirements/run-cpu.txt -c requirements/systemd.txt -o requirements/package.txt pyproject.toml
 	$(COMPILE_SHIPPED) -c requirements/package.txt -o requirements/package-build.txt requirements/package-build.in
 	$(COMPILE_SHIPPED) -c requirements/package.txt -c requirements/run-gpu.txt \
 	  -o requirements/package-cuda13.txt requirements/package-cuda13.in

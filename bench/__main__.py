@@ -17,6 +17,7 @@ COMMANDS = {
     "peers": "other servers on the same models, CPUs and load, in turns with ours",
     "inprocess": "the API path without a wire, microseconds a call",
     "metrics": "what counting costs a call, with and without; microseconds",
+    "traces": "what tracing costs a call: off, on, and when it is sampled",
     "soak": "honest and hostile traffic at once, for minutes",
     "connect": "what the forwarder costs beside direct TLS",
     "storm": "ten thousand appliances reconnect, in virtual time",

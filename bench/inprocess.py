@@ -110,8 +110,8 @@ async def _run(endpoint: Endpoint, key: str, case: Case, at_once: int, seconds: 
     return statistics.median(walls) / at_once * 1e6, statistics.median(cpus) / at_once * 1e6
 
 
-async def _turn(endpoint: Endpoint, key: str, case: Case, at_once: int) -> None:
-    """That many calls, made in one turn of the loop; returns when all have their reply."""
+async def _turn(endpoint: Endpoint, key: str, case: Case, at_once: int, **more: str) -> None:
+    """That many calls, made in one turn of the loop; returns when all have their reply. Args: more: headers."""
     loop = asyncio.get_running_loop()
     answered = loop.create_future()
     replies: list[bytes] = []
@@ -130,7 +130,8 @@ async def _turn(endpoint: Endpoint, key: str, case: Case, at_once: int) -> None:
         finish(call, await unary(call, case.body))
 
     for number in range(at_once):
-        call = Call(case.rpc, {"authorization": f"Key {key}", "x-request-id": str(number)}, "ipv4:127.0.0.1:1")
+        headers = {"authorization": f"Key {key}", "x-request-id": str(number), **more}
+        call = Call(case.rpc, headers, "ipv4:127.0.0.1:1")
         assert endpoint.unary is not None
         done = _Done(call, finish)
         if not (case.quick and endpoint.quick and endpoint.quick(call, case.body, done)):

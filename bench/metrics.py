@@ -224,7 +224,9 @@ async def _paths(folder: Path, seconds: float, repeat: int) -> None:
         await close()
 
 
-async def _world(folder: Path, name: str, metrics: Metrics) -> tuple[dict[str, Endpoint], Callable[[], Any]]:
+async def _world(
+    folder: Path, name: str, metrics: Metrics, **sections: Any
+) -> tuple[dict[str, Endpoint], Callable[[], Any]]:
     """An API over the digits bundle, and what closes it."""
     root, state, pool = folder / name, folder / f"{name}-state", DecodePool(1)
     state.mkdir()
@@ -237,11 +239,12 @@ async def _world(folder: Path, name: str, metrics: Metrics) -> tuple[dict[str, E
     repository: Repository[Servable] = Repository(Catalog(root=root, state_dir=state, settle_s=0), load)
     await repository.look()
     await repository.wait_settled()
-    config = Config(auth=Auth(keys_file=folder / "keys.json"))
+    config = Config(auth=Auth(keys_file=folder / "keys.json"), **sections)
     authenticator = Authenticator(config, KeyStore(folder / "keys.json"))
     api = Api(config, repository, authenticator, MemoryBudget(2**30), metrics)
 
     async def close() -> None:
+        await api.tracing.close()
         await repository.close()
         pool.close()
 

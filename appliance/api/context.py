@@ -40,6 +40,7 @@ class Context(Ticket):
 
     def __post_init__(self) -> None:
         self.priority = self.grant.priority
+        self.timing = self.call.timing
 
     def reach(self, key: ModelKey, version: str) -> None:
         """It is about that version of that model."""

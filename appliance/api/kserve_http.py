@@ -172,7 +172,7 @@ async def _served(
     except Exception as error:
         found = web.status_of(error, request)
         return JSONResponse({"error": found.details}, status.http_of(found), web.headers_of(found))
-    return Response(content, 200, {"content-type": "application/json", **(headers or {})})
+    return Response(content, 200, {"content-type": "application/json", **(headers or {}), **web.timing_of(call)})
 
 
 def _ready(said: Mapping[str, str], ready: bool) -> Response:

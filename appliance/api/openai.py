@@ -138,7 +138,8 @@ async def _served(request: Request, direct: Direct, doors: Maker, name: str, han
             )
     except Exception as error:
         return _problem(error, request)
-    return Response(content, 200, {"content-type": "application/json", "x-request-id": "".join(req_ids)})
+    headers = {"content-type": "application/json", "x-request-id": "".join(req_ids), **web.timing_of(call)}
+    return Response(content, 200, headers)
 
 
 def _problem(error: Exception, request: Request) -> Response:

@@ -106,6 +106,7 @@ class RestRoute(BaseRoute):
             answer = _Answer(request, send)
             try:
                 async with web.calling(request, found.binding.method) as call:
+                    answer.call = call
                     await self._call(call, found.binding, found.values, answer)
             except Exception as error:
                 await answer.error(error)
@@ -187,6 +188,7 @@ class _Answer:
         self.request = request
         self._send = send
         self._started = False
+        self.call: Call | None = None
 
     async def reply(self, call: Call, kind: type[Message], reply: bytes) -> None:
         """One message, which is all."""
@@ -219,6 +221,8 @@ class _Answer:
 
     async def _respond(self, body: bytes, found: Any) -> None:
         headers = {"content-type": "application/json", "content-length": str(len(body)), **web.headers_of(found)}
+        if self.call is not None:
+            headers |= web.timing_of(self.call)
         await self._start(status.http_of(found), headers)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 

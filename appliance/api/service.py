@@ -35,6 +35,7 @@ from appliance.api.predict import Predictions
 from appliance.api.quick import Begin, Begun
 from appliance.api.reflection import reflection_endpoints
 from appliance.api.replies import Reply
+from appliance.api.tracing import Tracing
 from appliance.api.trail import Trail, Use
 from appliance.api.workflow_results import WorkflowResults
 from appliance.api.workflows import WorkflowCatalogue
@@ -45,6 +46,7 @@ from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded,
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget, Reservation
 from appliance.core.metrics import OTHER, Metrics, Spread, Tally
+from appliance.core.timing import HEADER, Timing
 from appliance.core.types import Call, Done, Endpoint, QuickHandler, RpcAbort, RpcStatus
 from appliance.core.usage import BYTES_IN, BYTES_OUT, CALLS, CALLS_FAILED, INPUTS, INPUTS_FAILED, SECONDS
 from appliance.engine.batcher import Outcome
@@ -123,6 +125,7 @@ class Api:
         self._results = WorkflowResults(config, repository, self._workflows, self._predictions, metrics)
         self.direct = direct.Direct(config, repository)
         self.kserve = Kserve(self.direct, self.health)
+        self.tracing = Tracing(config.traces, metrics)
         self._errors = RateLimitedLog(_log)
         self.trail = Trail()
         self.unrecorded = False
@@ -154,6 +157,7 @@ class Api:
         self._results.config = config
         self.direct.config = config
         self._authenticator.configure(config)
+        self.tracing.configure(config.traces)
 
     def catalog_changed(self) -> None:
         """Let go of what belongs to servables that are not served any more."""
@@ -273,7 +277,13 @@ class Api:
                 call.memory = self._budget.expect(size, grant.name)
             except (AccessError, Overloaded, NotRecorded) as error:
                 req_id = _request_id(call)
-                reply = self._refuse(rpc, call, req_id, error, context, b"")
+                self._timing(call, begun)
+                code = 0
+                try:
+                    reply = self._refuse(rpc, call, req_id, error, context, b"")
+                    code = reply.code
+                finally:
+                    self._timed(rpc, call, req_id, context, 0.0, code)
                 self._record(rpc, call, context, self._counts_of(rpc, context), reply.code, req_id)
                 return reply.body
             return None
@@ -353,10 +363,13 @@ class Api:
         encoded_at = 0.0
         sent = 0
         good = admitted = False
+        timing = self._timing(call, begun)
         try:
             if self.unrecorded:
                 raise NotRecorded
             grant = self._authenticator.grant(call)
+            if timing is not None:
+                timing.known()
             memory = call.memory or self._budget.hold(0)
             context = Context(grant.name, self._deadline(call, begun), memory, call, grant, req_id, begun)
             with grant.admitted(), memory:
@@ -376,15 +389,32 @@ class Api:
             code = reply.code
             sent += len(reply.body)
             yield reply.body
+        except BaseException:  # the caller left, or the server goes
+            code = 0
+            raise
         finally:
             now = time.monotonic()
             counts = self._counts_of(rpc, context)
             if context is not None and admitted:
                 self._use(rpc.name, context, good, len(body), sent, now - begun)
-            counts.seconds.observe_for(now - begun, now, req_id)
+            counts.seconds.observe_for(now - begun, now, _noted(call, req_id))
             if context is not None and context.computed_at and encoded_at and counts.encode is not None:
                 counts.encode.observe(encoded_at - context.computed_at)
+            self._timed(rpc, call, req_id, context, encoded_at, code)
         self._record(rpc, call, context, counts, code, req_id)
+
+    def _timing(self, call: Call, begun: float) -> Timing | None:
+        """Begin to note where a call's time goes, if anybody wants to know that of this very call."""
+        return self.tracing.timing(call, begun) if self.tracing.on or HEADER in call.metadata else None
+
+    def _timed(
+        self, rpc: _Form, call: Call, req_id: str, context: Context | None, encoded_at: float, code: int
+    ) -> None:
+        """A call has ended whose time is noted, if it is."""
+        timing = call.timing
+        if timing is not None:
+            timing.end(time.monotonic(), context.computed_at if context is not None else 0.0, encoded_at, code)
+            self.tracing.ended(timing, rpc.name, call, req_id, context)
 
     async def _handle(self, rpc: _Form, handler: Handler, context: Context, body: bytes) -> list[Reply]:
         seconds = context.deadline - time.monotonic()
@@ -447,6 +477,8 @@ class Api:
     ) -> status.Refusal:
         """The status that ends a call; counted."""
         code = status.row_of(error).code
+        if call.timing is not None:
+            call.timing.code = int(code)
         self._count(rpc, call, context, self._counts_of(rpc, context), code, req_id)
         return status.Refusal(error, req_id)
 
@@ -457,7 +489,7 @@ class Api:
         if code == status.SUCCESS.code:
             counts.answered.inc()
         else:
-            self._metrics.requests.labels(*counts.model, rpc.name, code).inc_for(req_id)
+            self._metrics.requests.labels(*counts.model, rpc.name, code).inc_for(_noted(call, req_id))
         self.trail.count(_recorded(context, code), rpc.name, call.peer, req_id)
         if self._principals and context is not None:
             name = self._principals.get(context.grant.meters[0].principal.name, OTHER)
@@ -532,9 +564,12 @@ class Api:
             memory = call.memory or self._budget.hold(0)
             held = memory.count
             begun = None
+            timing = self._timing(call, started)
             try:
                 grant = self._authenticator.grant(call)
                 grant.check()
+                if timing is not None:
+                    timing.known()
                 if size > held:
                     memory.grow(size - held)
                 deadline = self._deadline(call, started)
@@ -578,18 +613,19 @@ class Api:
         rpc, begun = quick.rpc, quick.begun
         context = begun.context
         encoded = good = False
-        sent = 0
+        sent = code = 0
         try:
             if outcome is None:
                 return status.Refusal(Draining(), context.req_id)
             if not isinstance(outcome, Outcome):
                 raise outcome
             reply = begun.reply(outcome)
-            encoded, good, sent = True, reply.code == status.SUCCESS.code, len(reply.body)
+            encoded, code, sent = True, reply.code, len(reply.body)
+            good = code == status.SUCCESS.code
         except Exception as error:
             try:
                 reply = self._error_reply(rpc, context.call, context.req_id, error, context, b"")
-                sent = len(reply.body)
+                code, sent = reply.code, len(reply.body)
             except RpcAbort as abort:
                 return abort
         finally:
@@ -598,10 +634,11 @@ class Api:
             context.memory.release()
             now = time.monotonic()
             counts = self._counts(context.model, rpc.name)
-            counts.seconds.observe_for(now - quick.started, now, context.req_id)
+            counts.seconds.observe_for(now - quick.started, now, _noted(context.call, context.req_id))
             if encoded and counts.encode is not None:
                 counts.encode.observe(now - context.computed_at)
             self._use(rpc.name, context, good, quick.received, sent, now - quick.started)
+            self._timed(rpc, context.call, context.req_id, context, now if encoded else 0.0, code)
         self._record(rpc, context.call, context, counts, reply.code, context.req_id)
         return reply.body
 
@@ -686,9 +723,16 @@ def counted_principals(config: Config) -> dict[str, str]:
     return {name: name for name in list(names)[: config.metrics.principals]}
 
 
+def _noted(call: Call, req_id: str) -> str:
+    """What metrics note of a call."""
+    return req_id if call.timing is None else call.timing.noted(req_id)
+
+
 def _fields(rpc: _Form, call: Call, req_id: str, code: int, context: Context | None) -> dict[str, Any]:
     """What the log says of a call beside the sentence; what is not known is left out."""
     fields: dict[str, Any] = {"method": rpc.name, "code": status.name_of(code), "peer": call.peer, "req_id": req_id}
+    if call.timing is not None:
+        fields |= call.timing.logged()
     if context is not None:
         fields |= {
             "principal": context.grant.name,

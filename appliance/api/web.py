@@ -22,6 +22,7 @@ from appliance.api import protojson, status
 from appliance.api.status import Row
 from appliance.core.errors import ApplianceError, EncodingNotRead, InputTooLarge, InvalidRequest
 from appliance.core.logs import RateLimitedLog
+from appliance.core.timing import HEADER
 from appliance.core.types import Call, Endpoint, RpcAbort
 from appliance.wire import grpc, sentences
 from appliance.wire.asgi import PEER, ClientGone, admitted
@@ -165,6 +166,11 @@ def headers_of(found: status_pb2.Status) -> dict[str, str]:
     if http == 415:
         return {"accept-encoding": "identity"}
     return {}
+
+
+def timing_of(call: Call) -> dict[str, str]:
+    """The header that says where the time went, to a caller who asked."""
+    return {HEADER: call.timing.said} if call.timing is not None and call.timing.said else {}
 
 
 def problem(found: status_pb2.Status, headers: Mapping[str, str] | None = None) -> Response:

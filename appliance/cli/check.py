@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from appliance.api.keys import KeyStore
+from appliance.api.tracing import check_traces
 from appliance.catalog.bundle import BundleConfig, VersionFolder
 from appliance.catalog.repository import Repository
 from appliance.catalog.workflows import Workflows
@@ -36,6 +37,7 @@ def check(ctx: click.Context, skip_models: bool) -> None:
     look_at_configuration(loaded, report)
     look_at_certificates(config, report)
     look_at_keys(config, report)
+    look_at_traces(config, report)
     engine = look_at_device(config, report)
     if engine is not None and not skip_models:
         asyncio.run(_check_models(config, engine, report))
@@ -72,6 +74,18 @@ def look_at_keys(config: Config, report: Report) -> None:
         needed = config.auth.require in ("key", "either", "both") and not len(keys)
         remedy = "; nobody can call without one: appliance keys create" if needed else ""
         report.line("warn" if needed else "ok", "keys", f"{len(keys)} in {config.auth.keys_file}{remedy}")
+
+
+def look_at_traces(config: Config, report: Report) -> None:
+    """Where traces go, if they go anywhere; nobody is asked there."""
+
+    def look() -> str | None:
+        check_traces(config.traces)
+        return config.traces.endpoint
+
+    endpoint = report.attempt("traces", look)
+    if endpoint is not None:
+        report.ok("traces", endpoint)
 
 
 def look_at_device(config: Config, report: Report) -> LocalEngine | None:

@@ -24,7 +24,13 @@ import click
 
 from appliance import __version__
 from appliance.cli import admin, clients, exits, rights, units
-from appliance.cli.check import look_at_certificates, look_at_configuration, look_at_device, look_at_keys
+from appliance.cli.check import (
+    look_at_certificates,
+    look_at_configuration,
+    look_at_device,
+    look_at_keys,
+    look_at_traces,
+)
 from appliance.cli.report import Report
 from appliance.core import config as configuration
 from appliance.core.config import MAIN_FILE, Config, Orchestrator, is_loopback, parse_address
@@ -81,6 +87,7 @@ def examine(config_file: Path | None, report: Report) -> None:
     looks: tuple[Callable[[], object], ...] = (
         lambda: _certificates(config, report),
         lambda: look_at_keys(config, report),
+        lambda: look_at_traces(config, report),
         lambda: _device(config, running, report),
         lambda: _ports(config, running, report),
         lambda: _clock(report),
@@ -459,6 +466,10 @@ def _network(config: Config, service: dict[str, str], report: Report) -> None:
             "clients",
             "the same rule counts for hosts of URL inputs (urls.hosts): their addresses must be in --clients too",
         )
+    with contextlib.suppress(OSError):  # the log says that it is not reached
+        for address in reach.addresses(config.traces.endpoint) if config.traces.endpoint else ():
+            if not units.lets_in(service, address):
+                report.warn("traces", f"the same rule counts for traces.endpoint: {address} must be in --clients too")
     dropped = clients.UNIT_FOLDER / f"{units.SERVICE}.d" / clients.DROP_IN
     if dropped.exists() and str(dropped) not in service.get("DropInPaths", ""):
         report.warn("clients", f"{dropped} is not in force yet; run: systemctl daemon-reload")

@@ -25,7 +25,7 @@ _NAMED = re.compile(
 _USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)[^/@\s\"']+@", re.IGNORECASE)
 """A proxy's user and password in its URL."""
 
-_FILES = ("pat_file", "token_file", "passphrase_file", "secret_file", "password_file")
+_FILES = ("pat_file", "token_file", "passphrase_file", "secret_file", "password_file", "headers_file")
 """Endings of settings that name a file with a secret in it."""
 
 _SHORTEST = 4

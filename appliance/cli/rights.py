@@ -115,7 +115,7 @@ def _mend(path: Path, want: int, who: Who) -> str:
 
 def _too_open(config: Config, main: Path) -> Iterator[str]:
     secrets: list[tuple[Path, Access]] = [
-        (path, "service") for key, path in _files(config) if key in ("key", "pat_file", "keys_file")
+        (path, "service") for key, path in _files(config) if key in ("key", "pat_file", "keys_file", "headers_file")
     ]
     secrets += [(config.tls.certificate.with_name("server.key.pending"), "service")]
     secrets += [(config.tls.certificate.with_name("ca.key"), "owner")]

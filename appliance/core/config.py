@@ -897,6 +897,73 @@ class Metrics(Section):
     )
 
 
+class Traces(Section):
+    """Traces of calls, for an OpenTelemetry collector. Off until it has an endpoint; docs/traces.md says what is in
+    them."""
+
+    endpoint: str | None = Field(
+        None,
+        examples=["https://collector.example.com:4318"],
+        description="The collector: scheme, host and port where it takes OTLP over HTTP; /v1/traces is added unless a "
+        "path is there. Unset: calls are not traced.",
+    )
+    sample: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of calls that are traced. One that brings a traceparent header does what that says instead.",
+    )
+    headers_file: FilePath | None = Field(
+        None,
+        examples=["/etc/inference-appliance/traces.headers"],
+        description='File with headers for the collector, "name: value" on each line, such as an authorization. Unset: '
+        "none.",
+    )
+    ca: FilePath | None = Field(
+        None,
+        examples=["/etc/inference-appliance/tls/collector-ca.crt"],
+        description="PEM file: the authorities of the collector's certificate. Unset: those that the machine trusts.",
+    )
+    service_name: str = Field(
+        "inference-appliance", min_length=1, max_length=128, description="What the collector knows this appliance by."
+    )
+    attributes: tuple[str, ...] = Field(
+        (),
+        description='More that it shall know, e.g. ["deployment.environment.name=plant-7"].',
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        parts = urlsplit(value)
+        try:
+            _ = parts.port
+        except ValueError:
+            raise ValueError("has a port that is not a number between 0 and 65535") from None
+        plain = value.isascii() and value.isprintable() and not set(value) & set(" @?#")
+        if parts.scheme not in ("https", "http") or not parts.hostname or not plain:
+            raise ValueError('must be "https://host:port" or "http://host:port", with nothing but a path behind it')
+        return value
+
+    @field_validator("attributes")
+    @classmethod
+    def _check_attributes(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            name, sign, _ = value.partition("=")
+            if not name.strip() or not sign:
+                raise ValueError(f'"{value}" must be "name=value"')
+        return values
+
+    @model_validator(mode="after")
+    def _check_secret(self) -> Self:
+        parts = urlsplit(self.endpoint or "")
+        if self.headers_file and parts.scheme == "http" and not is_loopback(f"[{parts.hostname}]:0"):
+            raise ValueError("headers_file would be sent unencrypted: give the endpoint https, or remove it")
+        return self
+
+
 class Shutdown(Section):
     """How the appliance stops."""
 
@@ -929,6 +996,7 @@ class Config(Section):
     log: Log = Log()
     audit: Audit = Audit()
     metrics: Metrics = Metrics()
+    traces: Traces = Traces()
     shutdown: Shutdown = Shutdown()
 
     @property

@@ -109,4 +109,5 @@ def _number(value: float) -> str:
 
 
 def _exemplar(note: Note) -> str:
-    return f' # {{req_id="{note.id}"}} {_number(note.value)} {round(note.at, 3)}'
+    name, value = note.label
+    return f' # {{{name}="{value}"}} {_number(note.value)} {round(note.at, 3)}'

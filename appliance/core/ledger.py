@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, Union
 
 from appliance.core.shared import Segment
+from appliance.core.timing import TRACE
 
 SIZE = 32 * 2**20
 """Bytes of a segment with room for some ten thousand series; only what is used costs memory."""
@@ -48,6 +49,12 @@ class Note(NamedTuple):
     at: float
     """Unix time."""
     id: str
+    """The request's, or behind `TRACE` that of its trace."""
+
+    @property
+    def label(self) -> tuple[str, str]:
+        """What an exemplar says of it: name and value."""
+        return ("trace_id", self.id.removeprefix(TRACE)) if self.id.startswith(TRACE) else ("req_id", self.id)
 
 
 def write_note(notes: "bytearray | memoryview[int]", cell: int, value: float, request: str) -> None:

@@ -31,7 +31,7 @@ from appliance.core.usage import UsageCounts
 
 _log = logging.getLogger(__name__)
 
-VERSION = "1.0"
+VERSION = "1.1"
 """Of the interface: the first number grows when something that was there changes its name, type, labels or meaning, or
 goes; the second when something is added."""
 
@@ -113,7 +113,7 @@ class Tally:
         self.cells[0] += amount
 
     def inc_for(self, request: str) -> None:
-        """One more, and whose it is. Args: request: its id."""
+        """One more, and whose it is. Args: request: its id; see `Note`."""
         self.cells[0] += 1.0
         write_note(self.notes, 0, 1.0, request)
 
@@ -140,7 +140,7 @@ class Spread:
         cells[self._last] += value
 
     def observe_for(self, value: float, now: float, request: str) -> None:
-        """One more value, and whose it is. Args: now: `time.monotonic()` seconds. request: its id."""
+        """One more value, and whose it is. Args: now: `time.monotonic()` seconds. request: its id; see `Note`."""
         cells = self.cells
         bucket = bisect_left(self._bounds, value)
         cells[bucket] += 1.0
@@ -254,7 +254,7 @@ class Family(Collector, Generic[S]):
             own = dict(zip(self.label_names, values, strict=True))
             for suffix, more, value, cell in samples(cells):
                 note = notes.get(cell) if cell is not None else None
-                exemplar = Exemplar({"req_id": note.id}, note.value, round(note.at, 3)) if note is not None else None
+                exemplar = Exemplar(dict([note.label]), note.value, round(note.at, 3)) if note is not None else None
                 metric.add_sample(self._full + suffix, own | more, value, exemplar=exemplar)
             if client._use_created and self.kind != GAUGE:  # an environment variable of prometheus-client's decides
                 metric.add_sample(f"{self._full}_created", own, created)
@@ -403,6 +403,9 @@ class Metrics:
         self.batch_rows = self._spreads("batch_rows", "Rows in one run of the model.", model, _ROWS)
         self.request_rows = self._spreads("request_rows", "Rows that one request brings to the model.", model, _ROWS)
         self.queue_rows = self._levels("queue_rows", "Rows waiting for the model.", model)
+        self.traces = self._tallies(
+            "traces", "Calls that were traced, by what became of their spans; only with traces.endpoint.", ("outcome",)
+        )
         self._section = "Memory, downloads, cache"
         self.memory_in_flight = self._levels("memory_in_flight_bytes", "Bytes that requests hold now.").labels()
         self.memory_limit = self._levels(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.core.memory import Reservation
+from appliance.core.timing import Timing
 
 Array: TypeAlias = NDArray[Any]
 Row: TypeAlias = dict[str, Array]
@@ -38,6 +39,7 @@ class Call:
         reader: makes the request message of a body that is not in the RPC's own encoding; None: it is. Called once the
             call is authenticated and counted, under its deadline, on any thread, perhaps more than once. What it raises
             is answered, counted and logged like a handler's error.
+        timing: what is noted of its time, where somebody wants to know; of a stream, its present message's.
     """
 
     method: str
@@ -48,6 +50,7 @@ class Call:
     chain: bytes = b""
     memory: Reservation | None = None
     reader: Callable[[bytes], Any] | None = None
+    timing: Timing | None = None
 
 
 Admission: TypeAlias = Callable[[Call, int], bytes | None]

@@ -80,6 +80,7 @@ class AgentProcess(Answering):
             self._api.end()
             await asyncio.wait({drained}, timeout=_LAST_WORDS_S)
         self._tell_calls()
+        await self._api.tracing.close()
         self._metrics.sample()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from appliance import __version__
 from appliance.api.keys import KeyStore
+from appliance.api.tracing import check_traces
 from appliance.api.trail import Trail
 from appliance.catalog.repository import Repository
 from appliance.catalog.view import describe
@@ -101,6 +102,7 @@ class Daemon:
             config, lambda result: loop.call_soon_threadsafe(self._certificates_changed, result)
         )
         check_urls(config)
+        check_traces(config.traces)
         self._keys = KeyStore(config.auth.keys_file)
         self._auditor = Auditor(config, self._metrics)
         stack.push_async_callback(self._auditor.close)
@@ -278,6 +280,7 @@ class Daemon:
             raise configuration.ConfigInvalid(problems)
         keys = KeyStore(config.auth.keys_file)
         check_urls(config)
+        check_traces(config.traces)
         self._certificates.reload(config)
         self._old_keys = loaded.warnings
         if needs_restart:

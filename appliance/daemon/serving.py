@@ -141,6 +141,7 @@ class Serving:
             _log.warning("calls were told to try again", extra={"count": self.api.in_flight})
         self.api.end()
         await front.stop(_LAST_REPLIES_S)
+        await self.api.tracing.close()
         lost = self.api.in_flight
         if lost:
             self._metrics.lost.inc(lost)

@@ -27,6 +27,7 @@ from typing import TypeAlias
 import numpy as np
 
 from appliance.core.errors import ApplianceError, DeadlineExceeded, Draining, InferenceFailed, Overloaded
+from appliance.core.timing import Run
 from appliance.core.types import Array
 from appliance.engine import gate as gates
 from appliance.engine.gate import Marks, RunBoard, RunGate, Runs
@@ -74,6 +75,7 @@ class RunRecord:
     """One run, for the metrics.
 
     Attributes:
+        taken_at: when the run's rows were taken, on the batcher's clock.
         seconds: of compute, over all attempts.
         waits: seconds that each piece of a submission had waited when the run's rows were taken.
         batch_wait: the rest of the seconds from then to the results: waiting for the device's turn, putting rows
@@ -84,13 +86,18 @@ class RunRecord:
     seconds: float
     waits: list[float]
     batch_wait: float = 0.0
+    taken_at: float = 0.0
+
+    def since(self, queued_at: float) -> Run:
+        """The run as a submission has it that was queued then."""
+        return Run(self.rows, queued_at, self.taken_at, self.batch_wait, self.seconds)
 
 
 @dataclass(slots=True, eq=False)
 class _Submission:
     """Rows of one request on their way; `taken` of `count` are in a run or done, `open` are not answered yet.
 
-    `left` says that the rest is not waiting any more.
+    `left` says that the rest is not waiting any more. `told` hears of the runs; `heard` is the last one it heard of.
     """
 
     feeds: Mapping[str, Array]
@@ -109,6 +116,8 @@ class _Submission:
     pieces: list[tuple[int, dict[str, Array]]] = field(default_factory=list)
     errors: dict[int, ApplianceError] = field(default_factory=dict)
     left: bool = False
+    told: Callable[[Run], None] | None = None
+    heard: RunRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +302,7 @@ class Batcher:
         priority: int = 0,
         alone: bool = False,
         marks: Marks | None = None,
+        told: Callable[[Run], None] | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Queue rows; the future ends with their outcome. Cancelling it takes them out of the queue.
 
@@ -305,6 +315,7 @@ class Batcher:
             alone: quarantine: the rows run one by one, and nothing else in the engine meanwhile. They were accepted
                 before the crash, so a full queue does not refuse them.
             marks: told which of the rows are in a run.
+            told: hears of each run that the rows were in, before the outcome is known.
         Raises:
             Overloaded: the queue is full. Draining: the model is being closed. InferenceFailed: the worker died.
         """
@@ -332,6 +343,7 @@ class Batcher:
             future=self._loop.create_future(),
             queued_at=self._clock(),
             open=count,
+            told=told,
         )
         submission.future.add_done_callback(lambda _: self._forget(submission))
         self._unfinished.add(submission)
@@ -422,6 +434,9 @@ class Batcher:
     def _deliver(self, done: list[tuple[_Piece, dict[str, Array] | ApplianceError]], record: RunRecord | None) -> None:
         for piece, result in done:
             submission = piece.submission
+            if submission.told is not None and record is not None and submission.heard is not record:
+                submission.heard = record  # a batch that was halved has several pieces of it
+                submission.told(record.since(submission.queued_at))
             if isinstance(result, ApplianceError):
                 submission.errors.update(dict.fromkeys(range(piece.start, piece.start + piece.count), result))
             else:
@@ -599,7 +614,7 @@ class Batcher:
             with self._lock:
                 self._busy -= 1
         computed_s = worker.computed_s
-        record = RunRecord(rows, computed_s, waits, self._clock() - started - computed_s)
+        record = RunRecord(rows, computed_s, waits, self._clock() - started - computed_s, started)
         self._to_loop(self._deliver, done, record)
 
     def _attempt(self, worker: _Worker, pieces: list[_Piece]) -> list[tuple[_Piece, dict[str, Array] | ApplianceError]]:

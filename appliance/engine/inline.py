@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from appliance.core.errors import ApplianceError, DeadlineExceeded, InferenceFailed
+from appliance.core.timing import Run
 from appliance.core.types import Array
 from appliance.engine import gate as gates
 from appliance.engine.batcher import Batcher, Outcome, RunRecord
@@ -84,6 +85,7 @@ class _Entry:
     queued_at: float
     priority: int
     marks: Marks | None
+    told: Callable[[Run], None] | None
 
 
 class InlineLane:
@@ -135,13 +137,14 @@ class InlineLane:
         *,
         priority: int = 0,
         marks: Marks | None = None,
+        told: Callable[[Run], None] | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Run rows at the end of this turn, or of a next one; `takes` has said yes. See `Batcher.submit`.
 
         Args:    priority: counts where the batcher runs them instead.
         """
         future: asyncio.Future[Outcome] = self._loop.create_future()
-        self.submit_for(future, feeds, outputs, count, deadline, principal, priority=priority, marks=marks)
+        self.submit_for(future, feeds, outputs, count, deadline, principal, priority=priority, marks=marks, told=told)
         return future
 
     def submit_for(
@@ -155,13 +158,14 @@ class InlineLane:
         *,
         priority: int = 0,
         marks: Marks | None = None,
+        told: Callable[[Run], None] | None = None,
     ) -> None:
         """The same for a waiter that is no future: it is told once, later than now, unless it is done before."""
         if not self._entries:
             self._loop.call_soon(self._end_turn)
         queued_at = self._clock()
         self._entries.append(
-            _Entry(feeds, tuple(outputs), count, deadline, principal, waiter, queued_at, priority, marks)
+            _Entry(feeds, tuple(outputs), count, deadline, principal, waiter, queued_at, priority, marks, told)
         )
         self.waiting_rows += count
 
@@ -224,10 +228,13 @@ class InlineLane:
             if not isinstance(result, np.ndarray) or result.ndim == 0 or len(result) < rows:
                 raise InferenceFailed(f"The output {name!r} does not have one entry for each row.")
         waits = [taken_at - entry.queued_at for entry in batch]
-        self._on_run(RunRecord(rows, seconds, waits, started - taken_at))
+        record = RunRecord(rows, seconds, waits, started - taken_at, taken_at)
+        self._on_run(record)
         start = 0
         for entry in batch:
             end = start + entry.count
+            if entry.told is not None:
+                entry.told(record.since(entry.queued_at))
             if not entry.waiter.done():  # what a neighbour did with its answer may have made it leave
                 entry.waiter.set_result(Outcome({name: result[start:end] for name, result in named}, {}))
             start = end
@@ -252,6 +259,7 @@ class InlineLane:
                     entry.principal,
                     priority=entry.priority,
                     marks=entry.marks,
+                    told=entry.told,
                 )
             except ApplianceError as error:
                 entry.waiter.set_exception(error)

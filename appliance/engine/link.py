@@ -12,6 +12,7 @@ messages then use; a number may be defined anew, and means from then on what was
       PLACE    where in the slab the result that ROOM announced may be written; nowhere: -1
     engine → front
       DEFINE   of a result's layout
+      RAN      a run that rows of a submission were in, before its outcome; if SUBMIT asked for it
       DONE     a submission's outcome: in the message, or in the place that was given
       FAILED   a submission that ended in an error, as JSON
       ROOM     a result of so many bytes is there, and too long for a message
@@ -30,7 +31,7 @@ from appliance.core.types import Array
 
 _log = logging.getLogger(__name__)
 
-DEFINE, SUBMIT, CANCEL, PLACE, DONE, FAILED, ROOM, GONE = range(8)
+DEFINE, SUBMIT, CANCEL, PLACE, DONE, FAILED, ROOM, GONE, RAN = range(9)
 
 _HEAD = struct.Struct("<IB")
 HEAD = _HEAD.size
@@ -43,9 +44,13 @@ SUBMITTED = struct.Struct("<QIIIIIIQdB")
 """Number, ask, layout, rows of the block, first, count, slot of its marks, offset of the block, deadline, flags."""
 ALONE = 1
 """Flag: these rows share a run with nobody."""
+TIMED = 2
+"""Flag: the runs are told."""
 
 NUMBER = struct.Struct("<Q")
 NUMBER_AND_SIZE = struct.Struct("<QQ")
+NUMBER_AND_RUN = struct.Struct("<QIdddd")
+"""Number, and what a `Run` says."""
 PLACED = struct.Struct("<Qq")
 OUTCOME = struct.Struct("<QIIII")
 """Number, layout, rows, bytes of arrays in this message, bytes of JSON about failed rows before them. Where a place was

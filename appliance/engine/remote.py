@@ -13,12 +13,13 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from appliance.core.errors import ApplianceError, DeadlineExceeded, InferenceFailed, Overloaded, of_data
+from appliance.core.timing import Run
 from appliance.core.types import Array
 from appliance.engine import link
 from appliance.engine.batcher import Outcome, check_queue, put_together
@@ -77,6 +78,7 @@ class _Pending:
         "place",
         "rows",
         "slot",
+        "told",
         "waiter",
     )
 
@@ -91,6 +93,7 @@ class _Pending:
         count: int,
         deadline: float,
         waiter: "Waiter | _Part",
+        told: Callable[[Run], None] | None,
     ) -> None:
         self.number = number
         self.model = model
@@ -101,6 +104,7 @@ class _Pending:
         self.count = count
         self.deadline = deadline
         self.waiter = waiter
+        self.told = told
         self.alone = False
         self.slot = 0
         self.place = -1  # offset of the block that was taken for its result
@@ -276,7 +280,9 @@ class EngineLink:
         self._number += 1
         rows = whole.rows
         rows.users += 1
-        pending = _Pending(self._number, whole.model, whole.ask, whole.layout, rows, first, count, whole.deadline, part)
+        pending = _Pending(
+            self._number, whole.model, whole.ask, whole.layout, rows, first, count, whole.deadline, part, whole.told
+        )
         pending.alone = alone
         self._keep(pending)
 
@@ -329,6 +335,7 @@ class EngineLink:
         deadline: float | None,
         principal: str,
         priority: int,
+        told: Callable[[Run], None] | None = None,
     ) -> int:
         """Send rows to the engine, or keep them for the next one; the waiter is told once.
 
@@ -355,6 +362,7 @@ class EngineLink:
             count,
             _NEVER if deadline is None else deadline,
             waiter,
+            told,
         )
         self._keep(pending)
         if model.is_available and self._stream is not None:
@@ -388,7 +396,7 @@ class EngineLink:
             pending.slot,
             rows.offset,
             pending.deadline,
-            link.ALONE if pending.alone else 0,
+            (link.ALONE if pending.alone else 0) | (0 if pending.told is None else link.TIMED),
         )
         stream.send(link.SUBMIT, body)
 
@@ -403,7 +411,11 @@ class EngineLink:
             self._heard[number] = json.loads(bytes(body[link.DEFINED.size :]))
             return
         (number,) = link.NUMBER.unpack_from(body)
-        if kind == link.GONE:
+        if kind == link.RAN:
+            timed = self._pending.get(number)
+            if timed is not None and timed.told is not None:
+                timed.told(Run(*link.NUMBER_AND_RUN.unpack(body)[1:]))
+        elif kind == link.GONE:
             leaving = self._leaving.pop(number, None)
             if leaving is not None:
                 self._release(leaving)
@@ -541,11 +553,12 @@ class RemoteModel:
         principal: str,
         *,
         priority: int = 0,
+        told: Callable[[Run], None] | None = None,
     ) -> "asyncio.Future[Outcome]":
         """See `LoadedModel.submit`."""
         joined = feeds if isinstance(feeds, Joined) else self._link.take([feeds])
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        number = self._link.submit(self, future, joined, outputs, deadline, principal, priority)
+        number = self._link.submit(self, future, joined, outputs, deadline, principal, priority, told)
         future.add_done_callback(lambda done: self._link.cancel(number) if done.cancelled() else None)
         return future
 
@@ -559,10 +572,11 @@ class RemoteModel:
         principal: str,
         *,
         priority: int = 0,
+        told: Callable[[Run], None] | None = None,
     ) -> None:
         """See `LoadedModel.submit_prompt`. Raises: Overloaded: there is no room in the slab."""
         joined = feeds if isinstance(feeds, Joined) else self._link.take([feeds])
-        self._link.submit(self, waiter, joined, outputs, deadline, principal, priority)
+        self._link.submit(self, waiter, joined, outputs, deadline, principal, priority, told)
 
     def available(self) -> None:
         """The engine has loaded it."""

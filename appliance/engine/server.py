@@ -11,11 +11,13 @@ import math
 import socket
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from appliance.core.errors import ApplianceError, Draining, InferenceFailed, as_data
+from appliance.core.timing import Run
 from appliance.core.types import Array
 from appliance.engine import link
 from appliance.engine.batcher import Outcome
@@ -100,14 +102,15 @@ class FrontLink:
                 raise Draining
             feeds = self._feeds(submission, self._layouts[layout], rows, first, count, offset)
             until = None if deadline == float("inf") else deadline
-            alone = bool(flags & link.ALONE)
+            alone, marks = bool(flags & link.ALONE), submission.marks
+            told = partial(self._ran, number) if flags & link.TIMED else None
             if not alone and model.prompt(count):
                 model.submit_prompt(
-                    submission, feeds, outputs, count, until, principal, priority=priority, marks=submission.marks
+                    submission, feeds, outputs, count, until, principal, priority=priority, marks=marks, told=told
                 )
             else:
                 future = model.submit(
-                    feeds, outputs, until, principal, priority=priority, alone=alone, marks=submission.marks
+                    feeds, outputs, until, principal, priority=priority, alone=alone, marks=marks, told=told
                 )
                 submission.future = future
                 future.add_done_callback(submission.take)
@@ -155,6 +158,10 @@ class FrontLink:
             self._stream.send(link.GONE, link.NUMBER.pack(number))
 
     # ---- out ----
+
+    def _ran(self, number: int, run: Run) -> None:
+        """Rows of a submission were in a run."""
+        self._stream.send(link.RAN, link.NUMBER_AND_RUN.pack(number, *run))
 
     def ended(self, submission: "_Submission", outcome: Outcome | BaseException) -> None:
         """A submission has ended: tell its front, at once or when there is a place for the result."""

@@ -1,10 +1,11 @@
 """The engine seam: submit rows, await arrays. Who implements it, and in which process, nobody above needs to know."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from appliance.core.timing import Run
 from appliance.core.types import Array
 from appliance.engine.batcher import Outcome
 from appliance.engine.gate import RunBoard
@@ -99,6 +100,7 @@ class LoadedModel(Protocol):
         principal: str,
         *,
         priority: int = 0,
+        told: Callable[[Run], None] | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Queue rows; see `Batcher.submit`."""
 
@@ -112,6 +114,7 @@ class LoadedModel(Protocol):
         principal: str,
         *,
         priority: int = 0,
+        told: Callable[[Run], None] | None = None,
     ) -> None:
         """Run rows that `prompt` has just said yes to. The waiter is told once, later than now."""
 

@@ -15,6 +15,7 @@ from appliance.core.config import Engine as EngineSettings
 from appliance.core.errors import BundleInvalid, DeviceError, InferenceFailed
 from appliance.core.machine import resident_memory, usable_cpus, usable_memory
 from appliance.core.metrics import Metrics
+from appliance.core.timing import Run
 from appliance.core.types import Array
 from appliance.engine import curves, probes, tensorrt
 from appliance.engine.admission import Admission, Content, content_of
@@ -106,6 +107,7 @@ class LocalModel:
         priority: int = 0,
         alone: bool = False,
         marks: Marks | None = None,
+        told: Callable[[Run], None] | None = None,
     ) -> "asyncio.Future[Outcome]":
         """Run rows inline if that is quick, else queue them; see `Batcher.submit`."""
         if not self._idle.asked:
@@ -113,8 +115,12 @@ class LocalModel:
         if self._lane is not None and not alone:
             count = len(next(iter(feeds.values())))
             if self._lane.takes(count):
-                return self._lane.submit(feeds, outputs, count, deadline, principal, priority=priority, marks=marks)
-        return self._batcher.submit(feeds, outputs, deadline, principal, priority=priority, alone=alone, marks=marks)
+                return self._lane.submit(
+                    feeds, outputs, count, deadline, principal, priority=priority, marks=marks, told=told
+                )
+        return self._batcher.submit(
+            feeds, outputs, deadline, principal, priority=priority, alone=alone, marks=marks, told=told
+        )
 
     def submit_prompt(
         self,
@@ -127,12 +133,15 @@ class LocalModel:
         *,
         priority: int = 0,
         marks: Marks | None = None,
+        told: Callable[[Run], None] | None = None,
     ) -> None:
         """Run rows inline; `prompt` has just said yes to them. The waiter is told once, later than now."""
         assert self._lane is not None, "not prompt"
         if not self._idle.asked:
             self._idle.ask()
-        self._lane.submit_for(waiter, feeds, outputs, rows, deadline, principal, priority=priority, marks=marks)
+        self._lane.submit_for(
+            waiter, feeds, outputs, rows, deadline, principal, priority=priority, marks=marks, told=told
+        )
 
     async def drain(self) -> None:
         """Return when everything accepted has ended."""

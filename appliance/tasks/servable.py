@@ -19,6 +19,7 @@ from appliance.core.errors import ApplianceError, BundleInvalid, InputError
 from appliance.core.machine import usable_cpus
 from appliance.core.memory import Reservation
 from appliance.core.metrics import Metrics
+from appliance.core.timing import Run, Timing
 from appliance.core.types import Concept, Payload, PredictOptions, Result, Tensors
 from appliance.engine import plan as plans
 from appliance.engine.batcher import Outcome
@@ -61,6 +62,7 @@ class Ticket:
         memory: grows by what decoding needs.
         priority: higher goes first.
         computed_at: when the model's last results were here, `time.monotonic()` seconds; 0 before.
+        timing: what is noted of the request's time, where somebody wants to know.
     """
 
     principal: str
@@ -68,6 +70,12 @@ class Ticket:
     memory: Reservation
     priority: int = field(default=0, kw_only=True)
     computed_at: float = field(default=0.0, init=False)
+    timing: Timing | None = field(default=None, init=False)
+
+    @property
+    def told(self) -> Callable[[Run], None] | None:
+        """Who hears of the runs that the request's rows were in, if anybody does."""
+        return None if self.timing is None else self.timing.ran
 
 
 class DecodePool:
@@ -175,12 +183,12 @@ class Servable:
             method: one of `offers`.
         Raises:  CapacityError: the whole request must be tried later. Cancelling takes its rows out of the queue.
         """
-        begun = time.perf_counter()
+        begun = time.monotonic()
         offer = self.offers[method]
         answers: list[Answer | None] = [p if isinstance(p, ApplianceError) else None for p in payloads]
         present = [(i, p) for i, p in enumerate(payloads) if not isinstance(p, ApplianceError)]
         decoded = await self._decode(offer.task, present, answers, ticket, limits)
-        self._decode_seconds.observe(time.perf_counter() - begun)
+        self._note_decoding(ticket, begun)
         if decoded:
             self._request_rows.observe(sum(row.rows for row in decoded.values()))
         await self._compute(offer, decoded, answers, options, ticket)
@@ -198,7 +206,7 @@ class Servable:
         """
         if not self.model.prompt(1):
             return None
-        begun = time.perf_counter()
+        begun = time.monotonic()
         cost = self.task.cost(payload, limits)
         if cost >= _SMALL_WORK:
             return None
@@ -207,13 +215,25 @@ class Servable:
         ticket.memory.grow(_bytes(row.feeds))
         if row.rows > 1 and not self.model.prompt(row.rows):
             return None
-        self._decode_seconds.observe(time.perf_counter() - begun)
+        self._note_decoding(ticket, begun)
         self._request_rows.observe(row.rows)
-        outputs = self.task.outputs(options)
         self.model.submit_prompt(
-            waiter, row.feeds, outputs, row.rows, ticket.deadline, ticket.principal, priority=ticket.priority
+            waiter,
+            row.feeds,
+            self.task.outputs(options),
+            row.rows,
+            ticket.deadline,
+            ticket.principal,
+            priority=ticket.priority,
+            told=ticket.told,
         )
         return row
+
+    def _note_decoding(self, ticket: Ticket, begun: float) -> None:
+        now = time.monotonic()
+        self._decode_seconds.observe(now - begun)
+        if ticket.timing is not None:
+            ticket.timing.decode(begun, now)
 
     def answer(self, row: Decoded, outcome: Outcome, options: PredictOptions, ticket: Ticket) -> Answer:
         """What became of an input that `ask` submitted. Raises: Overloaded: the memory of the answer is not free."""
@@ -302,7 +322,9 @@ class Servable:
             for members in groups:
                 feeds = await self._joined(model, [decoded[index].feeds for index in members])
                 futures.append(
-                    model.submit(feeds, outputs, ticket.deadline, ticket.principal, priority=ticket.priority)
+                    model.submit(
+                        feeds, outputs, ticket.deadline, ticket.principal, priority=ticket.priority, told=ticket.told
+                    )
                 )
             if len(futures) == 1:
                 outcomes = [await futures[0]]

@@ -138,6 +138,8 @@ class Unary:
         release(self.call)
         if self._timer is not None:
             self._timer.cancel()
+        if self.head.timed:
+            self.connection.tell_timing(self.stream, self.call)
         self.connection.done(self.stream)
 
 
@@ -285,6 +287,8 @@ class Stream:
         self._messages.clear()
         if self._timer is not None:
             self._timer.cancel()
+        if self.head.timed:
+            self.connection.tell_timing(self.stream, self.call)
         self.connection.done(self.stream)
 
 

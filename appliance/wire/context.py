@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from appliance.core.memory import MemoryBudget
+from appliance.core.timing import HEADER
 from appliance.core.types import Endpoint, RpcAbort
 from appliance.wire import grpc
 from appliance.wire.asgi import ASGIApp
@@ -14,6 +15,9 @@ _HEADS = 4096
 
 _HEAD_KEPT = 2048
 """Bytes of a head that is remembered: whoever sends others must not fill our memory with them."""
+
+_ONCE = b"\0traceparent\0"
+"""In a head that does not come again: each call has its own."""
 
 _NOWHERE = Endpoint()
 
@@ -26,6 +30,7 @@ class Head:
         refusal: how such a call ends at once, or None.
         gzip: whether its compressed messages are gzip.
         wants_gzip: whether the replies shall be, too: who packs what it sends, and says so, unpacks what it gets.
+        timed: whether the caller wants to be told where the time goes.
     """
 
     method: str
@@ -34,6 +39,7 @@ class Head:
     refusal: RpcAbort | None
     gzip: bool
     wants_gzip: bool
+    timed: bool
 
 
 @dataclass(slots=True)
@@ -60,7 +66,7 @@ class Context:
         known = self.heads.get(block)
         if known is None:
             known = _parse_head(block, self.endpoints)
-            if len(block) > _HEAD_KEPT:
+            if len(block) > _HEAD_KEPT or _ONCE in block:
                 return known
             if len(self.heads) >= _HEADS:
                 self.heads.clear()
@@ -88,4 +94,5 @@ def _parse_head(block: bytes, endpoints: Mapping[str, Endpoint]) -> Head:
         refusal = grpc.encoding_not_served(encoding.decode("latin-1"))
     gzip = encoding == b"gzip"
     wants_gzip = gzip and b"gzip" in raw.get(b"grpc-accept-encoding", b"")
-    return Head(method, grpc.metadata(raw.items()), endpoint, refusal, gzip, wants_gzip)
+    metadata = grpc.metadata(raw.items())
+    return Head(method, metadata, endpoint, refusal, gzip, wants_gzip, HEADER in metadata)

@@ -14,6 +14,7 @@ from grpc import aio
 
 from appliance.core.config import parse_address
 from appliance.core.errors import AddressError
+from appliance.core.timing import HEADER
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 from appliance.wire import sentences
 from appliance.wire.grpc import NO_MESSAGE, unforeseen
@@ -115,35 +116,40 @@ def _handler(name: str, endpoint: Endpoint, settings: WireSettings) -> Any:
         unary = endpoint.unary
 
         async def serve_unary(requests: AsyncIterator[bytes], context: Any) -> bytes:
+            call = _call(name, context)
             try:
-                call = _call(name, context)
                 refusal = endpoint.admit(call, 0) if endpoint.admit else None
                 if refusal is not None:
                     return refusal
                 body = await _body(requests, settings.request_timeout_s)
-                return _checked(await unary(call, body), settings.max_reply)
+                reply = _checked(await unary(call, body), settings.max_reply)
+                if call.timing is not None:
+                    context.set_trailing_metadata(_timing(call))
+                return reply
             except RpcAbort as abort:
-                return await _end(context, abort)
+                return await _end(context, call, abort)
             except Exception:  # else grpcio would show it to the caller
-                return await _end(context, unforeseen(name))
+                return await _end(context, call, unforeseen(name))
 
         return grpc.stream_unary_rpc_method_handler(serve_unary)
     stream = endpoint.stream
     assert stream is not None
 
     async def serve_stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        call = _call(name, context)
         try:
-            call = _call(name, context)
             refusal = endpoint.admit(call, 0) if endpoint.admit else None
             if refusal is not None:
                 yield refusal
                 return
             async for reply in stream(call, requests):
                 yield _checked(reply, settings.max_reply)
+            if call.timing is not None:
+                context.set_trailing_metadata(_timing(call))
         except RpcAbort as abort:
-            await _end(context, abort)
+            await _end(context, call, abort)
         except Exception:  # as above
-            await _end(context, unforeseen(name))
+            await _end(context, call, unforeseen(name))
 
     return grpc.stream_stream_rpc_method_handler(serve_stream)
 
@@ -166,12 +172,17 @@ def _checked(reply: bytes, limit: int) -> bytes:
     return reply
 
 
-async def _end(context: Any, abort: RpcAbort) -> Any:
+def _timing(call: Call) -> tuple[tuple[str, str], ...]:
+    """The trailer that says where the time went, to a caller who asked."""
+    return ((HEADER, call.timing.said),) if call.timing is not None and call.timing.said else ()
+
+
+async def _end(context: Any, call: Call, abort: RpcAbort) -> Any:
     # A call that is being cancelled by the server's own stop cannot be aborted any more: it is over already.
     if abort.status is RpcStatus.CANCELLED:
         raise asyncio.CancelledError
-    trailers = (("grpc-status-details-bin", abort.details),) if abort.details else ()
-    return await context.abort(_STATUS[int(abort.status)], abort.message, trailers)
+    details = (("grpc-status-details-bin", abort.details),) if abort.details else ()
+    return await context.abort(_STATUS[int(abort.status)], abort.message, (*details, *_timing(call)))
 
 
 def _call(name: str, context: Any) -> Call:

@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from appliance.core.errors import Overloaded
 from appliance.core.memory import STRANGER, MemoryBudget, Reservation
+from appliance.core.timing import HEADER
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 from appliance.wire import grpc, sentences
 from appliance.wire.asgi import PEER, ASGIApp, ClientGone, Receive, Send, admitted
@@ -36,6 +37,7 @@ _REPLY_HEADERS = (
     "grpc-status-details-bin",
     "retry-after",
     "www-authenticate",
+    HEADER,
 )
 _PREFLIGHT_S = 600
 
@@ -116,7 +118,7 @@ class GrpcWeb:
         finally:
             if call.memory is not None:
                 call.memory.release()
-        await reply.end(end)
+        await reply.end(end, call.timing.said if call.timing is not None else "")
 
     async def _unary(
         self, call: Call, endpoint: Endpoint, body: "_Body", reply: "_Reply", scope: Mapping[str, Any]
@@ -272,13 +274,15 @@ class _Reply:
             raise RpcAbort(RpcStatus.RESOURCE_EXHAUSTED, sentences.reply_too_large(len(data), self._limit))
         await self._write(grpc.frame(data), True)
 
-    async def end(self, abort: RpcAbort) -> None:
-        """Send the status, and no more."""
+    async def end(self, abort: RpcAbort, timing: str) -> None:
+        """Send the status, and no more. Args: timing: where the time went, if the caller is to be told."""
         lines = [b"grpc-status: %d" % abort.status]
         if abort.message:
             lines.append(b"grpc-message: " + grpc.percent_encode(abort.message))
         if abort.details:
             lines.append(b"grpc-status-details-bin: " + base64.b64encode(abort.details).rstrip(b"="))
+        if timing:
+            lines.append(f"{HEADER}: {timing}".encode("ascii"))
         await self._write(grpc.frame(b"".join(line + b"\r\n" for line in lines), _TRAILERS), False)
 
     async def _write(self, frame: bytes, more: bool) -> None:

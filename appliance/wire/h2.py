@@ -231,8 +231,10 @@ class Http2(asyncio.Protocol):
             return
         endpoint = head.endpoint
         call = self._call(head, timeout_us)
-        if endpoint.quick is not None and endpoint.quick(call, body, partial(self.reply, stream)):
-            return
+        if endpoint.quick is not None:
+            done = partial(self._reply_timed, stream, call) if head.timed else partial(self.reply, stream)
+            if endpoint.quick(call, body, done):
+                return
         if endpoint.admit is None and len(body) > grpc.OPEN_TO_ALL:
             self.finish(stream, _too_large_for_all())
             return
@@ -389,6 +391,15 @@ class Http2(asyncio.Protocol):
             self._finish(stream, RpcStatus.RESOURCE_EXHAUSTED, no_room)
         elif self._transport is not None and self._session.reply(stream, message, compressed):
             self.queued(len(message))
+
+    def tell_timing(self, stream: int, call: Call) -> None:
+        """Say with the reply, which comes next, where the time went; if that is known."""
+        if call.timing is not None and call.timing.said and self._transport is not None:
+            self._session.time(stream, call.timing.said.encode("ascii"))
+
+    def _reply_timed(self, stream: int, call: Call, message: bytes | RpcAbort) -> None:
+        self.tell_timing(stream, call)
+        self.reply(stream, message)
 
     def push(self, stream: int, message: bytes, compressed: bool) -> bool:
         """Send one message of a stream.

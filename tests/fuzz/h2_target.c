@@ -419,6 +419,8 @@ static void owner_step(world *w, program *p, uint8_t operation)
     case 2: {
         static const char text[] = "a%20sentence";
         size_t size = byte(p) % sizeof text, details = byte(p) % sizeof text;
+        if (choice & 64)
+            fine(w, h2_time(w->conn, id, text, size));
         fine(w, h2_finish(w->conn, id, byte(p) % 17, text, size, text, details));
         break;
     }

@@ -138,8 +138,8 @@ typedef struct stream {
     size_t moved;           /* bytes that the peer took since `since` */
     double since;           /* h2_tick's time: of the stream's begin, or of the peer's last progress with the queue */
     int status;
-    char *message, *details;
-    size_t message_size, details_size;
+    char *message, *details, *timing;
+    size_t message_size, details_size, timing_size;
 } stream;
 
 /* A bucket of tokens: `burst` at once, `rate` a second. */
@@ -213,6 +213,7 @@ static void stream_free(h2_conn *c, stream *s)
     buffer_free(&s->body);
     free(s->message);
     free(s->details);
+    free(s->timing);
     free(s);
 }
 
@@ -771,7 +772,7 @@ static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t code, 
 #define HEADER(name, value, size, flags) {(uint8_t *)(name), (uint8_t *)(value), sizeof(name) - 1, (size), (flags)}
 enum { BORROWED = NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE };
 
-enum { MOST_TRAILERS = 4 };
+enum { MOST_TRAILERS = 5 };
 
 /* The trailers of a gRPC stream. Returns their number. `digits` has room for a status. */
 static size_t grpc_trailers(const h2_conn *c, const stream *s, nghttp2_nv *out, char digits[16])
@@ -788,6 +789,9 @@ static size_t grpc_trailers(const h2_conn *c, const stream *s, nghttp2_nv *out, 
     if (!s->status && c->load_size)
         out[count++] =
             (nghttp2_nv)HEADER("endpoint-load-metrics-bin", c->load, c->load_size, NGHTTP2_NV_FLAG_NO_COPY_NAME);
+    if (s->timing_size)
+        out[count++] =
+            (nghttp2_nv)HEADER("x-appliance-timing", s->timing, s->timing_size, NGHTTP2_NV_FLAG_NO_COPY_NAME);
     return count;
 }
 
@@ -986,6 +990,14 @@ static bool copied(char **into, size_t *into_size, const char *text, size_t size
     memcpy(*into, text, size);
     *into_size = size;
     return true;
+}
+
+int h2_time(h2_conn *c, int32_t id, const char *timing, size_t size)
+{
+    stream *s = find(c, id);
+    if (!s || s->finished || !s->grpc)
+        return 1;
+    return copied(&s->timing, &s->timing_size, timing, size) ? 0 : NGHTTP2_ERR_NOMEM;
 }
 
 int h2_finish(h2_conn *c, int32_t id, int status, const char *message, size_t message_size, const char *details,

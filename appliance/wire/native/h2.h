@@ -77,6 +77,7 @@ int h2_admit(h2_conn *c, int32_t stream);
 int h2_credit(h2_conn *c, int32_t stream, size_t taken);
 int h2_push(h2_conn *c, int32_t stream, const uint8_t *data, size_t size, bool compressed, void *owner);
 int h2_reply(h2_conn *c, int32_t stream, const uint8_t *data, size_t size, bool compressed, void *owner);
+int h2_time(h2_conn *c, int32_t stream, const char *timing, size_t size); /* a trailer, for a reply that is yet to come */
 int h2_finish(h2_conn *c, int32_t stream, int status, const char *message, size_t message_size, const char *details,
               size_t details_size);
 int h2_respond(h2_conn *c, int32_t stream, int status, const h2_header *headers, size_t count, bool last);

@@ -237,6 +237,16 @@ static PyObject *session_data(Session *self, PyObject *const *args, Py_ssize_t c
     return send_with(h2_data, self, args, count);
 }
 
+static PyObject *session_time(Session *self, PyObject *const *args, Py_ssize_t count)
+{
+    long stream;
+    char *timing;
+    Py_ssize_t size;
+    if (!arguments(self, count, 2) || !number(args[0], &stream) || !text(args[1], &timing, &size))
+        return NULL;
+    return answer(self, h2_time(self->conn, (int32_t)stream, timing, (size_t)size));
+}
+
 static PyObject *session_finish(Session *self, PyObject *const *args, Py_ssize_t count)
 {
     long stream, status;
@@ -413,7 +423,7 @@ static PyMethodDef methods[] = {
     METHOD(reply, METH_FASTCALL), METHOD(finish, METH_FASTCALL), METHOD(respond, METH_FASTCALL),
     METHOD(data, METH_FASTCALL), METHOD(reset, METH_FASTCALL), METHOD(queued, METH_FASTCALL),
     METHOD(shut, METH_NOARGS),   METHOD(ping, METH_NOARGS),    METHOD(abandon, METH_O),
-    METHOD(tick, METH_FASTCALL), METHOD(load, METH_O),
+    METHOD(tick, METH_FASTCALL), METHOD(load, METH_O),       METHOD(time, METH_FASTCALL),
     {NULL, NULL, 0, NULL},
 };
 

@@ -146,3 +146,19 @@ def test_a_device_that_is_not_there_is_told_and_bundles_are_not_tried(ready: Com
     report = lines(result.stdout)
     assert report["device"][0] == "fail"
     assert "net:1" not in report
+
+
+def test_where_traces_go_is_looked_at(ready: Command) -> None:
+    """The files, not the collector; and of a headers file not what stands in it."""
+    headers = ready.folder / "traces.headers"
+    headers.write_text("authorization: Bearer s3cret\n")
+    main = ready.file.read_text()
+    settings = f'[traces]\nendpoint = "https://collector.example:4318"\nheaders_file = "{headers}"\n'
+    ready.file.write_text(main + settings)
+    assert lines(ready.good("check"))["traces"] == ("ok", "https://collector.example:4318")
+    headers.write_text("s3cret\n")
+    result = ready("check")
+    assert result.exit_code == 1
+    state, text = lines(result.stdout)["traces"]
+    assert (state, "s3cret" in result.output) == ("fail", False)
+    assert text == f"Line 1 of traces.headers_file {headers} is no header; write name: value."

@@ -466,6 +466,35 @@ def test_every_key_is_documented() -> None:
             assert field.description.endswith("."), f"{name}.{key}"
 
 
+# ---- traces ----
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ('endpoint = "collector:4318"', 'traces.endpoint = "collector:4318" .*must be "https://host:port"'),
+        ('endpoint = "grpc://collector:4317"', 'must be "https://host:port"'),
+        ('endpoint = "https://user:pass@collector"', "nothing but a path behind it"),
+        ('endpoint = "https://collector:99999"', "has a port that is not a number"),
+        ('endpoint = "https://collector/a?key=1"', "nothing but a path behind it"),
+        ('endpoint = "https://collector/a b"', "nothing but a path behind it"),
+        ("sample = 1.5", "less than or equal to 1"),
+        ('attributes = ["no sign"]', '"no sign" must be "name=value"'),
+        ('endpoint = "http://10.0.0.7:4318"\nheaders_file = "/h"', "headers_file would be sent unencrypted"),
+    ],
+)
+def test_where_traces_cannot_go_is_said(write: Callable[..., Path], lines: str, sentence: str) -> None:
+    with pytest.raises(ConfigInvalid, match=sentence):
+        load(write(f"[traces]\n{lines}\n"), {})
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:4318", "http://[::1]:4318", "http://localhost", "https://c/p"])
+def test_where_traces_may_go(write: Callable[..., Path], endpoint: str) -> None:
+    """With a secret: over TLS, or to this machine."""
+    traces = load(write(f'[traces]\nendpoint = "{endpoint}"\nheaders_file = "/h"\n'), {}).config.traces
+    assert traces.endpoint == endpoint
+
+
 # ---- what a reload may change ----------------------------------------------------------------------------------------
 
 
@@ -525,6 +554,10 @@ TAKEN_OVER_LIVE = {
     "log.level": "integration: it follows a reload, in every process",
     "log.rate": "logs.limit",
     "log.sample": "read for every request",
+    **dict.fromkeys(
+        (f"traces.{key}" for key in ("endpoint", "sample", "headers_file", "ca", "service_name", "attributes")),
+        "integration: a reload sends traces elsewhere and turns them off",
+    ),
     "shutdown.lame_duck_s": "read when draining",
     "shutdown.drain_s": "read when draining",
 }

@@ -16,6 +16,7 @@ from support.fake_model import FakeModel, rows, submitter
 from support.waiting import eventually, eventually_async
 
 from appliance.core.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
+from appliance.core.timing import Run
 from appliance.core.types import Array
 from appliance.engine.batcher import AGE, Batcher, RunRecord, powers_of_two
 from appliance.engine.gate import RunGate
@@ -588,6 +589,27 @@ async def test_each_run_is_recorded(model: FakeModel, make: Any) -> None:
     await asyncio.gather(plug, *futures)
     assert [record.rows for record in records] == [1, 3]
     assert records[1].waits == [2.0, 2.0]
+
+
+async def test_who_asks_is_told_of_each_run_before_the_outcome(model: FakeModel, make: Any) -> None:
+    """Of the runs that their rows were in, with everybody's rows; of one that was halved once."""
+    now = [0.0]
+    batcher = make(clock=lambda: now[0], max_rows=3)
+    plug = await plugged(model, batcher)
+    heard: list[tuple[Run, bool]] = []
+
+    def told(run: Run) -> None:
+        heard.append((run, future.done()))
+
+    submit = submitter(batcher)
+    now[0] = 1.0
+    future = submit(1, 2, 3, 4, told=told)
+    other = submit(5)
+    now[0] = 3.0
+    model.poison = {2.0}
+    model.open_gate()
+    await asyncio.gather(plug, future, other)
+    assert heard == [(Run(3, 1.0, 3.0, 0.0, 0.0), False), (Run(2, 1.0, 3.0, 0.0, 0.0), False)]
 
 
 async def test_the_arrays_of_answered_rows_are_let_go(model: FakeModel, make: Any) -> None:

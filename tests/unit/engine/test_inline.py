@@ -12,6 +12,7 @@ from support.fake_model import FakeModel, rows
 from support.waiting import eventually
 
 from appliance.core.errors import DeadlineExceeded, Draining, InferenceFailed
+from appliance.core.timing import Run
 from appliance.core.types import Array
 from appliance.engine import inline
 from appliance.engine.batcher import Batcher, Outcome, RunRecord
@@ -386,7 +387,7 @@ async def test_while_a_run_is_to_be_alone_the_loop_runs_nothing_and_does_not_wai
     shared.enter(True)
     await lane.wait_idle()
     assert not future.done()
-    assert asked == [{"priority": 1, "marks": None}]
+    assert asked == [{"priority": 1, "marks": None, "told": None}]
     assert not model.runs
     shared.leave(True)
     assert await doubled(future) == [2]
@@ -502,6 +503,33 @@ async def test_runs_are_recorded(make_lane: Any) -> None:
     assert (record.rows, len(record.waits)) == (3, 2)
     assert 0 <= record.seconds < 10
     assert all(0 <= wait < 10 for wait in record.waits)
+
+
+async def test_who_asks_is_told_of_the_run_before_the_answer(make_lane: Any) -> None:
+    """Those who shared it hear of one run, by when its rows were taken."""
+    lane = make_lane()
+    heard: list[tuple[Run, bool]] = []
+    futures: list[asyncio.Future[Outcome]] = []
+    for number, values in enumerate([(1,), (2, 3)]):
+
+        def told(run: Run, number: int = number) -> None:
+            heard.append((run, futures[number].done()))
+
+        futures.append(lane.submit(rows(*values), ("double",), len(values), None, "ada", told=told))
+    await asyncio.gather(*futures)
+    assert [(run.rows, done) for run, done in heard] == [(3, False), (3, False)]
+    assert heard[0][0].taken_at == heard[1][0].taken_at >= heard[1][0].queued_at >= heard[0][0].queued_at
+    assert all(run.compute > 0 for run, _ in heard)
+
+
+async def test_what_the_batcher_takes_over_is_told_as_well(model: FakeModel, make_lane: Any) -> None:
+    """The run that failed here is not told; those that answer are, once each."""
+    lane = make_lane()
+    heard: list[Run] = []
+    model.poison = {2.0}
+    futures = [lane.submit(rows(v), ("double",), 1, None, "ada", told=heard.append) for v in (1, 2)]
+    await asyncio.gather(*futures, return_exceptions=True)
+    assert len(heard) == 2
 
 
 async def test_lane_and_batcher_give_the_same_answers(model: FakeModel, make_lane: Any) -> None:

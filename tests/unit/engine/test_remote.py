@@ -18,6 +18,7 @@ from support.fake_model import WAIT_S, FakeModel
 from appliance.core.channel import pair
 from appliance.core.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
 from appliance.core.shared import Segment
+from appliance.core.timing import Run
 from appliance.core.types import Array
 from appliance.engine import link
 from appliance.engine.batcher import Batcher, Outcome
@@ -304,6 +305,35 @@ async def test_rows_given_up_before_they_are_submitted_are_free_again(world: Wor
     assert not world.slab.blocks.used
 
 
+async def test_who_asks_is_told_of_the_runs_of_its_rows(world: World) -> None:
+    """As the engine saw them, by the clock that both have, and before the outcome; nobody else is."""
+    begun = time.monotonic()
+    heard: list[tuple[Run, bool]] = []
+    kinds: list[int] = []
+    received = world.link._receive
+
+    def receive(kind: int, body: memoryview) -> None:
+        kinds.append(kind)
+        received(kind, body)
+
+    assert world.link._stream is not None
+    world.link._stream._receive = receive
+    await world.submit(0)
+    assert link.RAN not in kinds
+
+    def told(run: Run) -> None:
+        heard.append((run, future.done()))
+
+    feeds = world.model.join([rows(float(n)) for n in range(10)])  # a run has eight at most
+    future = world.model.submit(feeds, ("double",), None, "ada", told=told)
+    await future
+    assert sorted(run.rows for run, _ in heard) == [2, 8]
+    assert not any(done for _, done in heard)
+    for run, _ in heard:
+        assert begun <= run.queued_at <= run.taken_at <= time.monotonic()
+        assert 0 <= run.batch_wait + run.compute <= time.monotonic() - begun
+
+
 # ---- engines that die ----
 
 
@@ -327,6 +357,19 @@ async def test_rows_that_come_while_there_is_no_engine_wait_for_one(world: World
     assert not world.fake.runs
     world.model.available()
     assert firsts(await future) == [2]
+
+
+async def test_runs_of_the_next_engine_are_told(world: World) -> None:
+    """What the dead one ran, nobody knows; each row of it has a run of its own now."""
+    heard: list[Run] = []
+    world.fake.gated = True
+    feeds = world.model.join([rows(1.0), rows(2.0)])
+    future = world.model.submit(feeds, ("double",), None, "ada", told=heard.append)
+    await world.fake.entered()
+    await world.kill((future, 0, 2))
+    world.replace()
+    assert firsts(await future) == [2, 4]
+    assert [run.rows for run in heard] == [1, 1]
 
 
 async def test_rows_of_the_run_that_crashed_are_replayed_one_by_one(world: World) -> None:

@@ -54,7 +54,7 @@ class HeldModel:
         return probes.join(rows)
 
     def submit(
-        self, feeds: Any, outputs: Any, deadline: Any, principal: Any, *, priority: int
+        self, feeds: Any, outputs: Any, deadline: Any, principal: Any, *, priority: int, told: Any
     ) -> "asyncio.Future[Outcome]":
         if self._refuse_after is not None and len(self.futures) >= self._refuse_after:
             raise Overloaded("full")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from appliance.core.errors import Overloaded
 from appliance.core.memory import MemoryBudget
+from appliance.core.timing import Timing
 from appliance.core.types import Call, Endpoint, RpcAbort, RpcStatus
 from appliance.wire import grpc
 from appliance.wire.asgi import scope
@@ -47,6 +48,7 @@ class Endpoints:
             "/t/Echo": Endpoint(unary=self.echo, admit=self.admit),
             "/t/Open": Endpoint(unary=self.echo),
             "/t/Abort": Endpoint(unary=self.abort),
+            "/t/Timed": Endpoint(unary=self.timed),
             "/t/Fail": Endpoint(unary=self.fail),
             "/t/Hang": Endpoint(unary=self.hang, admit=self.admit),
             "/t/Stream": Endpoint(stream=self.stream, admit=self.admit),
@@ -66,6 +68,11 @@ class Endpoints:
 
     async def abort(self, call: Call, body: bytes) -> bytes:
         raise RpcAbort(RpcStatus.UNAVAILABLE, "Später, 100 %", b"\0details")
+
+    async def timed(self, call: Call, body: bytes) -> bytes:
+        call.timing = Timing(1.0, None, asked=True)
+        call.timing.end(2.0, 0.0, 0.0, 10000)
+        return await self.abort(call, body) if body else body
 
     async def fail(self, call: Call, body: bytes) -> bytes:
         raise ValueError("secret text")
@@ -276,6 +283,13 @@ async def test_what_was_not_foreseen_is_a_stock_sentence(caplog: pytest.LogCaptu
     assert answer.status == 13
     assert "secret" not in answer.message
     assert [record.message for record in caplog.records] == ["unforeseen error"]
+
+
+async def test_where_the_time_went_stands_beside_the_status() -> None:
+    """When the call has it, however it ends."""
+    for body, status in ((b"", 0), (b"fail", 14)):
+        answer = await Served().ask("/t/Timed", [grpc.frame(body)])
+        assert (answer.status, answer.trailers["x-appliance-timing"]) == (status, "total;dur=1000.000")
 
 
 async def test_a_stream_may_end_with_an_error_after_messages() -> None:

@@ -409,6 +409,29 @@ def test_a_refusal_is_headers_alone() -> None:
     assert pair.body(stream) == b""
 
 
+@pytest.mark.parametrize("end", ["reply", "push", "finish"])
+def test_where_the_time_went_is_a_trailer(end: str) -> None:
+    """Of a reply, of a stream, and beside a status; what was said last counts, and what is said too late does not."""
+    pair = Pair()
+    stream = pair.open()
+    pair.send(stream, message(b"hello"), end=True)
+    pair.pump()
+    assert pair.session.time(stream, b"too early")
+    assert pair.session.time(stream, b"total;dur=1.5")
+    if end == "reply":
+        assert pair.session.reply(stream, b"fine", False)
+    else:
+        if end == "push":
+            assert pair.session.push(stream, b"fine", False)
+        assert pair.session.finish(stream, 0, b"", b"")
+    assert not pair.session.time(stream, b"too late")
+    pair.pump()
+    found = pair.headers(stream) if end == "finish" else pair.trailers(stream)
+    assert found["x-appliance-timing"] == "total;dur=1.5"
+    assert found["grpc-status"] == "0"
+    assert not pair.session.time(99, b"nobody's")
+
+
 def test_an_early_reply_asks_the_client_to_stop() -> None:
     """Who is answered before all was read is told to keep the rest: RST_STREAM NO_ERROR, after the trailers."""
     native = opened()
