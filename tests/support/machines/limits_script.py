@@ -16,6 +16,7 @@ SERVICE = "inference-appliance.service"
 HOME = Path("/usr/lib/inference-appliance")
 PATIENCE_S = 400.0
 _HOLD = "import sys; held = bytearray(b'x') * int(sys.argv[1])"
+_MANY = "import threading; [threading.Thread(target=threading.Event().wait, daemon=True).start() for _ in range(8)]"
 _SEEN = "from appliance.core.machine import usable_cpus, usable_memory; print(usable_cpus(), usable_memory())"
 
 
@@ -70,7 +71,7 @@ def main() -> None:
     unit = ("systemd-run", "--quiet", "--wait", "--collect")
     big = (sys.executable, "-I", "-c", _HOLD, str(100 << 20))
     say("memory_probe", [status(*unit, f"--property=MemoryMax={limit}", *big) for limit in ("infinity", "32M")])
-    many = ("bash", "-c", "for i in 1 2 3 4 5 6 7 8; do sleep 1 & done; wait")
+    many = (sys.executable, "-I", "-c", _MANY)
     say("tasks_probe", [status(*unit, f"--property=TasksMax={limit}", *many) for limit in ("infinity", "4")])
 
     wait(lambda: show("ActiveState") in ("active", "failed"))
