@@ -291,8 +291,8 @@ def test_a_reload_while_the_agent_starts_leaves_none_behind(centre: RunningCentr
     appliance.write_config(orchestrator={**section, "agent": False})
     appliance.admin("/reload", post=True)
     appliance.wait(lambda: not agents(), "it has ended")
-    assert state_of(appliance) == {}
-    assert "inference_appliance_orchestrator_connected{" not in appliance.metrics()
+    appliance.wait(lambda: state_of(appliance) == {}, "the daemon has heard of it")
+    appliance.wait(lambda: "inference_appliance_orchestrator_connected{" not in appliance.metrics(), "and shows it")
 
 
 # ---- items that end otherwise ----------------------------------------------------------------------------------------
