@@ -28,8 +28,8 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 
 from appliance import __version__
 from appliance.core.config import Traces
-from appliance.core.errors import CertificateError, ConfigError
-from appliance.core.files import file_error, printable
+from appliance.core.errors import ConfigError
+from appliance.core.files import authorities_of, file_error, printable
 from appliance.core.metrics import Tally
 from appliance.core.timing import Run, Timing, Trace, new_id
 
@@ -98,7 +98,9 @@ def destination(settings: Traces) -> Destination:
     assert settings.endpoint is not None, "traces are on"
     base = settings.endpoint.rstrip("/")
     url = base if "/" in base.partition("://")[2] else f"{base}/v1/traces"
-    return Destination(url, _headers(settings), _trust(settings))
+    with authorities_of("traces.ca", settings.ca):
+        trust = ssl.create_default_context(cafile=settings.ca)
+    return Destination(url, _headers(settings), trust)
 
 
 def _headers(settings: Traces) -> dict[str, str]:
@@ -123,17 +125,6 @@ def _headers(settings: Traces) -> dict[str, str]:
             raise ConfigError(f"Line {number} of traces.headers_file {path} is no header; write name: value.")
         found[name] = value
     return found
-
-
-def _trust(settings: Traces) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=settings.ca)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        why = error.strerror if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else None
-        raise CertificateError(
-            f"traces.ca {settings.ca} cannot be used: {why or 'it is not a PEM file of certificates'}. Name a file "
-            "that the service may read, or remove the key."
-        ) from error
 
 
 class Exporter:

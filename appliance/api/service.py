@@ -23,7 +23,7 @@ from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 
 from appliance.api import direct, messages, methods, status
-from appliance.api.auth import Authentication
+from appliance.api.auth import Authentication, Grant
 from appliance.api.catalogue import RPCS, Catalogue
 from appliance.api.compute import Compute
 from appliance.api.context import Context
@@ -43,9 +43,10 @@ from appliance.catalog.view import View
 from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, NotRecorded, Overloaded
+from appliance.core.ledger import OTHER
 from appliance.core.logs import RateLimitedLog
 from appliance.core.memory import MemoryBudget, Reservation
-from appliance.core.metrics import OTHER, Metrics, Spread, Tally
+from appliance.core.metrics import Metrics, Spread, Tally
 from appliance.core.timing import HEADER, Timing
 from appliance.core.types import Call, Done, Endpoint, QuickHandler, RpcAbort, RpcStatus
 from appliance.core.usage import BYTES_IN, BYTES_OUT, CALLS, CALLS_FAILED, INPUTS, INPUTS_FAILED, SECONDS
@@ -268,16 +269,18 @@ class Api:
 
         def admit(call: Call, size: int) -> bytes | None:
             begun = time.monotonic()
-            context: Context | None = None
+            grant: Grant | None = None
             try:
                 if self.unrecorded:
                     raise NotRecorded
                 grant = self._authenticator.grant(call)
-                context = Context(grant.name, begun, self._budget.hold(0), call, grant, "", begun)
                 call.memory = self._budget.expect(size, grant.name)
             except (AccessError, Overloaded, NotRecorded) as error:
                 req_id = _request_id(call)
                 self._timing(call, begun)
+                context: Context | None = None
+                if grant is not None:
+                    context = Context(grant.name, begun, self._budget.hold(0), call, grant, req_id, begun)
                 code = 0
                 try:
                     reply = self._refuse(rpc, call, req_id, error, context, b"")

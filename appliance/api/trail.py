@@ -6,7 +6,7 @@ there once a second.
 
 from typing import Any, NamedTuple, TypeAlias
 
-from appliance.core.metrics import OTHER
+from appliance.core.ledger import OTHER
 
 _USES = 10_000
 """Uses that are counted by themselves in a second; more are counted as OTHER."""

@@ -7,12 +7,13 @@ import fcntl
 import grp
 import os
 import re
+import ssl
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from appliance.core.errors import AccessRefused, ConfigError, DiskFull
+from appliance.core.errors import AccessRefused, CertificateError, ConfigError, DiskFull
 
 SERVICE_GROUP = "inference-appliance"
 """The group that the service runs in; what root writes for it is readable by that group."""
@@ -52,6 +53,23 @@ def file_error(error: OSError, sentence: str) -> ConfigError:
     if error.errno in _REFUSED:
         return AccessRefused(sentence)
     return DiskFull(sentence) if error.errno in _FULL else ConfigError(sentence)
+
+
+@contextlib.contextmanager
+def authorities_of(key: str, file: Path | None) -> Iterator[None]:
+    """Read a PEM file of authorities' certificates into an SSLContext within this block.
+
+    Args:   key: of the configuration, which names it.
+    Raises: CertificateError: it cannot be read, or holds no certificate.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError, and bears no errno of the system's
+        why = None if isinstance(error, ssl.SSLError) else getattr(error, "strerror", None)
+        raise CertificateError(
+            f"{key} {file} cannot be used: {why or 'it is not a PEM file of certificates'}. Name a file that the "
+            "service may read, or remove the key."
+        ) from error
 
 
 @contextlib.contextmanager

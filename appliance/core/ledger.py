@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 _START = 64
 _CELL = 8
 
+OTHER = "other"
+"""Label of what there is no room to count by itself."""
+
 Cells: TypeAlias = Union[list[float], "memoryview[float]"]
 """Numbers of one series, in this process alone or for all to see."""
 

@@ -25,7 +25,7 @@ from prometheus_client.utils import floatToGoString
 
 from appliance.core.config import Metrics as Settings
 from appliance.core.exposition import Lines, page
-from appliance.core.ledger import NOTE, Cells, Ledger, Note, read_note, write_note
+from appliance.core.ledger import NOTE, OTHER, Cells, Ledger, Note, read_note, write_note
 from appliance.core.shared import Segment
 from appliance.core.usage import UsageCounts
 
@@ -37,9 +37,6 @@ goes; the second when something is added."""
 
 PREFIX = "inference_appliance"
 BUILD_TEXT = "Version of the appliance, of onnxruntime, and of these metrics as an interface."
-OTHER = "other"
-"""Label of what has no series of its own."""
-
 _SECONDS = (
     0.00001,
     0.000025,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from appliance.core.ledger import Cells, Ledger
+from appliance.core.ledger import OTHER, Cells, Ledger
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,6 @@ class Amounts(NamedTuple):
 
 CALLS, CALLS_FAILED, INPUTS, INPUTS_FAILED, BYTES_IN, BYTES_OUT, SECONDS = range(len(Amounts._fields))
 
-OTHER = "other"
 EVERYBODY_ELSE = UsageKey(*[OTHER] * len(UsageKey._fields))
 """Who is counted together when there is no room for more keys."""
 

@@ -20,8 +20,9 @@ from appliance.core.audit import Event, Writer, now
 from appliance.core.config import Config
 from appliance.core.errors import ConfigError, DiskFull
 from appliance.core.files import file_error
+from appliance.core.ledger import OTHER
 from appliance.core.machine import space
-from appliance.core.metrics import OTHER, Metrics
+from appliance.core.metrics import Metrics
 from appliance.daemon.checks import FULL_BYTES
 
 _log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from urllib.parse import urljoin
 import h11
 
 from appliance.core.config import Urls
-from appliance.core.errors import CertificateError, DownloadFailed, InputTooLarge, UrlRefused
+from appliance.core.errors import DownloadFailed, InputTooLarge, UrlRefused
+from appliance.core.files import authorities_of
 from appliance.media import urls
 from appliance.media.urls import Target
 
@@ -107,14 +108,8 @@ def trust(ca: Path | None) -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     if ca is not None:
-        try:
+        with authorities_of("urls.ca", ca):
             context.load_verify_locations(cafile=ca)
-        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-            why = error.strerror if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else None
-            raise CertificateError(
-                f"urls.ca {ca} cannot be used: {why or 'it is not a PEM file of certificates'}. Name a file that the "
-                "service may read, or remove the key."
-            ) from error
     return context
 
 

@@ -12,19 +12,27 @@ _GOOD_S = 45.0
 """Seconds without a failure after which the next one is a first one: longer than an attempt may take."""
 
 
-class Backoff:
-    """One for all that goes over a link: it breaks for all of them at once, and is tried again by all at once.
+def pause_s(
+    failures: int, first_s: float, most_s: float, uniform: Callable[[float, float], float] = random.uniform
+) -> float:
+    """Seconds to wait after so many failures, from 1: exponential with full jitter, so that appliances that lost
+    something together do not come back together.
 
-    Waits are exponential with full jitter, so that appliances that lost their orchestrator together do not come back
-    together. Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    Args:   first_s, most_s: what the first wait is at most, and any. uniform: a random number between two.
+    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
+    return uniform(0.0, min(most_s, first_s * 2.0 ** min(failures - 1, 16)))
+
+
+class Backoff:
+    """One for all that goes over a link: it breaks for all of them at once, and is tried again by all at once."""
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        """Args: clock: seconds. uniform: a random number between two."""
+        """Args: clock: seconds. uniform: see `pause_s`."""
         self._clock, self._uniform = clock, uniform
         self._failures = 0
         self._failed_at = float("-inf")
@@ -46,11 +54,10 @@ class Backoff:
             return False
         self._failures = 1 if now - self.until >= _GOOD_S else self._failures + 1
         self._failed_at = now
-        most = min(MOST_S, FIRST_S * 2.0 ** min(self._failures - 1, 16))
-        self.until = now + self._uniform(0.0, most)
+        self.until = now + pause_s(self._failures, FIRST_S, MOST_S, self._uniform)
         return True
 
     async def wait(self) -> None:
         """Return when the next attempt may begin."""
-        while (pause_s := self.until - self._clock()) > 0:  # noqa: ASYNC110  # it is time that is waited for
-            await asyncio.sleep(pause_s)
+        while (left_s := self.until - self._clock()) > 0:  # noqa: ASYNC110  # it is time that is waited for
+            await asyncio.sleep(left_s)

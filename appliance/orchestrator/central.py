@@ -4,7 +4,6 @@ The PAT is read from its file, sent as metadata, and shown nowhere: not in a log
 """
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -21,6 +20,7 @@ from appliance import __version__
 from appliance.core.config import Orchestrator
 from appliance.core.errors import ConfigError
 from appliance.core.files import file_error, printable
+from appliance.orchestrator.backoff import pause_s
 from appliance.orchestrator.pat import read_pat
 
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["V2"]
@@ -147,8 +147,7 @@ class Central:
                     return reply
                 if reply.status.code not in TRY_AGAIN or attempt == _ATTEMPTS:
                     raise CentralError(self._refused(rpc, reply.status), reply.status.code)
-            # Full jitter: see "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-            await asyncio.sleep(random.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (attempt - 1))))  # noqa: S311
+            await asyncio.sleep(pause_s(attempt, _FIRST_WAIT_S, _LONGEST_WAIT_S))
         raise AssertionError("the last attempt returns or raises")
 
     async def find(self, rpc: str, missing: int, **fields: Any) -> Any | None:

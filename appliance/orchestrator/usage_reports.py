@@ -20,6 +20,7 @@ from appliance.core.config import Config, Orchestrator
 from appliance.core.errors import ConfigError
 from appliance.core.files import printable
 from appliance.core.metrics import Metrics
+from appliance.orchestrator.backoff import pause_s
 from appliance.orchestrator.pat import read_pat
 from appliance.orchestrator.usage_store import Report, UsageStore
 
@@ -181,20 +182,17 @@ class Reporter:
             self._metrics.usage_unreported.labels().set(waiting)
 
     def _after(self, error: Exception) -> float:
-        """Log and count a failure. Returns: seconds to wait, exponential with full jitter.
-
-        Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-        """
+        """Log and count a failure. Returns: seconds to wait; where somebody must change something, long ones."""
         refused = isinstance(error, NotTaken) and error.refused
         self._metrics.usage_reports.labels(REFUSED if refused else FAILED).inc()
         asked_s = error.wait_s if isinstance(error, NotTaken) else 0.0
-        most_s = _LONGEST_WAIT_S if refused else min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(self._failures, 16))
         self._failures += 1
         if str(error) != self._said:
             unforeseen = None if isinstance(error, ConfigError) else error
             _log.warning("usage reports wait: %s", error, exc_info=unforeseen, extra={"attempts": self._failures})
         self._said = str(error)
-        return asked_s + random.uniform(0.0, most_s)  # noqa: S311  # not a secret
+        first_s = _LONGEST_WAIT_S if refused else _FIRST_WAIT_S
+        return asked_s + pause_s(self._failures, first_s, _LONGEST_WAIT_S)
 
     def _usual_pause_s(self) -> float:
         return self._config.orchestrator.usage_interval_s * random.uniform(0.5, 1.5)  # noqa: S311  # not a secret

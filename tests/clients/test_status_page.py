@@ -225,6 +225,21 @@ def choose(tab: Page, name: str) -> None:
     )
 
 
+def answers(code: str, appliance: Appliance, folder: Path) -> list[str]:
+    """What the snippet prints, run in a folder as its user would."""
+    done = subprocess.run(
+        [executable("sdk-12"), "-c", code],
+        cwd=folder,
+        env=plain_environment(CLARIFAI_PAT=appliance.key),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_a_picture_is_tried_with_the_keyboard_and_the_snippet_does_the_same(
     shown: Page, appliance: Appliance, pki: Pki, tmp_path: Path
 ) -> None:
@@ -240,17 +255,7 @@ def test_a_picture_is_tried_with_the_keyboard_and_the_snippet_does_the_same(
     code = shown.text("#try-code")
     assert appliance.key not in code
     shutil.copy(PICTURE, tmp_path)
-    done = subprocess.run(
-        [executable("sdk-12"), "-c", code],
-        cwd=tmp_path,
-        env=plain_environment(CLARIFAI_PAT=appliance.key),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{name} {value}" for name, value, *_ in rows]
+    assert answers(code, appliance, tmp_path) == [f"{name} {value}" for name, value, *_ in rows]
 
 
 def test_a_text_is_tried_and_the_snippet_does_the_same(shown: Page, appliance: Appliance, tmp_path: Path) -> None:
@@ -260,17 +265,8 @@ def test_a_text_is_tried_and_the_snippet_does_the_same(shown: Page, appliance: A
     shown.press("Enter")
     shown.until("document.getElementById('try-answer').innerText.includes('Answered')")
     rows = shown.js("[...document.querySelectorAll('#try-answer tbody tr')].map((row) => row.innerText.split('\\t'))")
-    done = subprocess.run(
-        [executable("sdk-12"), "-c", shown.text("#try-code")],
-        cwd=tmp_path,
-        env=plain_environment(CLARIFAI_PAT=appliance.key),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{name} {value}" for name, value, *_ in rows]
+    found = answers(shown.text("#try-code"), appliance, tmp_path)
+    assert found == [f"{name} {value}" for name, value, *_ in rows]
 
 
 def test_a_refusal_is_shown_in_the_api_s_words(tab: Page, appliance: Appliance) -> None:

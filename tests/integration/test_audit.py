@@ -41,13 +41,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory, pki: Pki, transport: str) -
         yield made
 
 
-@pytest.fixture
-def client(shared: Appliance, pki: Pki) -> Iterator[Client]:
-    """The raw stub on it."""
-    with Client(shared.port(), pki.ca, shared.key) as made:
-        yield made
-
-
 def verify(appliance: Appliance, *arguments: str) -> dict[str, Any]:
     """What `appliance audit verify` found."""
     done = appliance.command("audit", "verify", "--json", *arguments, check=False)

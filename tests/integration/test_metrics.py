@@ -19,7 +19,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as read_page
 from support.appliance import MODELS, Appliance, Client, Pki, image_input, make_pki, request_for
 
-from appliance.core.metrics import COUNTER, OTHER, PREFIX, Metrics
+from appliance.core.ledger import OTHER
+from appliance.core.metrics import COUNTER, PREFIX, Metrics
 
 Make = Callable[..., Appliance]
 

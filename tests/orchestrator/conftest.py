@@ -12,6 +12,12 @@ from support.appliance import Pki
 
 
 @pytest.fixture
+def transport() -> str:
+    """How clients reach the appliance does not matter here."""
+    return "native"
+
+
+@pytest.fixture
 def make_centre(tmp_path: Path, pki: Pki) -> Iterator[Callable[..., RunningCentre]]:
     """Start centres that know the user; all are stopped at the end."""
     made: list[RunningCentre] = []

@@ -30,12 +30,6 @@ SAMPLES = sorted((MODELS / "digits" / "samples").glob("*.png"))
 ENDLESS = "endless"
 
 
-@pytest.fixture
-def transport() -> str:
-    """How clients reach the appliance does not matter here."""
-    return "native"
-
-
 def enrolled_with(base_url: str, centre: RunningCentre, home: Path, **more: Any) -> dict[str, Any]:
     """An [orchestrator] section, and its PAT in a file."""
     (home / "orchestrator.pat").write_text(PAT, encoding="ascii")

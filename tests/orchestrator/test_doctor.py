@@ -16,12 +16,6 @@ Lines = list[tuple[str, str]]
 
 
 @pytest.fixture
-def transport() -> str:
-    """How clients reach the appliance does not matter here."""
-    return "native"
-
-
-@pytest.fixture
 def appliance(make_appliance: Callable[..., Appliance]) -> Appliance:
     """An appliance that does not run."""
     return make_appliance()

@@ -28,12 +28,6 @@ def appliance(request: pytest.FixtureRequest, make_appliance: Callable[..., Appl
     return make_appliance("digits", "ml-topics", processes={"mode": request.param, "fronts": 1}, placement=placement)
 
 
-@pytest.fixture
-def transport() -> str:
-    """How clients reach the appliance does not matter here."""
-    return "native"
-
-
 def orchestrator(appliance: Appliance, *arguments: str, pat: str | None = None) -> "subprocess.CompletedProcess[str]":
     """Run a verb of `appliance orchestrator`."""
     return subprocess.run(

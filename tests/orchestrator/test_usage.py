@@ -39,12 +39,6 @@ def appliance(request: pytest.FixtureRequest, make_appliance: Callable[..., Appl
 
 
 @pytest.fixture
-def transport() -> str:
-    """How clients reach the appliance does not matter here."""
-    return "native"
-
-
-@pytest.fixture
 def receiver(pki: Pki) -> Iterator[Receiver]:
     """Where it reports to."""
     with Receiver(pki.folder) as made:

@@ -12,7 +12,8 @@ from prometheus_client import metrics as client
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from appliance.core.config import Metrics as Settings
-from appliance.core.metrics import _ROWS, _SECONDS, OTHER, PREFIX, Metrics
+from appliance.core.ledger import OTHER
+from appliance.core.metrics import _ROWS, _SECONDS, PREFIX, Metrics
 from appliance.core.shared import Segment
 
 _MODEL = ("model", "version")
