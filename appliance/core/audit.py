@@ -11,6 +11,7 @@ shows that.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -39,6 +40,9 @@ _TAIL = 2**20
 """Bytes at the end of a file in which its last record is: none is longer."""
 
 _BUFFER = 2**16
+
+_OPENINGS = 100
+"""Attempts at opening all files before any of them is removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,20 +278,29 @@ def read(
     Raises:  OSError.
     """
     head = read_head(folder)  # first: the files are never behind it
-    files = files_in(folder)
     reader = _Reader(dict(anchors or {}), each)
     if head is not None:
         reader.expect(head.seq, head.hash, "the head record")
     with contextlib.ExitStack() as opened:
-        streams: dict[int, BinaryIO] = {}
-        for number, path in files.items():
-            with contextlib.suppress(FileNotFoundError):  # it was removed in this very moment
-                streams[number] = opened.enter_context(path.open("rb"))
+        streams = _opened(folder, opened)
         for number, stream in streams.items():
             reader.begin(number)
             for index, line in enumerate(_lines(stream), start=1):
-                reader.take(line, f"{files[number].name}, line {index}", last=number == max(streams))
+                reader.take(line, f"{_path(folder, number).name}, line {index}", last=number == max(streams))
     return reader.end(head)
+
+
+def _opened(folder: Path, stack: contextlib.ExitStack) -> dict[int, BinaryIO]:
+    """The log's files of one moment, by their numbers. Raises: OSError."""
+    for _ in range(_OPENINGS):
+        with contextlib.ExitStack() as opened, contextlib.suppress(FileNotFoundError):
+            # One that is removed meanwhile is named by a record in a file that is newer than these.
+            streams: dict[int, BinaryIO] = {}
+            for number, path in files_in(folder).items():
+                streams[number] = opened.enter_context(path.open("rb"))
+            stack.enter_context(opened.pop_all())
+            return streams
+    raise OSError(errno.EAGAIN, "its files are removed faster than they can be opened")
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:

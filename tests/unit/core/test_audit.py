@@ -362,6 +362,25 @@ def test_it_can_be_read_while_it_is_written(folder: Path) -> None:
     assert found[-1].last.seq > found[0].last.seq
 
 
+def test_a_file_that_goes_before_it_is_opened_is_no_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What says that it was removed is in a file that was not there yet as the others were listed."""
+    writer = Writer(folder, SMALL, 3)
+    writer.write(deque(event() for _ in range(200)))
+    listed = audit.files_in
+    more = [deque(event() for _ in range(200))]
+
+    def and_then_they_go(place: Path) -> dict[int, Path]:
+        files = listed(place)
+        if more:
+            writer.write(more.pop())  # which lists them for itself
+        return files
+
+    monkeypatch.setattr(audit, "files_in", and_then_they_go)
+    found = read(folder)
+    assert found.faults == []
+    assert found.last.seq == writer.head.seq
+
+
 def test_a_line_is_what_the_page_says(folder: Path) -> None:
     """Whoever checks the log with a program of their own reads docs/logs.md."""
     write(folder, *life())
