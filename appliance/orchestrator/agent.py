@@ -20,7 +20,7 @@ from appliance.core.types import Endpoint
 from appliance.orchestrator.backoff import Backoff
 from appliance.orchestrator.central import Central, Secrets
 from appliance.orchestrator.created import Created, registering
-from appliance.orchestrator.desired import Desired, as_data, desired
+from appliance.orchestrator.desired import Desired, desired
 from appliance.orchestrator.reconcile import Registered, reconcile
 from appliance.orchestrator.reports import Reports
 from appliance.orchestrator.work import OUTCOMES, Place, Runner, Work
@@ -67,7 +67,7 @@ class Agent:
         self._news = asyncio.Event()
         self._draining = False
         self._life: asyncio.Task[Any] | None = None
-        self._registered: dict[str, Any] | None = None  # what was desired when it last succeeded
+        self._registered: Desired | None = None  # what was desired when it last succeeded
         self._place: Place | None = None
         self._central: Central | None = None
         self._work: dict[str, Work] = {}
@@ -100,8 +100,9 @@ class Agent:
             self._news.clear()
             try:
                 central = await self._connected()
-                await self._register(central)
-                await self._report(central)
+                wanted = desired(self._config, self._catalog)
+                await self._register(central, wanted)
+                await self._report(central, wanted)
             except ApplianceError as error:
                 self._failed(begun, error)
                 continue
@@ -151,14 +152,12 @@ class Agent:
         for runner_id in list(self._work):
             self._end_work(runner_id)
 
-    async def _register(self, central: Central) -> None:
+    async def _register(self, central: Central, wanted: Desired) -> None:
         """See that what is there is what is desired, unless it is known; then work for the runners that we have.
 
         Raises: ApplianceError.
         """
-        wanted = desired(self._config, self._catalog)
-        data = as_data(wanted)
-        if data == self._registered:
+        if wanted == self._registered:
             return
         result = "failed"
         try:
@@ -175,7 +174,7 @@ class Agent:
         for model, why in wanted.left_out.items():
             _log.info("not registered: %s (%s)", model, why)
         self._reports.status_was_posted(wanted.status, wanted.status_description)
-        self._registered = data
+        self._registered = wanted
         self._adopt(wanted, found)
 
     async def _alone(self) -> contextlib.ExitStack:
@@ -227,9 +226,8 @@ class Agent:
 
     # ---- what is said of us ----
 
-    async def _report(self, central: Central) -> None:
+    async def _report(self, central: Central, wanted: Desired) -> None:
         assert self._place is not None, "it is registered"
-        wanted = desired(self._config, self._catalog)
         await self._reports.post(
             central, self._place, wanted.status, wanted.status_description, list(self._work.values())
         )
