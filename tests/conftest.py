@@ -1,6 +1,11 @@
 """Fixtures that integration, client and end-to-end tests share."""
 
+import faulthandler
+import os
 import shutil
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +13,9 @@ from typing import Any
 import pytest
 from support import secrets
 from support.appliance import MODELS, Appliance, Client, Pki, make_pki
+
+_GRACE_S = 30
+"""How long threads may take to end after the last test."""
 
 _leaks = pytest.StashKey[tuple[list[str], str]]()
 
@@ -26,6 +34,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(f"looked for {extent}: {len(leaks)} found", red=bool(leaks))
     for leak in leaks:
         terminalreporter.write_line(leak, red=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """A thread that a failed test left behind must not keep the run from ending, which would hide the failure."""
+    threads = [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
+    end = time.monotonic() + _GRACE_S
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        faulthandler.dump_traceback()
+        sys.stdout.flush()
+        os._exit(pytest.ExitCode.TESTS_FAILED)
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ from appliance.catalog.workflows import Workflows
 from appliance.core.config import Config
 from appliance.core.errors import AccessError, ApplianceError, DeadlineExceeded, Draining, NotRecorded, Overloaded
 from appliance.core.ledger import OTHER
-from appliance.core.logs import RateLimitedLog
+from appliance.core.logs import RateLimitedLog, without_keys
 from appliance.core.memory import MemoryBudget, Reservation
 from appliance.core.metrics import Metrics, Spread, Tally
 from appliance.core.timing import HEADER, Timing
@@ -463,7 +463,7 @@ class Api:
             logging.WARNING,
             str(error),
             **_fields(rpc, call, req_id, row.code, context),
-            **({"detail": error.detail} if error.detail else {}),
+            **({"detail": without_keys(error.detail)} if error.detail else {}),
         )
         if isinstance(error, AccessError):
             self.trail.refused(_recorded(context, row.code), rpc.name, call.peer, req_id, str(error))

@@ -7,6 +7,7 @@ there once a second.
 from typing import Any, NamedTuple, TypeAlias
 
 from appliance.core.ledger import OTHER
+from appliance.core.logs import without_keys
 
 _USES = 10_000
 """Uses that are counted by themselves in a second; more are counted as OTHER."""
@@ -66,7 +67,7 @@ class Trail:
         if len(self._refused) >= _REFUSALS:
             self._left_out += 1
             return
-        self._refused.append((use, {"method": method, "peer": peer, "req_id": req_id, "why": why}))
+        self._refused.append((use, {"method": method, "peer": peer, "req_id": req_id, "why": without_keys(why)}))
 
     def take(self) -> Told | None:
         """What there was since the last time; None when there was nothing."""

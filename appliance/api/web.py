@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from appliance.api import protojson, status
 from appliance.api.status import Row
 from appliance.core.errors import ApplianceError, EncodingNotRead, InputTooLarge, InvalidRequest
-from appliance.core.logs import RateLimitedLog
+from appliance.core.logs import RateLimitedLog, without_keys
 from appliance.core.timing import HEADER
 from appliance.core.types import Call, Endpoint, RpcAbort
 from appliance.wire import grpc, sentences
@@ -146,7 +146,8 @@ def status_of(error: Exception, request: Request) -> status_pb2.Status:
     if isinstance(error, ApplianceError):
         return _logged(status.of_error(error), request)
     # Last resort of every route: the caller gets a stock sentence, the log the traceback.
-    logging.getLogger(__name__).error("unforeseen error", exc_info=error, extra={"path": request.scope["path"]})
+    path = without_keys(request.scope["path"])
+    logging.getLogger(__name__).error("unforeseen error", exc_info=error, extra={"path": path})
     return status.of_error(error)
 
 

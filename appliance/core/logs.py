@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 import weakref
@@ -28,6 +29,15 @@ LEVELS: tuple[str, ...] = get_args(Level)
 _PLAIN = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
 # Source: syslog(3). The journal's priorities.
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+
+
+# Source: api/keys.py. A key is 64 hexadecimal digits.
+_KEY = re.compile(r"[0-9a-fA-F]{64,}")
+
+
+def without_keys(text: str) -> str:
+    """A sentence that quotes a caller, who may have put a key where a name belongs."""
+    return _KEY.sub("[64 digits]", text)
 
 
 class SentenceFormatter(logging.Formatter):
@@ -208,7 +218,7 @@ class RateLimitedLog:
     def write(self, kind: str, level: int, message: str, **fields: Any) -> None:
         """Log `message` with `fields`, unless this kind, or all together, have had their share of this second.
 
-        Args: fields: an `exc_info` among them is an exception, whose traceback is written.
+        Args: message: may quote a caller. fields: an `exc_info` among them is an exception, whose traceback is written.
         """
         if not self._logger.isEnabledFor(level):
             return
@@ -219,7 +229,7 @@ class RateLimitedLog:
             self._counts.clear()
         count = self._counts[kind] = self._counts.get(kind, 0) + 1
         if count <= self._per_second and self._share.take(second):
-            self._logger.log(level, "%s", message, exc_info=fields.pop("exc_info", None), extra=fields)
+            self._logger.log(level, "%s", without_keys(message), exc_info=fields.pop("exc_info", None), extra=fields)
             return
         if not self._left_out:
             self._later(1.0, self.tell)

@@ -409,5 +409,5 @@ class TestLog:
             assert raw.until(b"\r\n").startswith(b"HTTP/1.1 400")
         http.post(OUTPUTS, content=b"[]")
         appliance.wait(lambda: "The body must be a JSON object" in appliance.log, "a line about the last one")
-        assert key not in appliance.log.replace(f"{key}x", "")
+        assert key not in appliance.log
         assert Path(appliance.home / "daemon.log").stat().st_size > 0

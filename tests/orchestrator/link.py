@@ -51,10 +51,12 @@ class Link:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            self._run(self._close())
+        finally:  # a thread that went on would keep the whole run from ending
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     # ---- what can be done to it ----
 
@@ -136,7 +138,7 @@ class Link:
         for pipe in pipes:
             for end in (pipe.near, pipe.far):
                 raw = end.get_extra_info("socket")
-                if raw is not None:
+                with contextlib.suppress(OSError):  # it is closed already
                     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
                 end.transport.abort()
             for task in pipe.tasks:  # one of a frozen link waits for a thaw

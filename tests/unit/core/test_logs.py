@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import subprocess
 import sys
@@ -250,6 +251,13 @@ def test_a_flood_is_cut_and_what_was_left_out_is_counted(logger: tuple[logging.L
         "refused again",
     ]
     assert kept.records[3].__dict__["kind"] == "refused"
+
+
+def test_a_key_that_a_caller_put_where_a_name_belongs_is_not_written(logger: tuple[logging.Logger, Kept]) -> None:
+    log, kept = logger
+    key = secrets.token_hex(32)
+    RateLimitedLog(log, share=Share(100)).write("refused", logging.WARNING, f"There is no model {key}x.")
+    assert [entry.getMessage() for entry in kept.records] == ["There is no model [64 digits]x."]
 
 
 def test_kinds_have_a_share_each(logger: tuple[logging.Logger, Kept]) -> None:
