@@ -123,6 +123,11 @@ def leave(config_file: Path | None) -> None:
     """Delete at the orchestrator what this appliance created there, nothing else, and forget the PAT."""
     config = _enrolled(config_file)
     settings = config.orchestrator
+    if _is_credential(settings.pat_file) and _link(config).get("connected"):
+        raise ConfigError(
+            f"The agent runs, and would register everything again, as {settings.pat_file} cannot be deleted from here: "
+            "set orchestrator.agent = false and `appliance reload` first."
+        )
 
     async def work() -> Registered:
         async with Central(settings, Secrets.read(settings)) as central:

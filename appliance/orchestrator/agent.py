@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -30,6 +31,10 @@ _log = logging.getLogger(__name__)
 
 _REPORT_S = 60.0
 """Seconds between two words about how we are, without which nothing has changed."""
+
+_COMPARE_S = 600.0
+"""Seconds, more or less, after which what is registered is compared though nothing has changed here: another appliance
+may have taken something of the nodepool's with it when it left."""
 
 _LOOK_S = 1.0
 """Seconds between two looks at the file with the PAT, and at who else is registering."""
@@ -68,6 +73,7 @@ class Agent:
         self._draining = False
         self._life: asyncio.Task[Any] | None = None
         self._registered: Desired | None = None  # what was desired when it last succeeded
+        self._compare_at = 0.0
         self._place: Place | None = None
         self._central: Central | None = None
         self._work: dict[str, Work] = {}
@@ -157,7 +163,7 @@ class Agent:
 
         Raises: ApplianceError.
         """
-        if wanted == self._registered:
+        if wanted == self._registered and time.monotonic() < self._compare_at:
             return
         result = "failed"
         try:
@@ -175,6 +181,7 @@ class Agent:
             _log.info("not registered: %s (%s)", model, why)
         self._reports.status_was_posted(wanted.status, wanted.status_description)
         self._registered = wanted
+        self._compare_at = time.monotonic() + random.uniform(0.5, 1.5) * _COMPARE_S  # noqa: S311  # not a secret
         self._adopt(wanted, found)
 
     async def _alone(self) -> contextlib.ExitStack:
@@ -215,6 +222,7 @@ class Agent:
             self._metrics,
             self._backoff,
             self._work_failed,
+            self._config.limits.request_size,
         )
         work.start(self._config.orchestrator.streams)
 

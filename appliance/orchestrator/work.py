@@ -37,7 +37,10 @@ _UNARY, _GENERATE, _STREAM = (
 )
 
 _CLOSING_S = 30.0
-"""Seconds in which the orchestrator must have taken an answer and closed its stream."""
+"""Seconds in which the orchestrator must have closed the stream of an answer."""
+
+_READING_S = 60.0
+"""Seconds in which it must have read a message: until then the answer holds a part of the memory budget."""
 
 _AT_ONCE_S = 1.0
 """Seconds within which a stream that is closed without a word has failed: such ones are not opened in a loop."""
@@ -140,18 +143,21 @@ class Work:
         metrics: Metrics,
         backoff: Backoff,
         on_trouble: Callable[[str], None],
+        most_bytes: int,
     ) -> None:
         """Args:
 
         central: a channel for these streams alone, which is closed with them.
         endpoints: those of the API, which answer; their callers are let in already.
         on_trouble: told what went wrong with a stream that failed; of those that fail together one.
+        most_bytes: of a request.
         """
         self.runner = runner
         self._place, self._central, self._endpoints = place, central, endpoints
         self._budget, self._metrics = budget, metrics
         self._backoff, self._pressure = backoff, Backoff()
         self._on_trouble = on_trouble
+        self._most_bytes = most_bytes
         self._errors = RateLimitedLog(_log)
         self._draining = False
         self._waiting: set[asyncio.Task[None]] = set()  # streams that have no item
@@ -261,11 +267,9 @@ class Work:
         try:
             async with asyncio.timeout(_CLOSING_S):
                 if await call.code() is not grpc.StatusCode.OK:
-                    self._count("broken")
                     why = self._central.shown(f"{(await call.code()).name}: {await call.details()}")
                     _log.info("an answer may not have arrived: %s", why, extra=self._named())
         except TimeoutError:
-            self._count("broken")
             _log.info("the orchestrator does not close the stream of an answer", extra=self._named())
         finally:
             call.cancel()
@@ -346,6 +350,10 @@ class Work:
         """See `_outputs`."""
         if not item.HasField("post_model_outputs_request"):
             return codes.RUNNER_PROCESSING_FAILED, "This appliance answers predictions only."
+        size = item.post_model_outputs_request.ByteSize()
+        if size > self._most_bytes:
+            most = f"limits.request_size allows {self._most_bytes}"
+            return codes.RUNNER_PROCESSING_FAILED, f"The request has {size} bytes; {most}."
         match item.processing_info.runner_method_type:
             case resources_pb2.UNARY_UNARY:
                 replies = self._unary(item)
@@ -431,7 +439,7 @@ class Work:
         message.runner_item_outputs.add(multi_output_response=reply)
         self._budget.add(size)
         try:
-            await call.write(message)
+            await _write(call, message)
         finally:
             self._budget.add(-size)
 
@@ -448,7 +456,7 @@ class Work:
         )
         message = self._message(self.runner.id, code, codes.StatusCode.Name(code), item.id)
         message.status.details = sentence
-        await call.write(message)
+        await _write(call, message)
 
     # ---- the control stream ----
 
@@ -515,6 +523,15 @@ class Work:
 
     def _named(self) -> dict[str, str]:
         return {"model": str(self.runner.key), "version": self.runner.local_version}
+
+
+async def _write(call: Any, message: service_pb2.PostRunnerItemOutputsRequest) -> None:
+    """Send a message. Raises: one of _ENDED: also when nobody reads it."""
+    try:
+        async with asyncio.timeout(_READING_S):
+            await call.write(message)
+    except TimeoutError:
+        raise asyncio.InvalidStateError("nobody reads") from None
 
 
 async def _first(call: Any) -> service_pb2.MultiRunnerItemResponse | None:

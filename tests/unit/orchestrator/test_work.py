@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from clarifai_grpc.grpc.api import service_pb2
+from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from clarifai_grpc.grpc.api.status import status_code_pb2, status_pb2
 
 from appliance.core.memory import MemoryBudget
@@ -23,13 +23,17 @@ PATIENCE_S = 10.0
 
 
 class Stream:
-    """A call: what it is told, by its kind ("r" or "control-r"), comes from the script; then nothing ever does."""
+    """A call: what it says, by its kind ("r" or "control-r"), comes from the script; then nothing ever does."""
 
     def __init__(self, centre: "Centre") -> None:
         self._centre = centre
         self._script: Iterator[Any] = iter(())
 
     async def write(self, message: Any) -> None:
+        if message.runner_item_id:
+            self._centre.answers.append(message)
+            self._centre.news.set()
+            return
         opened = self._centre.opened[message.runner_id] = self._centre.opened[message.runner_id] + 1
         self._script = iter(self._centre.script(message.runner_id, opened))
         self._centre.news.set()
@@ -44,6 +48,12 @@ class Stream:
     def cancel(self) -> None:
         pass
 
+    async def code(self) -> Any:
+        return await asyncio.get_running_loop().create_future()
+
+    async def done_writing(self) -> None:
+        pass
+
 
 class Centre:
     """Instead of `Central`: streams that are played."""
@@ -55,6 +65,7 @@ class Centre:
         """Args: script: what stream number n (from 1) of a runner id says."""
         self.script = script
         self.opened: dict[str, int] = defaultdict(int)
+        self.answers: list[Any] = []
         self.news = asyncio.Event()
 
     def stream(self, rpc: str, request_id: str) -> Stream:
@@ -83,6 +94,7 @@ def worked(centre: Centre, trouble: list[str]) -> Work:
         Metrics(),
         backoff,
         trouble.append,  # type: ignore[arg-type]
+        100,
     )
     work.start(1)
     return work
@@ -123,4 +135,19 @@ async def test_a_pat_that_the_orchestrator_repeats_is_not_shown() -> None:
     await centre.until("r", 3)
     assert len(trouble) >= 2
     assert all("no such token: ****" in each for each in trouble)
+    await work.close()
+
+
+async def test_a_request_that_is_too_large_is_refused_with_the_limit() -> None:
+    """Broken off it would come again and again."""
+    item = service_pb2.RunnerItem(id="i")
+    item.processing_info.runner_method_type = resources_pb2.UNARY_UNARY
+    item.post_model_outputs_request.model_id = "x" * 200
+    handed_out = service_pb2.MultiRunnerItemResponse(runner_items=[item])
+    centre = Centre(lambda runner_id, number: [handed_out] if (runner_id, number) == ("r", 1) else [])
+    work = worked(centre, [])
+    await centre.until("r", 2)
+    (answer,) = centre.answers
+    assert answer.status.code == status_code_pb2.RUNNER_PROCESSING_FAILED
+    assert "limits.request_size allows 100" in answer.status.details
     await work.close()
