@@ -16,6 +16,8 @@ STOCK := chromium libnss3-tools php-cli php-curl php-google-protobuf protobuf-co
   libnetty-tcnative-java libguava-java libperfmark-java libgeronimo-annotation-1.3-spec-java
 # What packages are made and looked through with.
 PACKAGES_APT := mmdebstrap debian-archive-keyring debhelper dpkg-dev rpm zstd xz-utils binutils lintian rpmlint
+# Much of a run is waiting for processes, so that even two CPUs have time for two tests; ARGS="-n 0" runs one at a time.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
@@ -30,7 +32,7 @@ demo: $(VENV)/built $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock 
 
 test: $(VENV)/built $(ENVIRONMENTS:%=$(CLIENTS)/%/ready) $(CLIENTS)/node/ready check ## All tests; the exit code is kept in build/.
 	@mkdir -p build
-	@$(BIN)/python -m pytest $(ARGS); code=$$?; echo $$code > build/pytest-exit-code; exit $$code
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS); code=$$?; echo $$code > build/pytest-exit-code; exit $$code
 
 stock: ## Install what the tests of Java, PHP and browser clients run on (as root; else name it).
 	@$(MAKE) --no-print-directory system APT="$(STOCK)"

@@ -17,23 +17,36 @@ from support.appliance import MODELS, Appliance, Client, Pki, make_pki
 _GRACE_S = 30
 """How long threads may take to end after the last test."""
 
-_leaks = pytest.StashKey[tuple[list[str], str]]()
+_WORKER = "workeroutput"
+"""What a worker of pytest-xdist has on its configuration, to be told to the run that it belongs to."""
+
+_searches = pytest.StashKey[list[tuple[list[str], str]]]()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the run if a process of the suite wrote a secret."""
-    found = session.config.stash[_leaks] = secrets.found()
-    if found[0]:
+    searches = session.config.stash.setdefault(_searches, [])
+    if not getattr(session.config.option, "tx", None):  # else every worker has looked through what is its own
+        searches.append(secrets.found())
+    if hasattr(session.config, _WORKER):
+        getattr(session.config, _WORKER)["searches"] = searches
+    if any(leaks for leaks, _ in searches):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker found is said with the rest."""
+    node.config.stash.setdefault(_searches, []).extend(getattr(node, _WORKER, {}).get("searches", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was looked through, and where a secret stands."""
-    leaks, extent = config.stash.get(_leaks, ([], "nothing"))
-    terminalreporter.write_line(f"looked for {extent}: {len(leaks)} found", red=bool(leaks))
-    for leak in leaks:
-        terminalreporter.write_line(leak, red=True)
+    for leaks, extent in config.stash.get(_searches, []):
+        terminalreporter.write_line(f"looked for {extent}: {len(leaks)} found", red=bool(leaks))
+        for leak in leaks:
+            terminalreporter.write_line(leak, red=True)
 
 
 @pytest.hookimpl(trylast=True)
