@@ -44,7 +44,10 @@ class ConnectProxy:
     def _serve(self, near: socket.socket) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
-            head += near.recv(4096)
+            piece = near.recv(4096)
+            if not piece:
+                return
+            head += piece
         line = head.split(b"\r\n")[0].decode()
         self.asked.append(line)
         host, _, port = line.split()[1].rpartition(":")
@@ -56,7 +59,11 @@ class ConnectProxy:
 
 
 def _carry(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
+    try:
         while piece := source.recv(65536):
             sink.sendall(piece)
         sink.shutdown(socket.SHUT_WR)
+    except OSError:  # one end was reset, which the other has to hear of
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
