@@ -5,13 +5,14 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
 from appliance.cli import exits
+from appliance.cli.moments import Moment
 from appliance.core import audit as records
 from appliance.core import config as configuration
 from appliance.core.audit import Event, Reading
@@ -78,16 +79,16 @@ def verify(config_file: Path | None, heads: tuple[str, ...], as_json: bool, fold
 
 
 @audit.command()
-@click.option("--since", help='Only records from that time on: "2026-11-30" or "2026-11-30T12:00:00", UTC.')
-@click.option("--until", help="Only records before that time.")
+@click.option("--since", type=Moment(), show_default="the beginning", help="From this time on (UTC).")
+@click.option("--until", type=Moment(), show_default="for ever", help="Up to this time, without it (UTC).")
 @click.option("--event", "events", multiple=True, help="Only records of this event; may be given several times.")
 @click.option("--format", "form", type=click.Choice(["jsonl", "csv"]), default="jsonl", show_default=True)
 @_FOLDER
 @click.pass_obj
 def export(
     config_file: Path | None,
-    since: str | None,
-    until: str | None,
+    since: datetime | None,
+    until: datetime | None,
     events: tuple[str, ...],
     form: str,
     folder: Path | None,
@@ -96,7 +97,7 @@ def export(
 
     What is wrong with the log is said on stderr, and the exit status is 1 then.
     """
-    begin, end = _moment(since, "--since"), _moment(until, "--until")
+    begin, end = (records.written(each) if each else "" for each in (since, until))
     write = _csv() if form == "csv" else _jsonl
 
     def each(line: bytes, record: Event) -> None:
@@ -150,15 +151,3 @@ def _anchor(text: str) -> tuple[int, str]:
     if match is None:
         raise ConfigError(f"--head {text[:80]!r} is not SEQ:HASH, a number and 64 hex digits as the journal has them.")
     return int(match[1]), match[2]
-
-
-def _moment(text: str | None, option: str) -> str:
-    """A time as records have it, so that both compare as text. Raises: ConfigError: it is none."""
-    if text is None:
-        return ""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise ConfigError(f'{option} {text!r} is not a time; write "2026-11-30" or "2026-11-30T12:00:00".') from None
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -2,36 +2,20 @@
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import click
 
+from appliance.cli.moments import Moment
 from appliance.core import config as configuration
 from appliance.core.usage import Amounts, UsageKey
 from appliance.orchestrator.usage_store import FILE, Period, Place, Row, added, read
 
 _PERIODS = {period.name.lower(): period for period in Period}
-_EVER = float(2**53)
-"""A second that no period begins after."""
-
-
-class _Moment(click.ParamType[float]):
-    """A date or time of ISO 8601, as Unix time; in UTC where it names no zone."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        try:
-            moment = datetime.fromisoformat(value)
-            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is no date or time; write 2026-11-30 or 2026-11-30T14:05:00Z.", param, ctx)
 
 
 @click.group()
@@ -40,10 +24,8 @@ def usage() -> None:
 
 
 @usage.command()
-@click.option("--since", type=_Moment(), default=0.0, show_default="the beginning", help="From this time on (UTC).")
-@click.option(
-    "--until", type=_Moment(), default=_EVER, show_default="for ever", help="Up to this time, without it (UTC)."
-)
+@click.option("--since", type=Moment(), show_default="the beginning", help="From this time on (UTC).")
+@click.option("--until", type=Moment(), show_default="for ever", help="Up to this time, without it (UTC).")
 @click.option(
     "--by",
     type=click.Choice([*UsageKey._fields, *_PERIODS]),
@@ -54,7 +36,9 @@ def usage() -> None:
     "--format", "form", type=click.Choice(["json", "csv"]), default="json", show_default=True, help="Of a line."
 )
 @click.pass_obj
-def export(config_file: Path | None, since: float, until: float, by: tuple[str, ...], form: str) -> None:
+def export(
+    config_file: Path | None, since: datetime | None, until: datetime | None, by: tuple[str, ...], form: str
+) -> None:
     """Print what callers used, a record a line (docs/usage.md says what is in it).
 
     What was used in the last ten seconds may not be there yet. A record belongs to the time in which its period began:
@@ -63,7 +47,8 @@ def export(config_file: Path | None, since: float, until: float, by: tuple[str, 
     wanted = [_PERIODS[name] for name in by if name in _PERIODS]
     if len(wanted) > 1:
         raise click.UsageError("--by takes one period: minute, hour, day or month.")
-    rows = read(configuration.load(config_file).config.catalog.state_dir / FILE, since, until)
+    begin, end = since.timestamp() if since else 0.0, until.timestamp() if until else math.inf
+    rows = read(configuration.load(config_file).config.catalog.state_dir / FILE, begin, end)
     records = [row.record() for row in (_added_up(rows, by, wanted) if by else rows)]
     keys = [name for name in UsageKey._fields if not by or name in by]
     names = [*(("start", "period") if wanted or not by else ()), *keys, *Amounts._fields]

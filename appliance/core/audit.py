@@ -56,7 +56,12 @@ class Head:
 
 def now() -> str:
     """The time as records have it, by the machine's clock."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return written(datetime.now(UTC))
+
+
+def written(moment: datetime) -> str:
+    """A time in UTC as records have it, so that times compare as text."""
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def files_in(folder: Path) -> dict[int, Path]:

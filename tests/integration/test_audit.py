@@ -232,7 +232,7 @@ class TestTouched:
         [
             (("verify", "--head", "7"), "is not SEQ:HASH"),
             (("verify", "--folder", "/nowhere"), "The audit log in /nowhere cannot be read"),
-            (("export", "--since", "yesterday"), "--since 'yesterday' is not a time"),
+            (("export", "--since", "yesterday"), "'yesterday' is no date or time"),
         ],
     )
     def test_a_wrong_command_says_what_is_right(self, shared: Appliance, arguments: tuple[str, ...], said: str) -> None:
