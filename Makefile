@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 CLIENTS := .clients
 # Stock clients, each in an environment of its own from requirements/<name>.txt.
 ENVIRONMENTS := sdk-12 sdk-11 sdk-10 openai triton
+# Stock clients of npm; what makes dashboards, and the types by which they are checked.
+TOOLS := node grafana schema
 # Other servers that the benchmarks measure beside ours; bench/peers makes their environments when it needs them.
 PEERS := clarifai kserve litserve triton
 APT := python3-venv gcc pkg-config libsystemd-dev libnghttp2-dev iproute2 curl
@@ -21,7 +23,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 PIP := --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stock check gpu-check bench fuzz fuzz-api sanitize protos format lock lock-sources clean system
+.PHONY: help demo test stock check gpu-check bench fuzz fuzz-api sanitize protos dashboards format lock lock-sources clean system
 .PHONY: packages packages-cuda release
 
 help: ## What there is.
@@ -30,7 +32,7 @@ help: ## What there is.
 demo: $(VENV)/built $(CLIENTS)/sdk-12/ready ## Dev CA, key, daemon, and a stock SDK that classifies digits over TLS.
 	$(BIN)/python demo/run.py --sdk $(CLIENTS)/sdk-12/bin/python
 
-test: $(VENV)/built $(ENVIRONMENTS:%=$(CLIENTS)/%/ready) $(CLIENTS)/node/ready check ## All tests; the exit code is kept in build/.
+test: $(VENV)/built $(ENVIRONMENTS:%=$(CLIENTS)/%/ready) $(TOOLS:%=$(CLIENTS)/%/ready) check ## All tests; the exit code is kept in build/.
 	@mkdir -p build
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS); code=$$?; echo $$code > build/pytest-exit-code; exit $$code
 
@@ -113,6 +115,9 @@ e2e-cold: $(VENV)/built $(CLIENTS)/sdk-12/ready ## The same with nothing in the 
 	APPLIANCE_CACHE=$(CURDIR)/build/cold $(MAKE) --no-print-directory e2e; code=$$?; rm -rf build/cold; \
 	echo "packages and e2e tests from nothing: $$(($$(date +%s) - begun)) s on $$(nproc) CPUs" | tee build/e2e-cold; exit $$code
 
+dashboards: $(CLIENTS)/grafana/ready ## Grafana's dashboards, from packaging/grafana; what comes out is committed.
+	$(CLIENTS)/grafana/bin/python packaging/grafana/generate.py
+
 format: $(VENV)/ready ## Put the code into shape.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -148,11 +153,11 @@ $(VENV)/built: $(VENV)/ready pyproject.toml setup.py $(NATIVE)
 	@test -e appliance/wire/_h2.abi3.so || echo "the native wire cannot be built here: grpcio serves instead" >&2
 	touch $@
 
-# The stock clients for Node and browsers, where npm is; their tests say so where it is not.
-$(CLIENTS)/node/ready: requirements/node/package.json requirements/node/package-lock.json | system
-	@mkdir -p $(@D) && cp requirements/node/* $(@D)/
+# The stock clients for Node and browsers, and Grafana's types, where npm is; their tests say so where it is not.
+$(CLIENTS)/node/ready $(CLIENTS)/schema/ready: $(CLIENTS)/%/ready: requirements/%/package.json requirements/%/package-lock.json | system
+	@mkdir -p $(@D) && cp requirements/$*/* $(@D)/
 	@cd $(@D) && npm ci --silent --ignore-scripts --no-audit --no-fund \
-	  || echo "the npm clients cannot be installed here: their tests will be skipped" >&2
+	  || echo "what npm brings cannot be installed here: their tests will be skipped" >&2
 	touch $@
 
 $(CLIENTS)/%/ready: requirements/%.txt | system
@@ -171,7 +176,7 @@ lock: $(VENV)/ready $(CLIENTS)/uv/ready ## Pin and hash every requirement anew.
 	$(COMPILE) --extra cpu --extra traces -o requirements/run-cpu.txt pyproject.toml
 	$(COMPILE) --extra gpu --extra traces -o requirements/run-gpu.txt pyproject.toml
 	$(COMPILE) --extra cpu --extra traces --extra dev -o requirements/dev.txt pyproject.toml
-	for name in $(ENVIRONMENTS) systemd uv bench-pyspy $(PEERS:%=bench-%); do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
+	for name in $(ENVIRONMENTS) grafana draw systemd uv bench-pyspy $(PEERS:%=bench-%); do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
 	$(COMPILE_SHIPPED) --extra cpu --extra systemd --extra traces $(NOT_SHIPPED:%=--no-emit-package %) \
 	  -c requirements/run-cpu.txt -c requirements/systemd.txt -o requirements/package.txt pyproject.toml
 	$(COMPILE_SHIPPED) -c requirements/package.txt -o requirements/package-build.txt requirements/package-build.in

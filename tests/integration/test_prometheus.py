@@ -3,19 +3,15 @@
 Skipped with a reason where the package is not installed; `.ci/run` installs it.
 """
 
-import contextlib
-import json
-import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from support.appliance import MODELS, PATIENCE_S, Appliance, Client, Pki, image_input, mode, request_for
+from support.appliance import MODELS, Appliance, Client, Pki, image_input, mode, request_for
+from support.prometheus import Prometheus, needs_prometheus
 
 from appliance.core.metrics import PREFIX, Metrics
 
@@ -24,10 +20,7 @@ Make = Callable[..., Appliance]
 DIGIT = (MODELS / "digits" / "samples" / "held-out-000-label-2.png").read_bytes()
 PREDICT = request_for("digits", [image_input(DIGIT)])
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None or shutil.which("promtool") is None,
-    reason="Prometheus is not installed; on Debian: apt-get install prometheus",
-)
+pytestmark = needs_prometheus
 
 
 @pytest.fixture(scope="module")
@@ -35,63 +28,6 @@ def transport() -> Iterator[str]:
     """Several processes: what one page makes of them is the harder case."""
     with mode("processes"):
         yield "native"
-
-
-class Prometheus:
-    """A server with an appliance as its target, seen over its HTTP API."""
-
-    def __init__(self, folder: Path, target: str, **scrape: Any) -> None:
-        """Args: target: "host:port". scrape: more of its scrape configuration."""
-        folder.mkdir()
-        job = {"job_name": "appliance", "static_configs": [{"targets": [target]}], **scrape}
-        config = {"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"}, "scrape_configs": [job]}
-        file = folder / "prometheus.yml"
-        file.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-        subprocess.run(["promtool", "check", "config", str(file)], check=True, capture_output=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._log = (folder / "log").open("wb")
-        command = [
-            "prometheus",
-            f"--config.file={file}",
-            f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-            "--enable-feature=exemplar-storage",
-        ]
-        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
-        self._api = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=PATIENCE_S)
-
-    def ask(self, page: str, **parameters: str) -> Any:
-        """What the API answers."""
-        content = self._api.get(page, params=parameters).raise_for_status().json()
-        assert content["status"] == "success"
-        return content["data"]
-
-    def value(self, query: str) -> float | None:
-        """The value of an expression that gives one, None while it gives none."""
-        result = self.ask("/query", query=query)["result"]
-        assert len(result) <= 1, result
-        return float(result[0]["value"][1]) if result else None
-
-    def wait(self, condition: Callable[[], object], what: str) -> None:
-        """Return when it is true; says what was not, and what the server thinks of its target."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.HTTPError):
-                if condition():
-                    return
-            time.sleep(0.1)
-        raise AssertionError(f"{what} did not happen: {self.ask('/targets')}")
-
-    def __enter__(self) -> "Prometheus":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(PATIENCE_S)
-        self._api.close()
-        self._log.close()
 
 
 def test_promtool_finds_no_fault_in_the_page(appliance: Appliance, pki: Pki) -> None:

@@ -337,7 +337,7 @@ def write_text_embedder(
 # ---- raw tensors -----------------------------------------------------------------------------------------------------
 
 
-def write_raw(folder: Path, model: ModelProto | None = None, *, version: str = "1", **more: Any) -> Path:
+def write_raw(folder: Path, model: ModelProto | bytes | None = None, *, version: str = "1", **more: Any) -> Path:
     """A bundle served as raw tensors; the graph is `identity_model()` unless given. `more` keys go under `onnx:`."""
     config = bundle_config(folder, "tensor-to-tensor", {"file": "model.onnx", **more})
     return write_bundle(folder, model or identity_model(), config, version=version)
