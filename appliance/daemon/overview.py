@@ -30,6 +30,7 @@ from appliance.daemon.status import (
     Model,
     Orchestrator,
     Process,
+    Reason,
     Status,
 )
 from appliance.daemon.watch import NO_CALLS, STEP_S, SUCCESS, Numbers, RecentLog, Watch, shown
@@ -41,13 +42,21 @@ _KEPT_S, _SHARE = 1.0, 20
 
 _MOST_REASONS, _MOST_FAILURES = 50, 20
 
+_JUDGED = (
+    *("disk_free_bytes", "disk_size_bytes", "certificate_expiry_timestamp_seconds", "crl_next_update_seconds"),
+    *("gpu_utilization_ratio", "gpu_memory_used_bytes", "gpu_memory_total_bytes"),
+    *("gpu_temperature_celsius", "gpu_power_watts"),
+)
+"""Metrics that are shown, and in which reasons may lie."""
+
 _SHOWN = (
     *("queue_rows", "in_flight_requests", "connections", "memory_in_flight_bytes", "memory_in_flight_limit_bytes"),
-    *("requests_lost", "rejected", "keys", "worker_resident_memory_bytes", "disk_free_bytes", "disk_size_bytes"),
-    *("certificate_expiry_timestamp_seconds", "crl_next_update_seconds", "gpu_utilization_ratio"),
-    *("gpu_memory_used_bytes", "gpu_memory_total_bytes", "gpu_temperature_celsius", "gpu_power_watts"),
+    *("requests_lost", "rejected", "keys", "worker_resident_memory_bytes", *_JUDGED),
 )
 """Metrics that the document is made of, beside those that `Watch` looks at."""
+
+_SAID = frozenset(("certificate-expires", "disk-full", "gpu-memory", "rejects"))
+"""Pages of reasons that nobody else logs when they begin."""
 
 
 class Overview:
@@ -62,6 +71,7 @@ class Overview:
         self._created: Mapping[str, int] = {}
         self._document = b""
         self._kept_until = 0.0
+        self._said: set[tuple[str, str]] = set()
         logging.getLogger(logs.ROOT).addHandler(self._log)
 
     def close(self) -> None:
@@ -73,6 +83,7 @@ class Overview:
         while True:
             try:
                 self.look()
+                self.tell()
                 self._created = await asyncio.to_thread(_created, config())
             except Exception:
                 # One bad look must not end the watch.
@@ -82,6 +93,19 @@ class Overview:
     def look(self) -> None:
         """Look at the numbers now."""
         self._watch.look()
+
+    def tell(self) -> None:
+        """Log what is not as it should be and was when it was told last, and what is again."""
+        found = {
+            (each.what, each.runbook): each.why
+            for each in self._measured(time.time(), self._staff.counted(*_JUDGED))
+            if each.runbook in _SAID
+        }
+        for what, page in found.keys() - self._said:
+            _log.warning("%s: %s", what, found[what, page], extra={"runbook": page})
+        for what, page in self._said - found.keys():
+            _log.info("%s: it is as it should be again", what, extra={"runbook": page})
+        self._said = set(found)
 
     def document(self, config: Config) -> bytes:
         """The document as JSON in ASCII."""
@@ -99,19 +123,15 @@ class Overview:
         ready, told = self._readiness()
         phase: Any = told["phase"]
         problems: Any = told["not_ready"]
-        devices, disks, keys = self._devices(numbers), _disks(numbers), _count(numbers, "keys")
+        keys = _count(numbers, "keys")
         link = self._orchestrator(config, facts.get("orchestrator") or {})
-        certificates = _endings(numbers, "certificate_expiry_timestamp_seconds")
-        lists = _endings(numbers, "crl_next_update_seconds")
         found = [
             *(() if ready else reasons.not_serving(phase, problems)),
             *reasons.not_ready(problems, self._staff.problems()),
             *reasons.recent(self._watch.happened, time.monotonic()),
             *reasons.nobody_may_call(config, keys),
             *reasons.silent(link),
-            *reasons.due(certificates, lists, now),
-            *reasons.full(disks, devices),
-            *reasons.overload(*self._watch.refused),
+            *self._measured(now, numbers),
         ]
         processes: Any = facts.get("processes", ())
         return Status(
@@ -129,7 +149,7 @@ class Overview:
             mode=str(facts["mode"]),
             transport=str(facts["transport"]),
             device=shown(f"{facts['device']}: {facts['device_reason']}"),
-            devices=devices,
+            devices=self._devices(numbers),
             processes=[Process(each["name"], each["pid"], shown(each["problem"])) for each in processes],
             models=list(self._models(numbers)),
             rates=self._watch.rates,
@@ -142,14 +162,20 @@ class Overview:
                 {why: int(each.cells[0]) for (why,), each in numbers["rejected"].items() if each.cells[0]},
             ),
             history=self._watch.history(),
-            certificates=certificates,
-            revocation_lists=lists,
+            certificates=_certificates(numbers),
+            revocation_lists=_lists(numbers),
             keys=keys,
-            disks=disks,
+            disks=_disks(numbers),
             orchestrator=link,
             failures=self._failures(),
             log=list(reversed(self._log.lines)),
         )
+
+    def _measured(self, now: float, numbers: Numbers) -> Iterator[Reason]:
+        """Reasons that lie in the numbers. Args: now: Unix time. numbers: of `_JUDGED` at least."""
+        yield from reasons.due(_certificates(numbers), _lists(numbers), now)
+        yield from reasons.full(_disks(numbers), list(_gpus(numbers)))
+        yield from reasons.overload(*self._watch.refused)
 
     def _devices(self, numbers: Numbers) -> list[Device]:
         name = "worker_resident_memory_bytes"
@@ -228,6 +254,14 @@ def _endings(numbers: Numbers, name: str) -> list[Ending]:
     """What ends, soonest first."""
     ends = ((subject, _value(numbers, name, subject)) for (subject,) in numbers[name])
     return sorted((Ending(shown(subject), at) for subject, at in ends if at is not None), key=lambda each: each.at)
+
+
+def _certificates(numbers: Numbers) -> list[Ending]:
+    return _endings(numbers, "certificate_expiry_timestamp_seconds")
+
+
+def _lists(numbers: Numbers) -> list[Ending]:
+    return _endings(numbers, "crl_next_update_seconds")
 
 
 def _disks(numbers: Numbers) -> list[Disk]:

@@ -12,6 +12,8 @@ from appliance.core.machine import usable_cpus
 from appliance.core.metrics import Counted
 from appliance.daemon.status import History, LogLine, Rates
 
+_log = logging.getLogger(__name__)
+
 STEP_S = 5.0
 """Seconds between two looks, which are those that rates are of."""
 
@@ -131,6 +133,7 @@ class Watch:
         ahead = self._wall() - now
         if abs(ahead - self._ahead) > _CLOCK_S:
             self.happened["clock", "clock"] = now
+            _log.warning("the machine's clock was set", extra={"by_s": round(ahead - self._ahead, 1)})
         self._ahead = ahead
 
     def _note(self, event: Event, now: float) -> None:

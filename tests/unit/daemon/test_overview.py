@@ -174,6 +174,29 @@ def test_each_thing_that_is_wrong_is_a_reason_with_a_page(world: World) -> None:
     }  # fmt: skip
 
 
+def test_what_nobody_else_logs_is_logged_when_it_begins_and_when_it_ends(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, not with every look; with the page that leads to the mending."""
+    caplog.set_level("INFO", "appliance")
+    world.overview.tell()
+    assert caplog.records == []
+    world.metrics.certificate_expiry.labels("server").set(time.time() + 1.5 * 86400)
+    world.metrics.disk_free.labels("models").set(2**30)
+    for _ in range(3):
+        world.overview.tell()
+    told = {(each.levelname, each.getMessage(), each.__dict__["runbook"]) for each in caplog.records}
+    assert told == {
+        ("WARNING", "certificate server: it ends in 1.5 days", "certificate-expires"),
+        ("WARNING", "disk of models: only 1.0% of it are free", "disk-full"),
+    }
+    assert len(caplog.records) == 2
+    caplog.clear()
+    world.metrics.disk_free.labels("models").set(50 * 2**30)
+    world.overview.tell()
+    assert [each.getMessage() for each in caplog.records] == ["disk of models: it is as it should be again"]
+
+
 def test_every_page_that_a_reason_names_is_there(world: World) -> None:
     from appliance.daemon import reasons
 

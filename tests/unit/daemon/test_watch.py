@@ -114,13 +114,19 @@ def test_two_reasons_of_one_process_are_both_seen(metrics: Metrics, clock: Clock
     assert watch.happened["restart", "engine"] == 1010
 
 
-def test_a_clock_that_jumps_is_noted_and_one_that_drifts_is_not(clock: Clock, watch: Watch) -> None:
+def test_a_clock_that_jumps_is_noted_and_one_that_drifts_is_not(
+    clock: Clock, watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log too, with how much it was."""
     clock.set_by = 4.0
     after(clock, watch)
     assert watch.happened == {}
     clock.set_by = -3600.0
     after(clock, watch)
     assert watch.happened == {("clock", "clock"): clock.now}
+    assert [(each.getMessage(), each.__dict__["by_s"]) for each in caplog.records] == [
+        ("the machine's clock was set", -3604.0)
+    ]
 
 
 def test_refusals_are_counted_over_the_last_looks(metrics: Metrics, clock: Clock, watch: Watch) -> None:
