@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support import secrets
 from support.appliance import MODELS, Appliance, Client, Pki, make_pki
+
+# Machines are slow at times, which is no fault of what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 _GRACE_S = 30
 """How long threads may take to end after the last test."""

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.clients
 Data = resources_pb2.Data
 T = FieldType
 
-many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 # ---- values as the SDK's users have them, and the same as ours -------------------------------------------------------
 

@@ -137,7 +137,7 @@ request = st.builds(
         st.builds(Input, id=st.text(max_size=3), data=st.none() | data_of(st.lists(part, max_size=3))), max_size=4
     ),
 )
-settled = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settled = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @settled

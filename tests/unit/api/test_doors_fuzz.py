@@ -22,7 +22,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SETTINGS = settings(
     max_examples=250,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 MODELS = ("tensor", "pair", "colours", "topic", "vector", "sentence", "half", "nothing", "tester/tests/tensor", "")

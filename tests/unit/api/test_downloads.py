@@ -370,7 +370,7 @@ async def test_wider_bounds_let_in_whoever_waits() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 async def test_bounds_hold_and_nobody_is_forgotten_whoever_leaves_when(seed: int, most: int, each: int) -> None:
     chance = random.Random(seed)
     turns = Turns()

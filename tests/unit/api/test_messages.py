@@ -198,7 +198,7 @@ def test_an_argument_that_is_no_array_is_named() -> None:
     shape=st.lists(st.one_of(st.integers(0, 4), st.integers(0, 2**32 - 1)), max_size=34),
     buffer=st.binary(max_size=64),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_array_is_read_or_refused(dtype: str, shape: list[int], buffer: bytes) -> None:
     """Never anything else, whatever somebody writes into the message."""
     try:

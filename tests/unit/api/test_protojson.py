@@ -94,7 +94,7 @@ def messages(draw: st.DrawFn) -> Any:
     return message
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(messages())
 def test_what_is_written_is_read_as_the_same_message(message: Any) -> None:
     """By us, and by protobuf's own code; and we read what that writes, in either case of names."""
@@ -125,7 +125,7 @@ ANY_JSON = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.dictionaries(NAMES, ANY_JSON, max_size=4))
 def test_any_json_is_a_message_or_the_callers_fault(content: Any) -> None:
     """No other error comes through, whatever stands where."""
@@ -137,7 +137,7 @@ def test_any_json_is_a_message_or_the_callers_fault(content: Any) -> None:
     Request.FromString(message.SerializeToString())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=40) | st.text(alphabet='{}[]",:0eE+-.\\unltrfas ', max_size=40).map(str.encode))
 def test_any_bytes_are_json_or_the_callers_fault(body: bytes) -> None:
     with contextlib.suppress(RequestError):

@@ -648,7 +648,7 @@ async def test_whatever_comes_is_a_question_or_a_request_error(many: World) -> N
     """Nothing else is ever raised, and each input has its question."""
     servable = _servable(many)
 
-    @settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=300, suppress_health_check=list(HealthCheck))
     @given(st.lists(INPUTS, min_size=1, max_size=2), st.sampled_from(Rpc), PARAMS)
     def check(inputs: Any, rpc: Rpc, params: Any) -> None:
         budget = MemoryBudget(10**6)
@@ -666,7 +666,7 @@ async def test_whatever_bytes_come_as_data_are_understood_or_refused(many: World
     """Bytes that are a message by accident too."""
     servable = _servable(many)
 
-    @settings(deadline=None, max_examples=300)
+    @settings(max_examples=300)
     @given(st.binary(max_size=200))
     def check(body: bytes) -> None:
         with contextlib.suppress(DecodeError, RequestError):

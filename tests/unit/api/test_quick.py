@@ -346,7 +346,6 @@ def told(ended: bytes | RpcAbort) -> Any:
 @given(body=infer_bodies())
 @settings(
     max_examples=300,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 async def test_whichever_way_a_call_goes_it_is_told_the_same(two: tuple[Client, Client], body: bytes) -> None:

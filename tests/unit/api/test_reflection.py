@@ -61,7 +61,7 @@ async def test_each_question_is_answered_by_itself() -> None:
 
 
 @given(st.binary(max_size=40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_bytes_are_answered_or_refused(body: bytes) -> None:
     """Never anything else."""
     with contextlib.suppress(RpcAbort):

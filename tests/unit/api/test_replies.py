@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from clarifai_grpc.grpc.api.resources_pb2 import Data, Image, Input, Text
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 from support import reference_replies
@@ -96,7 +96,6 @@ def scores(draw: st.DrawFn, known: int) -> ConceptScores:
     return ConceptScores(np.array(indices, np.int64), np.array([draw(floats) for _ in indices], np.float32))
 
 
-@settings(deadline=None)
 @given(data=st.data(), known=concepts, pythonic=st.booleans(), note=st.sampled_from(["", "a note"]), gone=st.booleans())
 def test_any_reply_is_the_message_it_would_be(
     data: st.DataObject, known: list[Concept], pythonic: bool, note: str, gone: bool
@@ -121,7 +120,6 @@ def test_any_reply_is_the_message_it_would_be(
     same(found, wanted, asked)
 
 
-@settings(deadline=None)
 @given(data=st.data(), known=concepts, pythonic=st.booleans())
 def test_many_concepts_are_written_as_few_are(data: st.DataObject, known: list[Concept], pythonic: bool) -> None:
     """From so many on that all their values are written at once; some answers have none, some inputs failed."""

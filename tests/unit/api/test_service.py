@@ -789,7 +789,6 @@ def broken_requests(draw: Any) -> tuple[str, bytes]:
 @given(request=broken_requests())
 @settings(
     max_examples=1200,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 async def test_any_bytes_are_answered_or_refused(world: World, fuzzed: Client, request: tuple[str, bytes]) -> None:
@@ -809,7 +808,7 @@ async def test_any_bytes_are_answered_or_refused(world: World, fuzzed: Client, r
 @given(
     wanted_code=st.one_of(st.text(max_size=12), st.sampled_from(["10000", "SUCCESS", "0", "²", "९", "1" * 5000, "-1"]))
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_status_code_is_answered(world: World, fuzzed: Client, wanted_code: str) -> None:
     """Digits of other scripts, too."""
     try:
@@ -822,7 +821,7 @@ async def test_any_status_code_is_answered(world: World, fuzzed: Client, wanted_
 
 
 @given(data=st.binary(max_size=200))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_bytes_as_a_picture_are_that_inputs_own_fault(world: World, fuzzed: Client, data: bytes) -> None:
     """With the beginnings of every format before them; the neighbour is answered."""
     starts = [b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"RIFF\x20\0\0\0WEBPVP8 "]

@@ -686,7 +686,7 @@ def any_workflow(draw: Any) -> list[dict[str, Any]]:
 
 
 @given(nodes=any_workflow(), inputs=st.lists(st.sampled_from(ANY_INPUT), min_size=1, max_size=5))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_graph_answers_every_input_at_every_node(
     serving: Make, nodes: list[dict[str, Any]], inputs: list[Any]
 ) -> None:
@@ -714,7 +714,7 @@ async def test_any_graph_answers_every_input_at_every_node(
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_bytes_are_answered_or_refused(serving: Make, data: st.DataObject) -> None:
     """A request some of whose bytes were changed, cut out or put in; nothing is left behind."""
     client = await serving({"flow": [node("a", "vector"), node("b", "tensor", "a"), node("c", "colours")]})

@@ -219,9 +219,7 @@ class TestTampering:
         assert "older than what is kept" in found.notes[0]
 
     @given(data=st.data())
-    @settings(
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors], deadline=None
-    )
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors])
     def test_any_byte_that_was_changed_or_end_that_was_cut_is_found(self, written: Path, data: st.DataObject) -> None:
         path = data.draw(st.sampled_from(list(audit.files_in(written).values())))
         content = path.read_bytes()
@@ -241,7 +239,7 @@ class TestTampering:
 
 class TestInterrupted:
     @given(cut=st.integers(1, 10_000), data=st.data())
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_a_process_that_ended_in_the_middle_of_a_write_leaves_no_fault(
         self, tmp_path_factory: pytest.TempPathFactory, cut: int, data: st.DataObject
     ) -> None:

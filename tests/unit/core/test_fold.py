@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from support.counting import Child, Step, count
@@ -54,7 +54,6 @@ NAMES = st.sampled_from(["", "a", 'b"\n', "ü"])
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), everything(NAMES), st.booleans()), max_size=30))
-@settings(deadline=None)
 def test_the_fold_of_many_is_one_that_did_everything(steps: list[tuple[int, Step, bool]]) -> None:
     """Whoever counted it: the supervisor (0) or a child, living, dead, or come again under its name."""
     own, one = Metrics(), Metrics()

@@ -1076,7 +1076,7 @@ _event = st.one_of(
     spread=st.booleans(),
     end=st.sampled_from(["wait", "close", "crash"]),
 )
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 def test_every_accepted_submission_ends_exactly_once(
     events: Any, max_rows: int, mode: str, parallel: int, spread: bool, end: str
 ) -> None:

@@ -505,7 +505,7 @@ class _Nobody:
 
 
 @given(st.lists(PARTS, max_size=8))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 async def test_whatever_a_host_says_is_a_body_a_redirect_or_a_failure(parts: list[bytes]) -> None:
     """No other error comes of it, and it always ends."""
     reader: Any = asyncio.StreamReader()

@@ -457,7 +457,7 @@ SEEDS = list(pictures.samples().values())
     st.integers(0, 10_000),
     st.binary(max_size=12),
 )
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow])
 def test_mutated_files_decode_or_are_the_callers_fault(
     seed: bytes, changes: list[tuple[int, int]], cut: int, inserted: bytes
 ) -> None:
@@ -492,7 +492,7 @@ def test_mutated_files_decode_or_are_the_callers_fault(
         [b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"MM\0*", b"BM", b"RIFF\x10\0\0\0WEBP", b""]
     ),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_made_up_files_are_the_callers_fault(tail: bytes, start: bytes) -> None:
     try:
         read_header(start + tail, MAX_BYTES, 1_000_000)

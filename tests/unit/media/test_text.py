@@ -125,7 +125,7 @@ def test_a_length_that_leaves_no_room_beside_special_tokens_is_the_bundles_fault
 
 
 @given(st.binary(max_size=6), st.integers(0, 10_000))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_mutated_tokenizer_is_read_or_is_the_bundles_fault(
     tmp_path_factory: pytest.TempPathFactory, new: bytes, place: int
 ) -> None:
@@ -155,7 +155,7 @@ def test_a_tokenizer_that_names_a_token_it_lacks_is_the_bundles_fault(tmp_path: 
 
 
 @given(st.text(max_size=300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_text_has_its_librarys_ids(text: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         tokenizer = TextTokenizer(saved(Path(place), graphs.make_tokenizer()), 4096)

@@ -163,7 +163,7 @@ def test_old_rows_become_coarser_and_none_is_dropped(path: Path) -> None:
         max_size=80,
     )
 )
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 def test_sums_hold_whatever_the_clock_says(tmp_path: Path, steps: list[tuple[int, str, int, str]]) -> None:
     """Any clock, any order of writing, adding up and reporting: rows sum to what was added, and so do reports."""
     path = tmp_path / f"{time.monotonic_ns()}.sqlite3"

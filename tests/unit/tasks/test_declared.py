@@ -437,7 +437,7 @@ KINDS = {
 }
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_whatever_shape_a_graph_answers_with_is_a_value_or_that_rows_error(data: st.DataObject) -> None:
     """Nothing else may come of it: a graph's free axes are its own business."""

@@ -521,7 +521,7 @@ async def test_a_client_that_leaves_cancels_its_call_at_once() -> None:
 # ---- any bytes ----
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.binary(max_size=40), max_size=6), st.sampled_from([BINARY, TEXT]), st.booleans())
 def test_whatever_comes_ends_in_a_status(pieces: list[bytes], kind: str, stream: bool) -> None:
     async def ask() -> None:
@@ -531,7 +531,7 @@ def test_whatever_comes_ends_in_a_status(pieces: list[bytes], kind: str, stream:
     asyncio.run(ask())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.binary(max_size=20), min_size=1, max_size=4), st.lists(st.integers(1, 9), max_size=20), st.booleans()
 )

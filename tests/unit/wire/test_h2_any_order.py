@@ -146,7 +146,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(steps=STEPS, cuts=st.integers(1, 5_000))
 def test_nothing_fails_and_nothing_is_left(steps: list[Any], cuts: int) -> None:
     """Whatever comes from the peer, the clock or the server: no error escapes, every task ends, the budget balances."""

@@ -92,7 +92,7 @@ def test_the_same_head_is_the_same_object() -> None:
     assert (first[4], second[4]) == (1_000_000, 3_000_000)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 900), max_size=8), st.integers(0, 300), st.integers(0, 2))
 def test_however_bytes_are_cut_the_calls_are_the_same(cuts: list[int], size: int, kind: int) -> None:
     """The network may cut anywhere; only how the events are grouped depends on it."""

@@ -811,7 +811,7 @@ VALID = [
     request("HEAD /d HTTP/1.1", "X: y"),
 ]
 ANSWERS = {0: ["GET", "/a", ""], 1: ["POST", "/b", "hello\r\n\r\nxx"], 2: ["POST", "/c", "\r\n\r\nhi"]}
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 
 
 @FUZZ
