@@ -126,8 +126,9 @@ class _Broken(Exception):
     """The stream ended before its item was answered."""
 
 
-_ENDED = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
-"""What reading and writing raise on a stream that has ended; the second where that was known before."""
+_ENDED = (grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError)
+"""What reading, writing and closing raise on a stream that has ended; the second is the half-close on one that breaks
+just then, the third where the end was known before."""
 
 
 class Work:

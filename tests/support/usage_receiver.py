@@ -48,6 +48,7 @@ class Receiver:
     """Listens on loopback, in threads.
 
     Attributes:
+        port: the same after a second `listen`.
         posts: every request that came in one piece, in order.
         answers: what the next ones are answered with, one after the other; TAKEN when there are no more. Of several
             pieces each is sent by itself. None: the connection is reset before a byte of the answer.
@@ -62,7 +63,7 @@ class Receiver:
             self._trust.verify_mode = ssl.CERT_REQUIRED
         self.posts: list[Post] = []
         self.answers: deque[bytes | None] = deque()
-        self._port = 0
+        self.port = 0
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._listening: socket.socket | None = None
@@ -79,8 +80,8 @@ class Receiver:
 
     def listen(self) -> None:
         """Be there; a second time on the same port."""
-        self._listening = socket.create_server(("127.0.0.1", self._port), reuse_port=False)
-        self._port = self._listening.getsockname()[1]
+        self._listening = socket.create_server(("127.0.0.1", self.port), reuse_port=False)
+        self.port = self._listening.getsockname()[1]
         self._spawn(self._accept, self._listening)
 
     def hang_up(self) -> None:
@@ -94,7 +95,7 @@ class Receiver:
     @property
     def url(self) -> str:
         """Where to post."""
-        return f"https://localhost:{self._port}/v1/usage"
+        return f"https://localhost:{self.port}/v1/usage"
 
     def reports(self) -> dict[str, Any]:
         """What came, by idempotency key; every copy of one must be the same."""
@@ -147,6 +148,7 @@ class Receiver:
 
     def _handshake(self, near: socket.socket) -> ssl.SSLSocket:
         near.settimeout(10)
+        near.getpeername()  # CPython would leave a socket unclosed whose peer has reset it already
         sock = self._trust.wrap_socket(near, server_side=True)
         sock.settimeout(0.05)
         return sock

@@ -27,6 +27,9 @@ _TOLD_S = 0.2
 """Seconds in which gRPC tells that a stream whose last message seemed to be read was cancelled: the reader hears of the
 end first."""
 
+_BREAKS_S = 0.05
+"""Seconds in which all streams of a connection that breaks end: what one of them had is not given to the next."""
+
 ATTEMPTS = 4
 """How often an item is handed out before its caller is told that it failed."""
 
@@ -123,6 +126,7 @@ class Item:
         outcomes: replies for the caller; None ends them.
         carriers: the streams that have it.
         answering: whose outputs the caller gets.
+        rests_until: when it may be handed out again, by the loop's clock.
     """
 
     target: Target
@@ -134,6 +138,7 @@ class Item:
     carriers: list["WorkerStream"] = field(default_factory=list)
     answering: "WorkerStream | None" = None
     attempts: int = 0
+    rests_until: float = 0.0
     over: bool = False
 
     def finish(self, reply: Any = None) -> None:
@@ -305,7 +310,10 @@ class Work:
 
     def _match(self) -> None:
         """Hand out what somebody waits for."""
+        now = asyncio.get_running_loop().time()
         for item in list(self.waiting):
+            if now < item.rests_until:
+                continue
             fitting = [stream for stream in self.idle if item.target.fits(stream.runner)]
             if not fitting:
                 continue
@@ -365,7 +373,9 @@ class Work:
         if item.answering is None and item.attempts < ATTEMPTS:
             self.counts["handed out again"] += 1
             self.waiting.appendleft(item)
-            self._match()
+            loop = asyncio.get_running_loop()
+            item.rests_until = loop.time() + _BREAKS_S
+            loop.call_at(item.rests_until, self._match)
         else:
             self.counts["failed"] += 1
             item.finish(_failure("MODEL_PREDICTION_FAILED", "The runner left before the answer was complete."))
