@@ -123,6 +123,14 @@ drill: $(VENV)/built ## Seven faults, each seen in metric, alert, log and page, 
 	@$(MAKE) --no-print-directory system APT="gcc prometheus"
 	$(BIN)/python -m pytest tests/drill $(ARGS)
 
+FLEET_APT := haproxy iproute2 util-linux
+.PHONY: fleet
+fleet: $(VENV)/built $(if $(findstring haproxy,$(FLEET_PARTS)),,$(CLIENTS)/envoy/ready) ## Three appliances behind balancers, a day of a flapping link; as root; UPDATE_DOCS=1 writes docs/fleet.md.
+	@$(MAKE) --no-print-directory system APT="$(FLEET_APT)"
+	@mkdir -p build
+	@FLAPPING_HOURS=$${FLAPPING_HOURS-24} $(BIN)/python -m pytest tests/fleet $(if $(FLEET_PARTS),,tests/orchestrator/test_flapping.py) $(ARGS); \
+	  code=$$?; echo $$code > build/fleet-exit-code; exit $$code
+
 format: $(VENV)/ready ## Put the code into shape.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -181,7 +189,7 @@ lock: $(VENV)/ready $(CLIENTS)/uv/ready ## Pin and hash every requirement anew.
 	$(COMPILE) --extra cpu --extra traces -o requirements/run-cpu.txt pyproject.toml
 	$(COMPILE) --extra gpu --extra traces -o requirements/run-gpu.txt pyproject.toml
 	$(COMPILE) --extra cpu --extra traces --extra dev -o requirements/dev.txt pyproject.toml
-	for name in $(ENVIRONMENTS) grafana draw systemd uv bench-pyspy $(PEERS:%=bench-%); do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
+	for name in $(ENVIRONMENTS) envoy grafana draw systemd uv bench-pyspy $(PEERS:%=bench-%); do $(COMPILE) -o requirements/$$name.txt requirements/$$name.in || exit 1; done
 	$(COMPILE_SHIPPED) --extra cpu --extra systemd --extra traces $(NOT_SHIPPED:%=--no-emit-package %) \
 	  -c requirements/run-cpu.txt -c requirements/systemd.txt -o requirements/package.txt pyproject.toml
 	$(COMPILE_SHIPPED) -c requirements/package.txt -o requirements/package-build.txt requirements/package-build.in

@@ -88,10 +88,10 @@ class Pki:
         return pair[0].read_bytes(), pair[1].read_bytes()
 
 
-def make_pki(folder: Path, clients: tuple[str, ...] = ()) -> Pki:
-    """A root, a server certificate for localhost, and clients with the identity `uri:spiffe://test/<name>`."""
+def make_pki(folder: Path, clients: tuple[str, ...] = (), names: tuple[str, ...] = ("localhost", "127.0.0.1")) -> Pki:
+    """A root, a server certificate for these names, and clients with the identity `uri:spiffe://test/<name>`."""
     run("certs", "init", "--dir", folder)
-    run("certs", "issue", "server", "--dir", folder, "--san", "localhost", "--san", "127.0.0.1")
+    run("certs", "issue", "server", "--dir", folder, *(part for name in names for part in ("--san", name)))
     for name in clients:
         run("certs", "issue", "client", name, "--dir", folder, "--san", f"uri:spiffe://test/{name}")
     return Pki(folder)
