@@ -126,7 +126,7 @@ class Item:
         outcomes: replies for the caller; None ends them.
         carriers: the streams that have it.
         answering: whose outputs the caller gets.
-        rests_until: when it may be handed out again, by the loop's clock.
+        rests: it came back just now, and is not handed out yet.
     """
 
     target: Target
@@ -138,7 +138,7 @@ class Item:
     carriers: list["WorkerStream"] = field(default_factory=list)
     answering: "WorkerStream | None" = None
     attempts: int = 0
-    rests_until: float = 0.0
+    rests: bool = False
     over: bool = False
 
     def finish(self, reply: Any = None) -> None:
@@ -310,12 +310,9 @@ class Work:
 
     def _match(self) -> None:
         """Hand out what somebody waits for."""
-        now = asyncio.get_running_loop().time()
         for item in list(self.waiting):
-            if now < item.rests_until:
-                continue
             fitting = [stream for stream in self.idle if item.target.fits(stream.runner)]
-            if not fitting:
+            if item.rests or not fitting:
                 continue
             self.waiting.remove(item)
             item.attempts += 1
@@ -373,12 +370,15 @@ class Work:
         if item.answering is None and item.attempts < ATTEMPTS:
             self.counts["handed out again"] += 1
             self.waiting.appendleft(item)
-            loop = asyncio.get_running_loop()
-            item.rests_until = loop.time() + _BREAKS_S
-            loop.call_at(item.rests_until, self._match)
+            item.rests = True
+            asyncio.get_running_loop().call_later(_BREAKS_S, self._rested, item)
         else:
             self.counts["failed"] += 1
             item.finish(_failure("MODEL_PREDICTION_FAILED", "The runner left before the answer was complete."))
+
+    def _rested(self, item: Item) -> None:
+        item.rests = False
+        self._match()
 
     def state(self) -> dict[str, Any]:
         """What there is, for tests."""
