@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.command import Command
+from support.folders import let_others_in
 
 from appliance.cli import doctor as doctors
 from appliance.cli import rights, units
@@ -125,9 +126,7 @@ def obstacles(command: Command, who: Who) -> list[str]:
 def service(ready: Command) -> Who:
     """A user that is not ours, whose group may read everything, as in /etc."""
     who = Who("service", 54321, frozenset({54322}))
-    for folder in (ready.folder, *ready.folder.parents):
-        if folder.stat().st_uid == os.geteuid() and folder.is_relative_to(Path(ready.folder).parents[2]):
-            folder.chmod(folder.stat().st_mode | 0o011)
+    let_others_in(ready.folder.parent)
     if os.geteuid() != 0:
         pytest.skip("only root may give files away")
     for path in (ready.folder, *ready.folder.rglob("*")):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.folders import let_others_in
 
 from appliance.core.errors import CertificateError
 from appliance.pki import files
@@ -28,8 +29,7 @@ def nobody(tmp_path: Path) -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    for parent in [tmp_path, *list(tmp_path.parents)[:2]]:
-        parent.chmod(0o755)
+    let_others_in(tmp_path)
     os.setegid(NOBODY)
     os.seteuid(NOBODY)
     yield
