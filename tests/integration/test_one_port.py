@@ -245,7 +245,7 @@ class TestDrain:
     @pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket:ResourceWarning")
     def test_keep_alive_clients_of_http1_lose_nothing(self, make_appliance: Make, pki: Pki) -> None:
         """Each answer is complete; the last one on a connection says so, and none is cut off by the stop."""
-        made = make_appliance("ml-topics", shutdown={"lame_duck_s": 0.5, "drain_s": 30})
+        made = make_appliance("ml-topics", shutdown={"lame_duck_s": 3, "drain_s": 30})
         made.start()
         url = f"https://localhost:{made.port()}/livez"
         context = ssl.create_default_context(cafile=str(pki.ca))

@@ -150,7 +150,7 @@ def deployment_of(model: str) -> str:
 def test_it_registers_works_and_says_how_it_is(centre: RunningCentre, appliance: Appliance) -> None:
     assert digits(centre, count=3) == RIGHT[:3]
     appliance.wait(lambda: state_of(appliance)["connected"], "it says that it is connected")
-    assert appliance.metric("inference_appliance_orchestrator_connected") == 1
+    appliance.wait(lambda: appliance.metric("inference_appliance_orchestrator_connected") == 1)
     appliance.wait(lambda: items(appliance, "answered") == 1, "the item is counted")
     assert appliance.metric('inference_appliance_inputs_total{code="10000",model="digits",version="1"}') == 3
     nodepool = service_pb2.GetNodepoolRequest(
