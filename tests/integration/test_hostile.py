@@ -1,8 +1,8 @@
 """Peers that mean harm. Whatever they send, or do not: the server lives, its memory is bounded and comes back, and an
 honest client is served all the while.
 
-No time is asserted. With `HOSTILE_REPORT=file`, and not spread over workers (`-n 0`), it writes what each attack cost as
-a table; see docs/wire-attacks.md.
+No time is asserted. With `HOSTILE_REPORT=file`, and not spread over workers (`-n 0`), it writes what each attack cost
+as a table; see docs/wire-attacks.md.
 """
 
 import contextlib
