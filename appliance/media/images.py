@@ -117,6 +117,8 @@ def decode_image(source: bytes | memoryview | ImageHeader, recipe: ImageRecipe) 
     image: Image.Image = source.opened if isinstance(source, ImageHeader) else _open(source)
     try:
         image.load()
+        if image.mode == "P" and image.palette is None:
+            raise ValueError("it has no palette where one belongs")
         if image.info or image.format not in _TELL_ALL_IN_INFO:
             image = ImageOps.exif_transpose(image)
         image = _eight_bit(image, "L" if recipe.color == "grey" else "RGB")

@@ -8,6 +8,7 @@ import resource
 import struct
 import time
 import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -340,6 +341,23 @@ def test_a_large_file_in_a_request_is_not_copied() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_picture_whose_palette_comes_after_its_pixels_is_broken(transparent: bool) -> None:
+    """Found by fuzzing. PNG wants PLTE before IDAT, and Pillow looks for it there."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 8, 3, 0, 0, 0)),
+        *([(b"tRNS", b"\0")] if transparent else []),
+        (b"IDAT", zlib.compress(b"\0\0\1")),
+        (b"PLTE", bytes(6)),
+        (b"IEND", b""),
+    ]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+    with pytest.raises(UnsupportedFormat, match="broken: it has no palette"):
+        decoded(data)
 
 
 def test_the_sentence_about_a_broken_file_does_not_show_our_buffers() -> None:
