@@ -203,9 +203,10 @@ def _scaled(values: NDArray[np.generic], full: float | None) -> NDArray[np.uint8
     result = np.empty(values.shape, np.uint8)
     if full is None:
         full = max([1.0, *(float(row[np.isfinite(row)].max(initial=1.0)) for row in values)])
-    for row, target in zip(values, result, strict=True):
-        wide = np.nan_to_num(row.astype(np.float64), posinf=full, neginf=0.0)
-        target[:] = np.clip(wide * (255.0 / full), 0, 255).round()
+    with np.errstate(invalid="ignore"):  # a NaN that signals is one all the same
+        for row, target in zip(values, result, strict=True):
+            wide = np.nan_to_num(row.astype(np.float64), posinf=full, neginf=0.0)
+            target[:] = np.clip(wide * (255.0 / full), 0, 255).round()
     return result
 
 

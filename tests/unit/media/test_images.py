@@ -137,10 +137,14 @@ def test_floating_point_pictures_in_the_unit_range_are_not_black() -> None:
     assert decoded(pictures.encoded(Image.fromarray(values), "TIFF"), color="grey").max() == 255
 
 
-@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, -1e30])
-def test_a_floating_point_picture_with_odd_values_is_still_a_picture(odd: float) -> None:
+_SIGNALS = np.uint32(0x7FA00000).view(np.float32)
+"""A NaN that signals, which arithmetic tells of."""
+
+
+@pytest.mark.parametrize("odd", [np.nan, _SIGNALS, np.inf, -np.inf, -1e30])
+def test_a_floating_point_picture_with_odd_values_is_still_a_picture(odd: np.floating) -> None:
     values = np.full((H, W), 0.5, np.float32)
-    values[0, 0] = odd
+    values.view(np.uint32)[0, 0] = np.float32(odd).view(np.uint32)
     pixels = decoded(pictures.encoded(Image.fromarray(values), "TIFF"), color="grey")[:, :, 0]
     assert pixels[0, 0] in (0, 255)
     assert len(np.unique(pixels[1:])) == 1
