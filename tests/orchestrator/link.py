@@ -125,7 +125,7 @@ class Link:
             self._pipes.remove(pipe)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while piece := await reader.read(_PIECE):
                 if self._delay_s:
                     await asyncio.sleep(self._delay_s)
@@ -136,6 +136,9 @@ class Link:
                 await writer.drain()
             if writer.can_write_eof():
                 writer.write_eof()
+        except OSError:  # one end was reset, as by the kill of a process; the other must not be left half-open
+            await self._flowing.wait()
+            writer.transport.abort()
 
     async def _cut(self) -> None:
         pipes, self._pipes = self._pipes, []
