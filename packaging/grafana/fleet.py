@@ -14,7 +14,7 @@ from panels import (
     quantile,
     query,
     rate,
-    row,
+    section,
     sheet,
     table,
     total,
@@ -33,8 +33,9 @@ def build() -> dashboard.Dashboard:
 
 def orchestrator(made: dashboard.Dashboard) -> None:
     """The agent's side of it. Only of appliances with `orchestrator.api_base`."""
-    made.with_row(row("Orchestrator (of appliances that it knows)"))
-    for panel in (
+    section(
+        made,
+        "Orchestrator (of appliances that it knows)",
         number(
             "Not connected",
             "Appliances whose orchestrator does not answer, or where what is registered is not right yet.",
@@ -86,14 +87,14 @@ def orchestrator(made: dashboard.Dashboard) -> None:
             stacked=True,
             leads=["model"],
         ),
-    ):
-        made.with_panel(panel)
+    )
 
 
 def usage(made: dashboard.Dashboard) -> None:
     """What callers used: written down by each appliance, and reported where there is an `orchestrator.usage_url`."""
-    made.with_row(row("Usage"))
-    for panel in (
+    section(
+        made,
+        "Usage",
         lines(
             "Usage written",
             "To the disk, times a second; failed: it waits in memory.",
@@ -118,15 +119,15 @@ def usage(made: dashboard.Dashboard) -> None:
             query(of("usage_unreported_records"), "{{instance}}"),
             height=6,
         ),
-    ):
-        made.with_panel(panel)
+    )
 
 
 def alike(made: dashboard.Dashboard) -> None:
     """What should be the same on all."""
-    made.with_row(row("Are they alike?"))
     contents = f"count by (model, version, sha256) ({of('model_info')})"
-    for panel in (
+    section(
+        made,
+        "Are they alike?",
         number(
             "How many", "Appliances that were seen in the time shown.", "short", f"count({of('build_info')})", span=4
         ),
@@ -171,9 +172,6 @@ def alike(made: dashboard.Dashboard) -> None:
             decimals=0,
             runbook="reload-failed",
         ),
-    ):
-        made.with_panel(panel)
-    made.with_panel(
         table(
             "Appliances",
             "Releases of the appliance, of onnxruntime, and of the metrics as an interface.",
@@ -187,9 +185,7 @@ def alike(made: dashboard.Dashboard) -> None:
             labels=["instance", "version", "onnxruntime", "metrics"],
             span=12,
             leads=["instance"],
-        )
-    )
-    made.with_panel(
+        ),
         table(
             "Models",
             "On how many appliances each content of a version is ready.",
@@ -197,15 +193,16 @@ def alike(made: dashboard.Dashboard) -> None:
             labels=["model", "version", "sha256"],
             span=12,
             leads=["model"],
-        )
+        ),
     )
 
 
 def work(made: dashboard.Dashboard) -> None:
     """Who does how much."""
-    made.with_row(row("Do they share the work?"))
     inputs = total("instance", rate("inputs_total"))
-    made.with_panel(
+    section(
+        made,
+        "Do they share the work?",
         lines(
             "Part of the inputs",
             "Of all that the fleet answers, by appliance.",
@@ -213,9 +210,7 @@ def work(made: dashboard.Dashboard) -> None:
             query(f"{inputs} / on () group_left () ({total('', rate('inputs_total'))} > 0)", "{{instance}}"),
             stacked=True,
             leads=["instance"],
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Rows waiting",
             "By appliance: work for one that another could do.",
@@ -223,9 +218,7 @@ def work(made: dashboard.Dashboard) -> None:
             query(total("instance", of("queue_rows")), "{{instance}}"),
             runbook="rejects",
             leads=["instance"],
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "99 % of the calls within",
             "By appliance. One that is slower than its like has less of a machine, or a neighbour on it.",
@@ -233,14 +226,15 @@ def work(made: dashboard.Dashboard) -> None:
             query(quantile(0.99, "instance", "request_seconds"), "{{instance}}"),
             runbook="slow",
             leads=["instance"],
-        )
+        ),
     )
 
 
 def principals(made: dashboard.Dashboard) -> None:
     """Who asks. Only with `metrics.principals`."""
-    made.with_row(row("Who calls? (needs metrics.principals)"))
-    made.with_panel(
+    section(
+        made,
+        "Who calls? (needs metrics.principals)",
         lines(
             "Calls by principal",
             "A second; those that are not counted by themselves are `other`.",
@@ -248,9 +242,7 @@ def principals(made: dashboard.Dashboard) -> None:
             query(total("principal", rate("principal_requests_total")), "{{principal}}"),
             span=12,
             stacked=True,
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Inputs by principal",
             "Answered, a second.",
@@ -258,5 +250,5 @@ def principals(made: dashboard.Dashboard) -> None:
             query(total("principal", rate("principal_inputs_total")), "{{principal}}"),
             span=12,
             stacked=True,
-        )
+        ),
     )

@@ -12,7 +12,7 @@ from panels import (
     of,
     query,
     rate,
-    row,
+    section,
     share,
     sheet,
     steps,
@@ -31,43 +31,37 @@ def build() -> dashboard.Dashboard:
         "What the sensors of the GPUs say, and which models have their memory. uuid joins them with DCGM's exporter.",
         chosen("device", "gpu_memory_total_bytes", 'instance=~"$instance"', label="GPU").all_value(".+"),
     )
-    made.with_row(row("Sensors"))
-    for course, now in (
-        (
-            lines(
-                "Temperature",
-                "Above some 85 °C most GPUs lower their clock.",
-                "celsius",
-                query(of("gpu_temperature_celsius", *GPU), NAME),
-                span=18,
-                runbook="gpu-fault",
-            ),
-            number(
-                "Mean temperature",
-                "Of all that are chosen.",
-                "celsius",
-                f"avg({of('gpu_temperature_celsius', *GPU)})",
-                colours=steps(("green", None), ("orange", 75), ("red", 85)),
-                span=6,
-                height=8,
-                runbook="gpu-fault",
-            ),
+    used, whole = of("gpu_memory_used_bytes", *GPU), of("gpu_memory_total_bytes", *GPU)
+    section(
+        made,
+        "Sensors",
+        lines(
+            "Temperature",
+            "Above some 85 °C most GPUs lower their clock.",
+            "celsius",
+            query(of("gpu_temperature_celsius", *GPU), NAME),
+            span=18,
+            runbook="gpu-fault",
         ),
-        (
-            lines("Power", "What each draws.", "watt", query(of("gpu_power_watts", *GPU), NAME), span=18),
-            number(
-                "Total power",
-                "Of all that are chosen.",
-                "watt",
-                total("", of("gpu_power_watts", *GPU)),
-                span=6,
-                height=8,
-            ),
+        number(
+            "Mean temperature",
+            "Of all that are chosen.",
+            "celsius",
+            f"avg({of('gpu_temperature_celsius', *GPU)})",
+            colours=steps(("green", None), ("orange", 75), ("red", 85)),
+            span=6,
+            height=8,
+            runbook="gpu-fault",
         ),
-    ):
-        made.with_panel(course)
-        made.with_panel(now)
-    made.with_panel(
+        lines("Power", "What each draws.", "watt", query(of("gpu_power_watts", *GPU), NAME), span=18),
+        number(
+            "Total power",
+            "Of all that are chosen.",
+            "watt",
+            total("", of("gpu_power_watts", *GPU)),
+            span=6,
+            height=8,
+        ),
         lines(
             "SM clock",
             "Of the processors. Falls without load; under load a fall means heat, or a power limit.",
@@ -75,20 +69,18 @@ def build() -> dashboard.Dashboard:
             query(of("gpu_sm_clock_hertz", *GPU), NAME),
             span=12,
             runbook="gpu-fault",
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Utilisation",
             "Part of the time in which something ran on it.",
             "percentunit",
             query(of("gpu_utilization_ratio", *GPU), NAME),
             span=12,
-        )
+        ),
     )
-    made.with_row(row("Memory"))
-    used, whole = of("gpu_memory_used_bytes", *GPU), of("gpu_memory_total_bytes", *GPU)
-    made.with_panel(
+    section(
+        made,
+        "Memory",
         lines(
             "Memory in use",
             "By anybody on the machine. Above 92 % an alert comes.",
@@ -96,10 +88,8 @@ def build() -> dashboard.Dashboard:
             query(share(used, whole), NAME),
             span=9,
             runbook="gpu-memory",
-        )
-    )
-    made.with_panel(lines("Memory in use, bytes", "By anybody on the machine.", "bytes", query(used, NAME), span=9))
-    made.with_panel(
+        ),
+        lines("Memory in use, bytes", "By anybody on the machine.", "bytes", query(used, NAME), span=9),
         number(
             "Fullest",
             "The GPU with the least room.",
@@ -109,9 +99,7 @@ def build() -> dashboard.Dashboard:
             span=6,
             height=8,
             runbook="gpu-memory",
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Memory by model",
             "What a version takes, as measured at its last undisturbed load.",
@@ -121,9 +109,7 @@ def build() -> dashboard.Dashboard:
             stacked=True,
             runbook="gpu-memory",
             leads=["model"],
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Runs by model",
             "Who computes most: seconds of runs in a second, on whichever device the model runs.",
@@ -132,10 +118,11 @@ def build() -> dashboard.Dashboard:
             span=12,
             stacked=True,
             leads=["model"],
-        )
+        ),
     )
-    made.with_row(row("Faults"))
-    made.with_panel(
+    section(
+        made,
+        "Faults",
         bars(
             "Engines replaced, by reason",
             "In the time shown. device: its GPU was lost to it; canary: a small run failed or took far too long.",
@@ -148,6 +135,6 @@ def build() -> dashboard.Dashboard:
             colours=GOOD_AT_NOUGHT,
             span=24,
             runbook="gpu-fault",
-        )
+        ),
     )
     return made

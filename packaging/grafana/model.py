@@ -20,7 +20,7 @@ from panels import (
     quantile,
     query,
     rate,
-    row,
+    section,
     share,
     sheet,
     states,
@@ -52,10 +52,11 @@ def build() -> dashboard.Dashboard:
 
 def glance(made: dashboard.Dashboard) -> None:
     """The numbers that others ask for."""
-    made.with_row(row("At a glance"))
     bucket = "request_seconds_bucket"
     within = [total("", rate(bucket, *MODEL, f'le="{bound}"')) for bound in (SATISFIED_S, TOLERATED_S)]
-    for panel in (
+    section(
+        made,
+        "At a glance",
         number(
             "Ready on",
             "Appliances that have a version of it ready.",
@@ -90,40 +91,34 @@ def glance(made: dashboard.Dashboard) -> None:
             runbook="slow",
         ),
         number("Waiting now", "Rows that wait for a run.", "short", total("", of("queue_rows", *MODEL))),
-    ):
-        made.with_panel(panel)
+    )
 
 
 def calls(made: dashboard.Dashboard) -> None:
     """What it is asked, and how long that takes."""
-    made.with_row(row("Calls"))
-    made.with_panel(
+    section(
+        made,
+        "Calls",
         lines(
             "Calls by code",
             "Calls that ended, by Clarifai's status code, a second; 10000 is success.",
             "reqps",
             query(total("code", rate("requests_total", *MODEL)), "{{code}}"),
             stacked=True,
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Calls by method",
             "By which RPC, or by which other protocol, a second.",
             "reqps",
             query(total("method", rate("requests_total", *MODEL)), "{{method}}"),
             stacked=True,
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Calls by appliance and version",
             "A second. During a switch the old version's line goes down as the new one's comes up.",
             "reqps",
             query(total("instance, version", rate("requests_total", *MODEL)), "{{instance}} {{version}}"),
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Time of a call",
             "From call to reply: the mean, and what 50, 75, 90 and 99 of 100 calls are within.",
@@ -138,31 +133,28 @@ def calls(made: dashboard.Dashboard) -> None:
                 for part in (0.5, 0.75, 0.9, 0.99)
             ),
             runbook="slow",
-        )
-    )
-    made.with_panel(
+        ),
         buckets(
             "Times of calls",
             "How many calls took how long: two bands are two kinds of calls, a hit of the cache and a run, say.",
             "s",
             "request_seconds",
             *MODEL,
-        )
-    )
-    made.with_panel(
+        ),
         bars(
             "Distribution of times",
             "Calls in the time shown, by the bucket that they fell into: at most so many seconds.",
             "short",
             query(total("le", grown("request_seconds_bucket", *MODEL)), "{{le}}", now=True, kind="heatmap"),
-        )
+        ),
     )
 
 
 def time(made: dashboard.Dashboard) -> None:
     """Where the time of a call goes."""
-    made.with_row(row("Where the time goes"))
-    made.with_panel(
+    section(
+        made,
+        "Where the time goes",
         lines(
             "Mean time by part, stacked",
             "Queue: rows wait for a run. Batch wait: they were taken, and the device computes others. Compute: the run "
@@ -174,9 +166,7 @@ def time(made: dashboard.Dashboard) -> None:
             height=9,
             stacked=True,
             runbook="slow",
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "99 % by part, and the whole",
             "Each part by itself: 99 of 100 are within this. The part that grows with the whole is the one to look at.",
@@ -186,58 +176,49 @@ def time(made: dashboard.Dashboard) -> None:
             span=12,
             height=9,
             runbook="slow",
-        )
+        ),
     )
 
 
 def batches(made: dashboard.Dashboard) -> None:
     """How well requests share runs."""
-    made.with_row(row("Batches"))
-    made.with_panel(
+    section(
+        made,
+        "Batches",
         buckets(
             "Rows in a run",
             "How many runs had at most so many rows. Under load the band should be high: many requests share a run.",
             "short",
             "batch_rows",
             *MODEL,
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Mean rows",
             "In one run of the model, and brought by one request.",
             "short",
             query(mean("", "batch_rows", *MODEL), "a run"),
             query(mean("", "request_rows", *MODEL), "a request"),
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Runs and rows",
             "Runs of the model, and rows that they had, a second.",
             "short",
             query(total("", rate("batch_rows_count", *MODEL)), "runs"),
             query(total("", rate("batch_rows_sum", *MODEL)), "rows"),
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Rows waiting",
             "In the queue, by appliance; engine.queue_rows bounds it.",
             "short",
             query(total("instance", of("queue_rows", *MODEL)), "{{instance}}"),
             runbook="rejects",
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Device in use",
             "Seconds of runs in a second: at 1 one run after the other fills the device.",
             "short",
             query(total("instance", rate("compute_seconds_sum", *MODEL)), "{{instance}}"),
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Answers from the cache",
             "Inputs with use_predict_cache, a second.",
@@ -245,16 +226,18 @@ def batches(made: dashboard.Dashboard) -> None:
             query(total("", rate("cache_hits_total", *MODEL)), "answered from it"),
             query(total("", rate("cache_misses_total", *MODEL)), "had to be run"),
             stacked=True,
-        )
+        ),
     )
 
 
 def life(made: dashboard.Dashboard) -> None:
     """Versions: which are where, and what became of them."""
-    made.with_row(row("Versions"))
     names = dict(enumerate(STATES.items(), start=1))
     parts = [f"{value} * " + of("model_state", *MODEL, f'state="{state}"') for value, (state, _) in names.items()]
-    made.with_panel(
+    by = "instance, model, version"
+    section(
+        made,
+        "Versions",
         states(
             "States",
             "Of each version on each appliance.",
@@ -262,10 +245,7 @@ def life(made: dashboard.Dashboard) -> None:
             names,
             span=12,
             runbook="model-not-ready",
-        )
-    )
-    by = "instance, model, version"
-    made.with_panel(
+        ),
         table(
             "Versions that are loaded",
             "The same version should have the same sha256 everywhere; the fleet's sheet counts those that differ.",
@@ -283,5 +263,5 @@ def life(made: dashboard.Dashboard) -> None:
             labels=["model", "version", "instance", "task", "providers", "sha256"],
             span=12,
             runbook="model-not-ready",
-        )
+        ),
     )

@@ -11,6 +11,7 @@ from panels import (
     STATES,
     Column,
     bars,
+    days_until,
     failed,
     grown,
     lines,
@@ -19,7 +20,7 @@ from panels import (
     quantile,
     query,
     rate,
-    row,
+    section,
     share,
     sheet,
     steps,
@@ -31,7 +32,7 @@ ALERTS = 'ALERTS{alertname=~"Appliance.+", alertstate="firing", instance=~"$inst
 REACHED = 'model!=""'
 """Calls that reached a model; others have no name there."""
 NOT_READY = 'state=~"failed|loading|settling"'
-DAYS = f"({of('certificate_expiry_timestamp_seconds')} - time()) / 86400"
+DAYS = days_until("certificate_expiry_timestamp_seconds")
 
 
 def build() -> dashboard.Dashboard:
@@ -44,26 +45,24 @@ def build() -> dashboard.Dashboard:
 
 def health(made: dashboard.Dashboard) -> None:
     """What tells at once whether somebody has to act."""
-    made.with_row(row("Is everything well?"))
-    made.with_panel(
+    by = "instance"
+    section(
+        made,
+        "Is everything well?",
         number(
             "Do not answer",
             "Appliances that Prometheus cannot scrape: machine off, service stopped, or no way through the network.",
             "short",
             'count(up{instance=~"$instance"} == 0) or vector(0)',
             colours=GOOD_AT_NOUGHT,
-        )
-    )
-    made.with_panel(
+        ),
         number(
             "Alerts",
             "Alerts of our rules that are firing for these appliances. Needs the rules of packaging/prometheus.",
             "short",
             f"count({ALERTS}) or vector(0)",
             colours=GOOD_AT_NOUGHT,
-        )
-    )
-    made.with_panel(
+        ),
         number(
             "Models not ready",
             "Versions that failed, load, or whose files still change.",
@@ -71,9 +70,7 @@ def health(made: dashboard.Dashboard) -> None:
             f"count({of('model_state', NOT_READY)} == 1) or vector(0)",
             colours=GOOD_AT_NOUGHT,
             runbook="model-not-ready",
-        )
-    )
-    made.with_panel(
+        ),
         number(
             "Lost calls",
             "Accepted calls that ended with neither a result nor a status, in the time shown. Stays 0.",
@@ -82,9 +79,7 @@ def health(made: dashboard.Dashboard) -> None:
             colours=GOOD_AT_NOUGHT,
             decimals=0,
             runbook="requests-lost",
-        )
-    )
-    made.with_panel(
+        ),
         number(
             "Processes replaced",
             "Fronts and engines that ended and were replaced, in the time shown.",
@@ -93,9 +88,7 @@ def health(made: dashboard.Dashboard) -> None:
             colours=GOOD_AT_NOUGHT,
             decimals=0,
             runbook="worker-restarts",
-        )
-    )
-    made.with_panel(
+        ),
         number(
             "Next certificate ends",
             "Days until the first certificate of any of these appliances ends.",
@@ -104,9 +97,7 @@ def health(made: dashboard.Dashboard) -> None:
             colours=DAYS_LEFT,
             decimals=1,
             runbook="certificate-expires",
-        )
-    )
-    made.with_panel(
+        ),
         number(
             "Calls failed",
             "Part of the calls that did not end with success, whoever is to blame.",
@@ -114,19 +105,14 @@ def health(made: dashboard.Dashboard) -> None:
             failed(""),
             colours=PART_FAILED,
             decimals=2,
-        )
-    )
-    made.with_panel(
+        ),
         number(
             "Calls",
             "Calls that ended, a second, on all of these appliances together.",
             "reqps",
             total("", rate("requests_total")),
             decimals=1,
-        )
-    )
-    by = "instance"
-    made.with_panel(
+        ),
         table(
             "Appliances",
             "One row for each. A click on its name shows its models.",
@@ -155,41 +141,36 @@ def health(made: dashboard.Dashboard) -> None:
             labels=["instance", "version"],
             span=16,
             leads=["instance"],
-        )
-    )
-    made.with_panel(
+        ),
         table(
             "Alerts that are firing",
             "Each has a page in the runbook, docs/runbook; its annotation `runbook` names it.",
             [Column(f"sum by (alertname, instance, severity) ({ALERTS})")],
             labels=["alertname", "instance", "severity"],
             span=8,
-        )
+        ),
     )
 
 
 def calls(made: dashboard.Dashboard) -> None:
     """What comes, what fails, and how long it takes."""
-    made.with_row(row("Calls"))
-    made.with_panel(
+    section(
+        made,
+        "Calls",
         lines(
             "Calls by appliance",
             "Calls that ended, a second. Lines far apart: the balancer does not share the load.",
             "reqps",
             query(total("instance", rate("requests_total")), "{{instance}}"),
             leads=["instance"],
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Failed calls by code",
             "Calls that did not end with success, by Clarifai's status code, a second.",
             "reqps",
             query(total("code", rate("requests_total", 'code!="10000"')), "{{code}}"),
             stacked=True,
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Refused by reason",
             "Calls that were refused before they reached a model, and inputs refused by themselves, a second. "
@@ -198,9 +179,7 @@ def calls(made: dashboard.Dashboard) -> None:
             query(f"{total('reason', rate('rejected_total'))} > 0", "{{reason}}"),
             stacked=True,
             runbook="rejects",
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Time of a call",
             "From call to reply: half of the calls, and 99 of 100, are within these.",
@@ -209,41 +188,36 @@ def calls(made: dashboard.Dashboard) -> None:
             query(quantile(0.99, "instance", "request_seconds"), "99 % {{instance}}"),
             runbook="slow",
             leads=["instance"],
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Calls being worked on",
             "By appliance. What grows without end is a queue that fills.",
             "short",
             query(total("instance", of("in_flight_requests")), "{{instance}}"),
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Memory that requests hold",
             "Part of limits.memory_in_flight; at 100 % calls are told to try again.",
             "percentunit",
             query(f"{of('memory_in_flight_bytes')} / {of('memory_in_flight_limit_bytes')}", "{{instance}}"),
             runbook="rejects",
-        )
+        ),
     )
 
 
 def models(made: dashboard.Dashboard) -> None:
     """What is served."""
-    made.with_row(row("Models"))
     hits, misses = total("instance", rate("cache_hits_total")), total("instance", rate("cache_misses_total"))
-    made.with_panel(
+    section(
+        made,
+        "Models",
         lines(
             "Calls by model",
             "The ten models that are called most, calls a second. A click on a line shows that model.",
             "reqps",
             query(f"topk(10, {total('model', rate('requests_total', REACHED))})", "{{model}}"),
             leads=["model"],
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Slowest models",
             "The ten models whose calls take longest: 99 of 100 are within this.",
@@ -251,9 +225,7 @@ def models(made: dashboard.Dashboard) -> None:
             query(f"topk(10, {quantile(0.99, 'model', 'request_seconds', REACHED)})", "{{model}}"),
             runbook="slow",
             leads=["model"],
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Versions by state",
             "Versions in all catalogs. failed and held need somebody; loading and settling pass.",
@@ -262,9 +234,7 @@ def models(made: dashboard.Dashboard) -> None:
             stacked=True,
             colours=STATES,
             runbook="model-not-ready",
-        )
-    )
-    made.with_panel(
+        ),
         bars(
             "Bundles that cannot be read",
             "By appliance. `appliance models list` says why.",
@@ -274,9 +244,7 @@ def models(made: dashboard.Dashboard) -> None:
             span=6,
             height=6,
             runbook="model-not-ready",
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Versions switched",
             "A new version took the place of a running one: how often since the start, by model.",
@@ -285,9 +253,7 @@ def models(made: dashboard.Dashboard) -> None:
             span=6,
             height=6,
             leads=["model"],
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Answers from the cache",
             "Part of the inputs with use_predict_cache that were answered from it.",
@@ -295,9 +261,7 @@ def models(made: dashboard.Dashboard) -> None:
             query(share(hits, f"({hits} + {misses})"), "{{instance}}"),
             span=6,
             height=6,
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Downloads by outcome",
             "Inputs by URL, a second.",
@@ -305,58 +269,49 @@ def models(made: dashboard.Dashboard) -> None:
             query(f"{total('outcome', rate('downloads_total'))} > 0", "{{outcome}}"),
             span=6,
             height=6,
-        )
+        ),
     )
 
 
 def machines(made: dashboard.Dashboard) -> None:
     """What it takes. More of a machine is in node_exporter's dashboard, number 1860."""
-    made.with_row(row("Machines and processes"))
-    made.with_panel(
+    section(
+        made,
+        "Machines and processes",
         lines(
             "CPU by process",
             "CPUs in use by each process of ours. The supervisor's own, or all of it in one process, is `process`.",
             "short",
             query(total("instance, process", rate("worker_cpu_seconds_total")), "{{instance}} {{process}}"),
             query(total("instance", rate("process_cpu_seconds_total")), "{{instance}} process"),
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Memory by process",
             "Resident memory; pages that several processes share count in each.",
             "bytes",
             query(total("instance, process", of("worker_resident_memory_bytes")), "{{instance}} {{process}}"),
             query(total("instance", of("process_resident_memory_bytes")), "{{instance}} process"),
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Free disk",
             "Where models and state lie. Below 10 % an alert comes.",
             "percentunit",
             query(f"{of('disk_free_bytes')} / {of('disk_size_bytes')}", "{{instance}} {{folder}}"),
             runbook="disk-full",
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Processes at work",
             "1: at work; 0: it ended, or is being replaced.",
             "short",
             query(of("worker_up"), "{{instance}} {{process}}"),
             runbook="worker-restarts",
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Memory of the cache",
             "Part of cache.size; a full one is no fault: what was asked longest ago makes room.",
             "percentunit",
             query(share(of("cache_bytes"), of("cache_limit_bytes")), "{{instance}}"),
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Traces by outcome",
             "Of calls that were traced, a second. failed: the collector did not take them; dropped: too many waited.",
@@ -364,5 +319,5 @@ def machines(made: dashboard.Dashboard) -> None:
             query(total("outcome", rate("traces_total")), "{{outcome}}"),
             stacked=True,
             colours=RESULTS,
-        )
+        ),
     )

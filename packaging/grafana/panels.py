@@ -75,6 +75,11 @@ def quantile(part: float, by: str, name: str, *matchers: str) -> str:
     return f"histogram_quantile({part:g}, {counts}) >= 0"
 
 
+def days_until(name: str) -> str:
+    """Days from now to the moment that a metric tells."""
+    return f"({of(name)} - time()) / 86400"
+
+
 def failed(by: str, *matchers: str) -> str:
     """Which part of the calls did not end with success; 0 where all did."""
     calls = total(by, rate("requests_total", *matchers))
@@ -374,6 +379,8 @@ def sheet(name: str, title: str, text: str, *variables: dashboard.QueryVariable)
     return made.with_variable(runbook.default_value("/public/inference-appliance/runbook"))
 
 
-def row(title: str) -> dashboard.Row:
-    """A heading over the panels that follow."""
-    return dashboard.Row(title)
+def section(made: dashboard.Dashboard, title: str, *panels: Any) -> None:
+    """Put panels under a heading, behind what is there."""
+    made.with_row(dashboard.Row(title))
+    for panel in panels:
+        made.with_panel(panel)

@@ -6,6 +6,7 @@ from panels import (
     FAILED,
     GOOD_AT_NOUGHT,
     bars,
+    days_until,
     grown,
     lines,
     number,
@@ -13,7 +14,7 @@ from panels import (
     quantile,
     query,
     rate,
-    row,
+    section,
     sheet,
     total,
 )
@@ -35,10 +36,11 @@ def build() -> dashboard.Dashboard:
 
 def certificates(made: dashboard.Dashboard) -> None:
     """What has to be renewed."""
-    made.with_row(row("Certificates, revocation lists, keys"))
-    left = f"({of('certificate_expiry_timestamp_seconds')} - time()) / 86400"
-    due = f"({of('crl_next_update_seconds')} - time()) / 86400"
-    made.with_panel(
+    left = days_until("certificate_expiry_timestamp_seconds")
+    due = days_until("crl_next_update_seconds")
+    section(
+        made,
+        "Certificates, revocation lists, keys",
         bars(
             "Certificates end in",
             "By appliance and role: server, those of other names (sni:…), and the clients' authority that ends first.",
@@ -47,9 +49,7 @@ def certificates(made: dashboard.Dashboard) -> None:
             colours=DAYS_LEFT,
             span=9,
             runbook="certificate-expires",
-        )
-    )
-    made.with_panel(
+        ),
         bars(
             "Revocation lists are due in",
             "By issuer. With crl_policy = strict nobody is let in past that moment.",
@@ -58,9 +58,7 @@ def certificates(made: dashboard.Dashboard) -> None:
             colours=DAYS_LEFT,
             span=9,
             runbook="revocation-list-due",
-        )
-    )
-    made.with_panel(
+        ),
         number(
             "Failed reloads",
             "Changed certificate files that were not taken over, in the time shown; those before are in force.",
@@ -70,12 +68,8 @@ def certificates(made: dashboard.Dashboard) -> None:
             height=8,
             decimals=0,
             runbook="reload-failed",
-        )
-    )
-    made.with_panel(
-        number("Keys", "That are valid now, by the appliance that has most.", "short", f"max({of('keys')})", height=8)
-    )
-    made.with_panel(
+        ),
+        number("Keys", "That are valid now, by the appliance that has most.", "short", f"max({of('keys')})", height=8),
         lines(
             "Days left of certificates",
             "By appliance and role: a jump up is a renewal.",
@@ -84,9 +78,7 @@ def certificates(made: dashboard.Dashboard) -> None:
             span=12,
             height=6,
             runbook="certificate-expires",
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Reloads",
             "Of certificate files, and of the configuration: how often in five minutes.",
@@ -96,31 +88,28 @@ def certificates(made: dashboard.Dashboard) -> None:
             span=12,
             height=6,
             runbook="reload-failed",
-        )
+        ),
     )
 
 
 def refusals(made: dashboard.Dashboard) -> None:
     """Calls that were refused."""
-    made.with_row(row("Refused calls"))
-    made.with_panel(
+    section(
+        made,
+        "Refused calls",
         lines(
             "Credentials and rights, by code",
             "11102: none; 11008: a key that is not known; 11007: not permitted; 11005: too fast. A second.",
             "reqps",
             query(total("code", rate("requests_total", CREDENTIALS)), "{{code}}"),
             stacked=True,
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Credentials refused, by appliance",
             "A second. One that is asked much with wrong keys is being tried out, or has a client with an old key.",
             "reqps",
             query(total("instance", rate("rejected_total", 'reason="auth"')), "{{instance}}"),
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Bad requests and URLs",
             "ssrf: a URL that must not be fetched; malformed, too_large, batch_limit, decode: what is sent is wrong. "
@@ -131,14 +120,15 @@ def refusals(made: dashboard.Dashboard) -> None:
                 "{{reason}}",
             ),
             stacked=True,
-        )
+        ),
     )
 
 
 def audit(made: dashboard.Dashboard) -> None:
     """Whether what happens is written down."""
-    made.with_row(row("Audit log"))
-    for panel in (
+    section(
+        made,
+        "Audit log",
         number(
             "Cannot be written",
             "Appliances whose audit log cannot be written now.",
@@ -168,32 +158,28 @@ def audit(made: dashboard.Dashboard) -> None:
             span=12,
             height=6,
         ),
-    ):
-        made.with_panel(panel)
+    )
 
 
 def connections(made: dashboard.Dashboard) -> None:
     """Who connects, and who gets no further."""
-    made.with_row(row("Connections"))
-    made.with_panel(
+    section(
+        made,
+        "Connections",
         lines(
             "Open connections",
             "By appliance; connections.max bounds them.",
             "short",
             query(total("instance", of("connections")), "{{instance}}"),
             span=6,
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "New connections",
             "Established, a second. Many of them cost more than the calls: let clients keep theirs.",
             "short",
             query(total("instance", rate("connections_accepted_total")), "{{instance}}"),
             span=6,
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "Refused connections",
             "Closed before they were established, by reason, a second.",
@@ -201,9 +187,7 @@ def connections(made: dashboard.Dashboard) -> None:
             query(total("reason", rate("connections_refused_total")), "{{reason}}"),
             span=6,
             stacked=True,
-        )
-    )
-    made.with_panel(
+        ),
         lines(
             "TLS handshake",
             "From accept to its end: half of them, and 99 of 100, are within these.",
@@ -211,5 +195,5 @@ def connections(made: dashboard.Dashboard) -> None:
             query(quantile(0.5, "", "handshake_seconds"), "50 %"),
             query(quantile(0.99, "", "handshake_seconds"), "99 %"),
             span=6,
-        )
+        ),
     )
