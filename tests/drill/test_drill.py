@@ -18,13 +18,13 @@ import pytest
 from drill.faults import FAULTS, Fault, patience_s
 from drill.scene import SCRAPE_S, Scene, opened
 from support.appliance import ROOT
+from support.documents import table, with_part
 from support.prometheus import needs_prometheus
 
 pytestmark = needs_prometheus
 
 PAGE = ROOT / "docs" / "drill.md"
 TABLES = ROOT / "build" / "drill.md"
-BEGIN, END = "<!-- measured by make drill: begin -->", "<!-- measured by make drill: end -->"
 
 SEEN_S = 30.0
 """Within this every fault is seen everywhere."""
@@ -146,37 +146,36 @@ def test_nothing_is_left_of_any_of_them(drill: Drill) -> None:
     TABLES.parent.mkdir(exist_ok=True)
     TABLES.write_text(_tables(drill), encoding="utf-8")
     if os.environ.get("UPDATE_DOCS") == "1":
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{_tables(drill)}{rest[rest.index(END) :]}", encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(with_part(page, "measured by make drill", f"\n{_tables(drill)}"), encoding="utf-8")
 
 
 def _tables(drill: Drill) -> str:
     """Where each fault was seen and after how long; and when it was gone."""
-    seen = ["| fault | metric | alert | log | status page | runbook | fixed by |", "|" + " --- |" * 7]
-    gone = ["| fault | metric | alert | status page |", "|" + " --- |" * 4]
+    seen, gone = [], []
     for name, fault in FAULTS.items():
         course = drill.courses[name]
         alerts = "<br>".join(_alert(alert, course) for alert in fault.alerts)
         page = fault.reason[1]
-        cells = [
-            f"`{fault.metric}` {_s(course.seen['metric'])}",
-            alerts,
-            f"{_plain(course.words['log'], drill.scene)} {_s(course.seen['log'])}",
-            f"{_plain(course.words['page'], drill.scene)} {_s(course.seen['page'])}",
-            f"[{page}](runbook/{page}.md)",
-            fault.fixed_by,
-        ]
-        seen.append(_row(name, *cells))
+        seen.append(
+            [
+                name,
+                f"`{fault.metric}` {_s(course.seen['metric'])}",
+                alerts,
+                f"{_plain(course.words['log'], drill.scene)} {_s(course.seen['log'])}",
+                f"{_plain(course.words['page'], drill.scene)} {_s(course.seen['page'])}",
+                f"[{page}](runbook/{page}.md)",
+                fault.fixed_by,
+            ]
+        )
         last = max(course.gone[alert] for alert in fault.alerts)
-        gone.append(_row(name, _s(course.gone["metric"]), _s(last), _s(course.gone["page"])))
+        gone.append([name, _s(course.gone["metric"]), _s(last), _s(course.gone["page"])])
     day = time.strftime("%Y-%m-%d", time.gmtime())
     run = f"Run of {day}, {len(os.sched_getaffinity(0))} CPUs: scraped and evaluated every {SCRAPE_S} s."
     after = "After the fix all of it went, after so many seconds:"
-    return "\n".join([run, "", *seen, "", after, "", *gone, ""])
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    places = ["metric", "alert", "status page"]
+    first = table(["fault", "metric", "alert", "log", "status page", "runbook", "fixed by"], seen)
+    return f"{run}\n\n{first}\n{after}\n\n{table(['fault', *places], gone)}"
 
 
 def _alert(alert: str, course: Course) -> str:

@@ -33,7 +33,7 @@ import yaml
 from clarifai_grpc.grpc.api import resources_pb2
 from orchestrator.running import RunningCentre
 from orchestrator.stock_runner import PAT, USER
-from support import dashboards, graphs, secrets
+from support import dashboards, documents, graphs, secrets
 from support.appliance import (
     MODELS,
     PATIENCE_S,
@@ -409,7 +409,7 @@ def test_every_panel_and_every_rule_shows_something(world: World) -> None:
     (BUILD / "table.md").write_text(text, encoding="utf-8")
     if os.environ.get("UPDATE_DOCS") == "1":
         page = dashboards.PAGE.read_text(encoding="utf-8")
-        dashboards.PAGE.write_text(dashboards.with_made_part(page, text), encoding="utf-8")
+        dashboards.PAGE.write_text(documents.with_part(page, dashboards.MADE, text), encoding="utf-8")
         draw(world, answers)
 
 
@@ -466,10 +466,10 @@ def page_part(answers: Mapping[Asked, Samples], rules: Mapping[str, Samples]) ->
     for sheet, content in dashboards.SHEETS.items():
         rows = [(asked.name, cell(asked, answers)) for asked in ASKED if asked.sheet == sheet]
         title = content["title"].partition(" / ")[2]
-        parts.append(f"\n### {title}\n\n{dashboards.table(['panel', 'value'], rows)}")
+        parts.append(f"\n### {title}\n\n{documents.table(['panel', 'value'], rows)}")
     rows = [(rule, dashboards.shown(numbers(samples))) for rule, samples in rules.items()]
     told = "Of an alert: 1 where it is on (or waits to be, for its `for`), 0 where it is not."
-    parts.append(f"\n### Rules\n\n{told}\n\n{dashboards.table(['rule', 'value'], rows)}")
+    parts.append(f"\n### Rules\n\n{told}\n\n{documents.table(['rule', 'value'], rows)}")
     return "".join(parts)
 
 

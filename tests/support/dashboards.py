@@ -20,7 +20,8 @@ FOLDER = GRAFANA / "dashboards"
 MAKE, DRAW = (ROOT / ".clients" / name / "bin" / "python" for name in ("grafana", "draw"))
 """Of the environments that have what makes dashboards, and what draws them."""
 PAGE = ROOT / "docs" / "dashboards.md"
-BEGIN, END = "<!-- made by the test: begin -->", "<!-- made by the test: end -->"
+MADE = "made by the test"
+"""The part of the page that is."""
 
 SHEETS: dict[str, Any] = {
     name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
@@ -107,19 +108,3 @@ def shown(found: Sequence[float], unit: str = "", decimals: int | None = None) -
     if len(found) == 1:
         return low
     return f"{len(found)} series, {low if low == high else f'{low} – {high}'}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def made_part(page: str) -> str:
-    """What stands between the markers. Raises: ValueError: there are none."""
-    return page[page.index(BEGIN) + len(BEGIN) : page.index(END)]
-
-
-def with_made_part(page: str, text: str) -> str:
-    """The page with another text between its markers. Raises: ValueError: there are none."""
-    return page[: page.index(BEGIN) + len(BEGIN)] + text + page[page.index(END) :]

@@ -1,15 +1,14 @@
 """What the tests measured: the table in docs/install.md, written by the run that measured it."""
 
 import os
-import re
 import time
 from dataclasses import dataclass, field
 
 from support.appliance import ROOT
+from support.documents import table, with_part
 
 PAGE = ROOT / "docs" / "install.md"
 TABLE = ROOT / "build" / "e2e" / "table.md"
-BEGIN, END = "<!-- measured by make e2e: begin -->", "<!-- measured by make e2e: end -->"
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Measured:
         ]
         facts = [[what, where, result] for what, where, result in self.facts]
         run = f"Run of {time.strftime('%Y-%m-%d', time.gmtime())}, {len(os.sched_getaffinity(0))} CPUs."
-        return f"{run}\n\n{_table(head, rows)}\n{_table(['shown', 'on', 'result'], facts)}"
+        return f"{run}\n\n{table(head, rows)}\n{table(['shown', 'on', 'result'], facts)}"
 
     def write(self, *, into_page: bool) -> None:
         """Write build/e2e/table.md and, if asked for, the part of docs/install.md between its markers.
@@ -68,21 +67,9 @@ class Measured:
         TABLE.parent.mkdir(parents=True, exist_ok=True)
         TABLE.write_text(self.text(), encoding="utf-8")
         if into_page:
-            PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), self.text()), encoding="utf-8")
-
-
-def replaced(page: str, text: str) -> str:
-    """The page with another text between its markers. Raises: ValueError: it has none."""
-    found = re.search(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", page, re.DOTALL)
-    if found is None:
-        raise ValueError(f"docs/install.md needs the lines {BEGIN} and {END}, between which the table goes")
-    return f"{page[: found.start()]}{BEGIN}\n{text}{END}{page[found.end() :]}"
+            page = PAGE.read_text(encoding="utf-8")
+            PAGE.write_text(with_part(page, "measured by make e2e", f"\n{self.text()}"), encoding="utf-8")
 
 
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value else "–"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)

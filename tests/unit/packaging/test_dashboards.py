@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import dashboards
+from support import dashboards, documents
 from support.appliance import ROOT
 from support.dashboards import SHEETS, panels
 from support.programs import need
@@ -200,14 +200,15 @@ def test_the_packages_install_them_and_what_they_lead_to() -> None:
 
 def test_the_page_has_a_row_for_each_panel() -> None:
     """Of the dashboards as they are. If this fails: UPDATE_DOCS=1 pytest tests/integration/test_dashboards.py"""
-    made = dashboards.made_part(dashboards.PAGE.read_text(encoding="utf-8"))
+    made = documents.part(dashboards.PAGE.read_text(encoding="utf-8"), dashboards.MADE)
     rows = [line.split(" | ")[0].removeprefix("| ") for line in made.splitlines() if line.startswith("| ")]
     names = [each.name for each in dashboards.asked()]
     assert [row for row in rows if row in names] == names
 
 
 def test_only_what_is_between_the_markers_is_made_anew() -> None:
-    page = f"# Title\n\nText.\n\n{dashboards.BEGIN}\n{dashboards.END}\n"
-    once = dashboards.with_made_part(page, "\none\n")
-    assert once == f"# Title\n\nText.\n\n{dashboards.BEGIN}\none\n{dashboards.END}\n"
-    assert dashboards.with_made_part(once, "\n") == page
+    begin, end = documents.marks(dashboards.MADE)
+    page = f"# Title\n\nText.\n\n{begin}\n{end}\n"
+    once = documents.with_part(page, dashboards.MADE, "\none\n")
+    assert once == f"# Title\n\nText.\n\n{begin}\none\n{end}\n"
+    assert documents.with_part(once, dashboards.MADE, "\n") == page
