@@ -162,7 +162,7 @@ def certificate_is_new(scene: Scene) -> None:
 
 
 def overload(scene: Scene) -> None:
-    scene.callers.start(scene.appliance.port(), scene.appliance.pki.ca, scene.keys["greedy"])
+    scene.callers.start()
 
 
 def limit_greedy(scene: Scene) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import shutil
 import struct
 import subprocess
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,13 @@ from support.appliance import (
     ROOT,
     Appliance,
     Client,
+    Load,
     Pki,
     array_input,
     image_input,
     request_for,
 )
+from support.callers import ANSWERED
 from support.prometheus import Prometheus
 
 RULES = ROOT / "packaging" / "prometheus" / "inference-appliance.rules.yml"
@@ -64,39 +65,13 @@ class Clock:
         subprocess.run(command, check=True, capture_output=True, env={**ENVIRONMENT, **self.environment})
 
 
-class Callers:
-    """More callers than a model's queue has room for, all of one principal."""
-
-    def __init__(self) -> None:
-        self._stop = threading.Event()
-        self._threads: list[threading.Thread] = []
-
-    def start(self, port: int, ca: Path, key: str) -> None:
-        """Have them call."""
-        self._threads = [threading.Thread(target=self._call, args=(port, ca, key)) for _ in range(_CALLERS)]
-        for thread in self._threads:
-            thread.start()
-
-    def stop(self) -> None:
-        """They have had enough; idempotent."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
-
-    def _call(self, port: int, ca: Path, key: str) -> None:
-        request = request_for(SLOW, [array_input(np.ones(512, np.float32))], user=graphs.USER, app=graphs.APP)
-        with Client(port, ca, key) as client:
-            while not self._stop.is_set():
-                if client.predict(request).status.code != 10000:
-                    self._stop.wait(0.5)  # as a client does that is told to try again
-
-
 @dataclass
 class Scene:
     """All of it.
 
     Attributes:
-        keys: by principal: "line-3", who does nothing wrong, and "greedy", whose are the callers.
+        callers: more than a model's queue has room for, all of "greedy".
+        keys: by principal: "line-3", who does nothing wrong, and "greedy".
     """
 
     appliance: Appliance
@@ -104,7 +79,7 @@ class Scene:
     centre: RunningCentre
     clock: Clock
     keys: Mapping[str, str]
-    callers: Callers
+    callers: Load
 
     def __post_init__(self) -> None:
         self._page = f"http://127.0.0.1:{self.appliance.port('admin.listen')}/status.json"
@@ -146,7 +121,7 @@ def opened(home: Path) -> Iterator[Scene]:
         target = f"127.0.0.1:{appliance.port('admin.listen')}"
         times = {"scrape_interval": f"{SCRAPE_S}s", "scrape_timeout": f"{SCRAPE_S}s"}
         prometheus = stack.enter_context(Prometheus(home / "prometheus", target, rules=RULES, **times))
-        callers = Callers()
+        callers = _greedy(appliance, keys["greedy"])
         stack.callback(callers.stop)
         scene = Scene(appliance, prometheus, centre, clock, keys, callers)
         appliance.wait(lambda: scene.page()["health"] == "healthy", "all is well")
@@ -193,6 +168,13 @@ def _appliance(home: Path, centre: RunningCentre, clock: Clock) -> Appliance:
     shutil.copytree(MODELS / "digits", made.models / "digits")
     graphs.write_raw(made.models / SLOW, graphs.slow_model(1000, 512), batching={"max_rows": 1})
     return made
+
+
+def _greedy(appliance: Appliance, key: str) -> Load:
+    """Callers that are not started; who is told to try again waits for half a second."""
+    request = request_for(SLOW, [array_input(np.ones(512, np.float32))], user=graphs.USER, app=graphs.APP)
+    calls = appliance.port(), appliance.pki.ca, key, request
+    return Load(*calls, callers=_CALLERS, pause_s=lambda end: 0.0 if end == ANSWERED else 0.5)
 
 
 def _mount(folder: Path, stack: contextlib.ExitStack) -> None:

@@ -1,12 +1,9 @@
-"""Callers in closed loops, with the stock SDK's own retry policy or without: how every call of theirs ended."""
+"""What callers of the fleet do: gRPC with the stock SDK's own retry policy or without, and REST."""
 
 import base64
 import contextlib
 import ssl
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +12,11 @@ import httpx
 from clarifai_grpc.channel.clarifai_channel import ClarifaiChannel, grpc_json_config
 from clarifai_grpc.grpc.api import service_pb2_grpc
 from clarifai_grpc.grpc.api.status import status_code_pb2
-from support.appliance import PATIENCE_S
-
-ANSWERED = "answered"
-Ask = Callable[[], str]
-"""Makes one call. Returns: ANSWERED, or how else it ended."""
+from support.callers import ANSWERED, Ask, Begin
+from support.waiting import PATIENCE_S
 
 
-class Callers:
-    """So many loops of one call at a time; every one has connections of its own."""
-
-    def __init__(
-        self, count: int, begin: "Callable[[], contextlib.AbstractContextManager[Ask]]", pause_s: float = 0.02
-    ) -> None:
-        """Args: pause_s: between two calls of a loop, so that the machine keeps some CPU for the rest."""
-        self._begin, self._pause_s = begin, pause_s
-        self.ends: Counter[str] = Counter()
-        self.times_s: list[float] = []
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run) for _ in range(count)]
-
-    def _run(self) -> None:
-        with self._begin() as ask:
-            while not self._stop.is_set():
-                begun = time.monotonic()
-                end = ask()
-                with self._lock:
-                    self.times_s.append(time.monotonic() - begun)
-                    self.ends[end] += 1
-                self._stop.wait(self._pause_s)
-
-    def __enter__(self) -> "Callers":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive(), "a caller never got an answer: its call was lost"
-
-    @property
-    def answered(self) -> int:
-        """Calls that ended as they should."""
-        return self.ends[ANSWERED]
-
-    def told(self) -> dict[str, Any]:
-        """How all calls ended."""
-        others = {end: count for end, count in self.ends.items() if end != ANSWERED}
-        return {"answered": self.answered, "others": others, "slowest_s": round(max(self.times_s, default=0.0), 2)}
-
-
-def over_grpc(target: str, ca: Path, key: str, request: Any, *, retries: bool) -> Callable[[], Any]:
+def over_grpc(target: str, ca: Path, key: str, request: Any, *, retries: bool) -> Begin:
     """Callers of PostModelOutputs. Args: retries: by the policy that the SDK's channel has."""
 
     @contextlib.contextmanager
@@ -95,7 +43,7 @@ def over_grpc(target: str, ca: Path, key: str, request: Any, *, retries: bool) -
     return begin
 
 
-def over_rest(base_url: str, ca: Path, key: str, path: str, picture: Path) -> Callable[[], Any]:
+def over_rest(base_url: str, ca: Path, key: str, path: str, picture: Path) -> Begin:
     """Callers of the REST twin, on kept connections of HTTP/1.1."""
     content = {"inputs": [{"data": {"image": {"base64": base64.b64encode(picture.read_bytes()).decode()}}}]}
 

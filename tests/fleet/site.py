@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import numpy as np
 from fleet.balancers import ADDRESS, ENVOY, Balancer
-from fleet.callers import Callers, over_grpc, over_rest
+from fleet.callers import over_grpc, over_rest
 from fleet.quota import Quotas, cpu_s, reason_not
 from orchestrator.running import RunningCentre
 from orchestrator.stock_runner import PAT, USER
@@ -32,6 +32,7 @@ from orchestrator.test_agent import row as row_at_deployment
 from orchestrator.test_agent import slow as write_slow
 from support import graphs
 from support.appliance import MODELS, PATIENCE_S, ROOT, Appliance, array_input, make_pki, request_for
+from support.callers import Begin, Callers
 
 NAME = "edge.example.com"
 SERVERS = {f"edge-{number}": f"10.83.0.{10 + number}" for number in (1, 2, 3)}
@@ -44,6 +45,8 @@ WHO = ("direct", "deployment", "REST", "no policy")
 
 _REST = "/v2/users/appliance/apps/main/models/digits/outputs"
 _SLOW_ROUNDS = 200
+_PAUSE_S = 0.02
+"""Between two calls of a loop, so that the machine keeps some CPU for the rest."""
 _CALLS = 40
 """Calls of each kind that must be answered before, during and after a trouble."""
 
@@ -59,6 +62,11 @@ def until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_
 def ip(*words: str) -> None:
     """iproute2."""
     subprocess.run(["ip", *words], check=True)
+
+
+def paced(begin: Begin, count: int, pause_s: float = _PAUSE_S) -> Callers:
+    """Callers who wait so long between two calls."""
+    return Callers([begin] * count, lambda end: pause_s)
 
 
 class Site:
@@ -200,20 +208,20 @@ class Site:
         rows = array_input(np.array(SLOW, np.float32))
         return request_for("slow", [rows], user=graphs.USER, app=graphs.APP)
 
-    def callers(self, count: int, *, retries: bool, pause_s: float = 0.02) -> Callers:
+    def callers(self, count: int, *, retries: bool, pause_s: float = _PAUSE_S) -> Callers:
         """gRPC through the balancer."""
-        return Callers(count, over_grpc(f"{ADDRESS}:443", self.pki.ca, self.key, self._row, retries=retries), pause_s)
+        return paced(over_grpc(f"{ADDRESS}:443", self.pki.ca, self.key, self._row, retries=retries), count, pause_s)
 
     def rest_callers(self, count: int) -> Callers:
         """REST through the balancer."""
-        return Callers(count, over_rest(f"https://{ADDRESS}", self.pki.ca, self.key, _REST, PICTURE))
+        return paced(over_rest(f"https://{ADDRESS}", self.pki.ca, self.key, _REST, PICTURE), count)
 
     def callers_of_the_centre(self, count: int, *, retries: bool) -> Callers:
         """gRPC at the orchestrator, whose items the appliances share."""
         request = row_at_deployment("slow", *SLOW)
         assert request.runner_selector.deployment.id == deployment_of("slow")
         target = f"{ADDRESS}:{self.centre.port}"
-        return Callers(count, over_grpc(target, self.pki.ca, PAT, request, retries=retries))
+        return paced(over_grpc(target, self.pki.ca, PAT, request, retries=retries), count)
 
 
 def more(callers: list[Callers], count: int = _CALLS) -> None:

@@ -18,9 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +46,7 @@ from support.appliance import (
     run,
     text_input,
 )
+from support.callers import Ask, Begin, Callers
 from support.collector import Collector
 from support.dashboards import Asked
 from support.programs import need
@@ -148,46 +147,26 @@ def requests_elsewhere() -> list[Any]:
 DIGIT = sorted(SAMPLES.glob("*.png"))[0]
 
 
-class Callers:
-    """Clients in threads that go on until they are stopped; each end of a call is counted, a lost one too."""
+def in_turn(port: int, pki: Pki, key: str, requests: Sequence[Any], *, anew: bool = False) -> Begin:
+    """A client that sends these, one after the other, for ever. Args: anew: over a new connection each."""
 
-    def __init__(self) -> None:
-        self.ends: Counter[str] = Counter()
-        self._stop = threading.Event()
-        self._threads: list[threading.Thread] = []
+    @contextlib.contextmanager
+    def begin() -> Iterator[Ask]:
+        with contextlib.ExitStack() as kept:
+            client = None if anew else kept.enter_context(Client(port, pki.ca, key))
+            turns = itertools.cycle(requests)
 
-    def call(self, port: int, pki: Pki, key: str, requests: Sequence[Any], *, anew: bool = False) -> None:
-        """One client more, which sends these in turn. Args: anew: over a new connection each."""
+            def ask() -> str:
+                with contextlib.ExitStack() as once:
+                    try:
+                        reply = (client or once.enter_context(Client(port, pki.ca, key))).predict(next(turns))
+                    except grpc.RpcError as error:
+                        return str(error.code().name)
+                    return str(reply.status.code)
 
-        def turns() -> None:
-            with contextlib.ExitStack() as kept:
-                client = None if anew else kept.enter_context(Client(port, pki.ca, key))
-                for request in itertools.cycle(requests):
-                    if self._stop.wait(PAUSE_S):
-                        return
-                    with contextlib.ExitStack() as once:
-                        self._one(client or once.enter_context(Client(port, pki.ca, key)), request)
+            yield ask
 
-        thread = threading.Thread(target=turns)
-        thread.start()
-        self._threads.append(thread)
-
-    def _one(self, client: Client, request: Any) -> None:
-        end = "lost"
-        try:
-            end = str(client.predict(request).status.code)
-        except grpc.RpcError as error:
-            end = error.code().name
-        finally:
-            self.ends[end] += 1
-
-    def __enter__(self) -> "Callers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
+    return begin
 
 
 # ---- the appliances, and what happens to them ------------------------------------------------------------------------
@@ -343,13 +322,13 @@ def world(tmp_path: Path) -> Iterator[World]:
         prometheus = stack.enter_context(Prometheus(tmp_path / "prometheus", rules=RULES, static_configs=targets))
         prometheus.wait(lambda: prometheus.value("sum(up)") == len(targets), "a first scrape")
         begun = time.time()
-        callers = stack.enter_context(Callers())
+        loops = [in_turn(centre.port, pki, PAT, requests_elsewhere())]
         for each, (key, hasty) in zip(made, keys, strict=True):
-            for requests in (good_requests(web), good_requests(web)[::-1], bad_requests()):
-                callers.call(each.port(), pki, key, requests)
-            callers.call(each.port(), pki, hasty, good_requests(web)[:1])
-            callers.call(each.port(), pki, "no such key", good_requests(web)[:1], anew=True)
-        callers.call(centre.port, pki, PAT, requests_elsewhere())
+            several_kinds = (good_requests(web), good_requests(web)[::-1], bad_requests())
+            loops.extend(in_turn(each.port(), pki, key, requests) for requests in several_kinds)
+            loops.append(in_turn(each.port(), pki, hasty, good_requests(web)[:1]))
+            loops.append(in_turn(each.port(), pki, "no such key", good_requests(web)[:1], anew=True))
+        callers = stack.enter_context(Callers(loops, lambda end: PAUSE_S))
         let_happen(several, single)
         ready = f'min(sum by (instance) ({PREFIX}_catalog_versions{{state="ready"}}))'
         prometheus.wait(lambda: prometheus.value(ready) == 5, "a scrape of both after all that")
@@ -388,7 +367,7 @@ def patiently(asks: Mapping[Any, Callable[[], Samples]]) -> dict[Any, Samples]:
     while missing := [each for each in asks if not good(found[each])]:
         if time.monotonic() > deadline:
             break
-        threading.Event().wait(0.5)
+        time.sleep(0.5)
         found |= {each: asks[each]() for each in missing}
     return found
 

@@ -9,11 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from clarifai_grpc.grpc.api import resources_pb2, service_pb2, service_pb2_grpc
 from numpy.typing import NDArray
 
 from support import secrets
+from support.callers import ANSWERED, Ask, Callers
+from support.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models"
 COMMAND = Path(sys.executable).with_name("appliance")
-PATIENCE_S = 120.0
-"""How long a test waits for something that must happen; only a hung machine takes that long."""
 
 _AS_SYSTEMD = """
 import os, sys
@@ -370,52 +369,35 @@ def request_for(
     )
 
 
-class Load:
-    """Closed-loop callers in threads: every call's end is counted, so that a lost one shows."""
+class Load(Callers):
+    """Callers of one request, each over a connection of its own. Attributes: odd: what errors of gRPC said."""
 
     def __init__(
-        self, port: int, ca: Path, key: str, request: service_pb2.PostModelOutputsRequest, callers: int = 4
+        self,
+        port: int,
+        ca: Path,
+        key: str,
+        request: service_pb2.PostModelOutputsRequest,
+        callers: int = 4,
+        pause_s: Callable[[str], float] = lambda end: 0.01 if end == "UNAVAILABLE" else 0.0,
     ) -> None:
-        self.ends: Counter[str] = Counter()
+        super().__init__([partial(self._connected, port, ca, key, request)] * callers, pause_s)
         self.odd: list[str] = []
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run, args=(port, ca, key, request)) for _ in range(callers)]
 
-    def _run(self, port: int, ca: Path, key: str, request: service_pb2.PostModelOutputsRequest) -> None:
+    @contextlib.contextmanager
+    def _connected(self, port: int, ca: Path, key: str, request: service_pb2.PostModelOutputsRequest) -> Iterator[Ask]:
         with Client(port, ca, key) as client:
-            while not self._stop.is_set():
-                end = "lost"
+
+            def ask() -> str:
                 try:
                     reply = client.predict(request)
-                    complete = len(reply.outputs) == len(request.inputs)
-                    end = "answered" if complete and reply.status.code == 10000 else f"status {reply.status.code}"
                 except grpc.RpcError as error:
-                    end = error.code().name
-                    self.odd.append(f"{end}: {error.details()}")
-                with self._lock:
-                    self.ends[end] += 1
-                if end == "UNAVAILABLE":
-                    self._stop.wait(0.01)
+                    self.odd.append(f"{error.code().name}: {error.details()}")
+                    return str(error.code().name)
+                complete = len(reply.outputs) == len(request.inputs)
+                return ANSWERED if complete and reply.status.code == 10000 else f"status {reply.status.code}"
 
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive(), "a caller never got an answer: its call was lost"
-
-    def wait_for(self, count: int, end: str = "answered") -> None:
-        """Return when `count` more calls ended so."""
-        goal = self.ends[end] + count
-        deadline = time.monotonic() + PATIENCE_S
-        while self.ends[end] < goal:
-            assert time.monotonic() < deadline, f"no progress: {self.ends}"
-            time.sleep(0.005)
+            yield ask
 
 
 def to_toml(tables: Mapping[str, Any]) -> str:

@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+PATIENCE_S = 120.0
+"""How long a test waits for something that must happen; only a hung machine takes that long."""
+
 T = TypeVar("T")
 _STEP_S = 0.005
 
