@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from orchestrator.enrolled import enrolled_with
 from orchestrator.running import RunningCentre
 from orchestrator.stock_runner import PAT, USER
 from support import graphs, secrets
@@ -148,15 +149,8 @@ def _old_pki(clock: Clock, folder: Path) -> Pki:
 
 def _appliance(home: Path, centre: RunningCentre, clock: Clock) -> Appliance:
     """One that lives by that clock; it is not started."""
-    (home / "pat").write_text(PAT, encoding="ascii")
     config = {
-        "orchestrator": {
-            "api_base": centre.base_url,
-            "user_id": USER,
-            "pat_file": home / "pat",
-            "root_ca": centre.pki.ca,
-            "streams": 1,
-        },
+        "orchestrator": enrolled_with(centre.base_url, centre, home, streams=1),
         "placement": {"compute_cluster_id": "plants", "nodepool_id": "hall-3"},
         "processes": {"mode": "processes", "fronts": 2},
         "engine": {"queue_rows": _QUEUE_ROWS, "parallel": 1},

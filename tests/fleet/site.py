@@ -25,11 +25,11 @@ import numpy as np
 from fleet.balancers import ADDRESS, ENVOY, Balancer
 from fleet.callers import over_grpc, over_rest
 from fleet.quota import Quotas, cpu_s, reason_not
+from orchestrator.enrolled import SLOW, deployment_of, enrolled_with
+from orchestrator.enrolled import row as row_at_deployment
+from orchestrator.enrolled import slow as write_slow
 from orchestrator.running import RunningCentre
 from orchestrator.stock_runner import PAT, USER
-from orchestrator.test_agent import SLOW, deployment_of, enrolled_with
-from orchestrator.test_agent import row as row_at_deployment
-from orchestrator.test_agent import slow as write_slow
 from support import graphs
 from support.appliance import MODELS, PATIENCE_S, ROOT, Appliance, array_input, make_pki, request_for
 from support.callers import Begin, Callers

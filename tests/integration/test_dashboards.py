@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 import yaml
 from clarifai_grpc.grpc.api import resources_pb2
+from orchestrator.enrolled import at_deployment, enrolled_with
 from orchestrator.running import RunningCentre
 from orchestrator.stock_runner import PAT, USER
 from support import dashboards, documents, graphs, secrets
@@ -135,13 +136,10 @@ def bad_requests() -> list[Any]:
 
 def requests_elsewhere() -> list[Any]:
     """For users of the orchestrator, who name the deployment."""
-    made = [
-        request_for("digits", [image_input(DIGIT.read_bytes())], user=USER),
-        request_for("ml-topics", [text_input("k-means")], user=USER),
+    return [
+        at_deployment(request_for("digits", [image_input(DIGIT.read_bytes())]), "digits"),
+        at_deployment(request_for("ml-topics", [text_input("k-means")]), "ml-topics"),
     ]
-    for request in made:
-        request.runner_selector.deployment.CopyFrom(resources_pb2.Deployment(id=request.model_id, user_id=USER))
-    return made
 
 
 DIGIT = sorted(SAMPLES.glob("*.png"))[0]
@@ -193,20 +191,6 @@ def make(folder: Path, pki: Pki, web: str, mode: str, **more: Any) -> Appliance:
     graphs.write_text_embedder(made.models / "sentences")
     graphs.write_raw(made.models / "tensors")
     return made
-
-
-def enrolled(file: Path, centre: RunningCentre, usage_url: str) -> dict[str, Any]:
-    """An [orchestrator] section; the PAT is written into this file."""
-    file.write_text(PAT, encoding="ascii")
-    return {
-        "api_base": centre.base_url,
-        "user_id": USER,
-        "pat_file": file,
-        "root_ca": centre.pki.ca,
-        "streams": 2,
-        "usage_url": usage_url,
-        "usage_interval_s": 1,
-    }
 
 
 def write_gpus(file: Path) -> None:
@@ -305,10 +289,11 @@ def world(tmp_path: Path) -> Iterator[World]:
         centre.tell("admit", pat=PAT, user=USER)
         collector = stack.enter_context(Collector(pki))
         receiver = stack.enter_context(Receiver(pki.folder))
+        reports = {"usage_url": receiver.url, "usage_interval_s": 1}
         several, single = made = (
             make(
                 tmp_path / "several", pki, web, "processes",
-                orchestrator=enrolled(tmp_path / "orchestrator.pat", centre, receiver.url),
+                orchestrator=enrolled_with(centre.base_url, centre, tmp_path, streams=2, **reports),
                 traces={"endpoint": collector.url, "ca": pki.ca, "sample": 0.1},
             ),
             make(tmp_path / "single", pki, web, "single"),

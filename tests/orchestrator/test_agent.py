@@ -1,6 +1,5 @@
 """The agent registers by itself and takes work, as the stock runner does, whatever a link and a centre do to it."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from clarifai_grpc.grpc.api import resources_pb2, service_pb2
 from clarifai_grpc.grpc.api.status import status_code_pb2
 from onnx import TensorProto, helper
+from orchestrator.enrolled import SLOW, STREAMS, at_deployment, enrolled_with, row, slow
 from orchestrator.link import Link
 from orchestrator.running import RunningCentre
 from orchestrator.stock_runner import ENVIRONMENT as SDK
@@ -22,25 +21,11 @@ from orchestrator.stock_runner import PAT, USER
 from orchestrator.test_enrolment import lacking
 from orchestrator.transcript import DATA
 from support import graphs
-from support.appliance import MODELS, PATIENCE_S, Appliance, Client, array_input, image_input, request_for
+from support.appliance import MODELS, PATIENCE_S, Appliance, Client, image_input, request_for
 from support.stock import executable, plain_environment
 
-STREAMS = 4
 SAMPLES = sorted((MODELS / "digits" / "samples").glob("*.png"))
 ENDLESS = "endless"
-
-
-def enrolled_with(base_url: str, centre: RunningCentre, home: Path, **more: Any) -> dict[str, Any]:
-    """An [orchestrator] section, and its PAT in a file."""
-    (home / "orchestrator.pat").write_text(PAT, encoding="ascii")
-    return {
-        "api_base": base_url,
-        "user_id": USER,
-        "pat_file": home / "orchestrator.pat",
-        "root_ca": centre.pki.ca,
-        "streams": STREAMS,
-        **more,
-    }
 
 
 @pytest.fixture
@@ -87,13 +72,6 @@ def waits(centre: RunningCentre, appliance: Appliance, runners: int) -> None:
         raise AssertionError(f"{error}\n{appliance.log}") from None
 
 
-def at_deployment(request: Any, deployment: str) -> Any:
-    """The request, as the user of a deployment sends it."""
-    request.user_app_id.user_id = USER
-    request.runner_selector.deployment.CopyFrom(resources_pb2.Deployment(id=deployment, user_id=USER))
-    return request
-
-
 def digits(centre: RunningCentre, *, count: int = 1) -> list[str]:
     """What the deployment `digits` says of the first sample pictures, asked through the centre."""
     request = request_for("digits", [image_input(file.read_bytes()) for file in SAMPLES[:count]])
@@ -113,9 +91,6 @@ def state_of(appliance: Appliance) -> dict[str, Any]:
     return found
 
 
-SLOW = [1.0] * 1024
-
-
 def items(appliance: Appliance, outcome: str, model: str = "digits") -> float:
     """How many items had that outcome."""
     return appliance.metric(
@@ -123,25 +98,9 @@ def items(appliance: Appliance, outcome: str, model: str = "digits") -> float:
     )
 
 
-def slow(folder: Path, rounds: int = 1500) -> None:
-    """A bundle whose runs take most of a second; its rows are `SLOW`."""
-    graphs.write_raw(folder, graphs.slow_model(rounds, len(SLOW)), batching={"max_rows": 1})
-
-
 def endless(folder: Path) -> None:
     """A bundle whose runs never end where x is above a thousand."""
     graphs.write_raw(folder, graphs.endless_model(only_above=1000.0), batching={"max_rows": 1})
-
-
-def row(model: str, *numbers: float) -> Any:
-    """A request of one row for a bundle of tensors."""
-    request = request_for(model, [array_input(np.array(numbers, np.float32))], app=graphs.APP)
-    return at_deployment(request, deployment_of(model))
-
-
-def deployment_of(model: str) -> str:
-    """The deployment of a bundle that the tests' graphs write: its user or app is not the usual one."""
-    return f"{model}-{hashlib.sha256(f'{graphs.USER}/{graphs.APP}'.encode()).hexdigest()[:8]}"
 
 
 # ---- as it should be -------------------------------------------------------------------------------------------------

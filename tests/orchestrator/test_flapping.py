@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 from clarifai_grpc.grpc.api import service_pb2
 from clarifai_grpc.grpc.api.status import status_code_pb2
+from orchestrator.enrolled import row
 from orchestrator.link import Link
 from orchestrator.running import RunningCentre
 from orchestrator.stock_runner import PAT, USER
-from orchestrator.test_agent import row
 from support import graphs
 from support.api_world import QUICK, World
 from support.appliance import ROOT, Pki
